@@ -1,0 +1,56 @@
+# Everything runs in a virtual environment of its own under $(VENV), made from the first Python >= 3.11 found.
+#   make demo      install, then build a model end to end on the embedded default text
+#   make test      install with the development tools, lint, run all tests
+# Variables:  PYTHON=/path/to/python3   VENV=.venv   OUT=runs/demo   BUDGET=3m   ARGS='more options of plinth build'
+#             TORCH_INDEX=https://download.pytorch.org/whl/cpu  (where the registry's own torch is a CUDA build that you do not want)
+
+SHELL := /bin/bash
+VENV ?= .venv
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo install test lint oracle bench clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.installed
+	$(BIN)/plinth build --out $(OUT) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
+
+install: $(VENV)/.installed
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check src tests benchmarks
+	PYTHONPATH=src $(BIN)/lint-imports
+	$(BIN)/mypy
+
+oracle: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m oracle $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then echo "Plinth needs Python 3.11 or newer, and none is on the PATH." \
+		"Install one (https://www.python.org/downloads/), or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; fi
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Plinth needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another one: make PYTHON=/path/to/python3.11" % v[:2])'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment." \
+		"Install its venv module (Debian, Ubuntu: apt install python3-venv), or name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+
+# A stamp is written only after a complete install, so an interrupted one is taken up again.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
