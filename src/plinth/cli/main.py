@@ -1,0 +1,89 @@
+"""The command `plinth`: one verb a stage; a verb's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from plinth import __version__
+from plinth.config import UserError, nearest
+
+VERBS = {
+    "build": ("plinth.cli.build", "from text and a budget to a served, aligned, evaluated model"),
+    "plan": ("plinth.cli.plan", "the compute-optimal model for a budget on this machine, before anything is trained"),
+    "data curate": ("plinth.cli.data_curate", "text files to a deduplicated, filtered corpus with a manifest"),
+    "data pack": ("plinth.cli.data_pack", "a corpus to token shards"),
+    "tokenizer train": ("plinth.cli.tokenizer_train", "a byte-level BPE tokenizer from a corpus"),
+    "pretrain": ("plinth.cli.pretrain", "a decoder from token shards"),
+    "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
+    "prefer": ("plinth.cli.prefer", "preference tuning (DPO) on pairs"),
+    "evaluate": ("plinth.cli.evaluate", "held-out likelihood and questions, with intervals"),
+    "report": ("plinth.cli.report", "report.html of a build"),
+    "generate": ("plinth.cli.generate", "text from a model"),
+    "chat": ("plinth.cli.chat", "talk to a model in the terminal"),
+    "serve": ("plinth.cli.serve", "an OpenAI-compatible server and a chat page"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb and return its exit code: 0 only on success, 1 on a user's mistake, 2 on wrong usage."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"plinth {__version__}")
+        return 0
+    for length in (2, 1):
+        verb = " ".join(argv[:length])
+        if verb in VERBS:
+            return run_verb(VERBS[verb][0], argv[length:])
+    name = " ".join(word for word in argv[:2] if not word.startswith("-"))
+    guess = nearest(name, VERBS) or nearest(argv[0], VERBS)
+    print(f"plinth: {argv[0]} is not a verb.{guess} `plinth --help` lists them.", file=sys.stderr)
+    return 2
+
+
+def run_verb(module: str, argv: list[str]) -> int:
+    """Call a verb's main; turn a user's mistake, a full disk or Ctrl-C into one clear line."""
+    if os.environ.get("PLINTH_DEBUG"):
+        return importlib.import_module(module).main(argv)
+    try:
+        return importlib.import_module(module).main(argv)
+    except UserError as error:
+        message, code = f"{error}", 1
+    except OSError as error:
+        message, code = describe_os_error(error), 1
+    except KeyboardInterrupt:
+        message, code = "stopped by Ctrl-C.", 130
+    print(f"plinth: {message}", file=sys.stderr)
+    return code
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return one line for a failed file operation: which file, why, and what to do about a full disk."""
+    place = f"{error.filename}: " if error.filename else ""
+    advice = " Free some space and pass --resume; nothing already published was touched." if error.errno == 28 else ""
+    return f"{place}{error.strerror or error}.{advice}"
+
+
+def overview() -> str:
+    """Return the text of `plinth --help`."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {gloss}" for verb, (_, gloss) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: plinth VERB [OPTIONS]",
+            "",
+            "Make a foundation model that you control from the first byte to the last token.",
+            "",
+            *lines,
+            "",
+            "`plinth VERB --help` shows its options with units and defaults; --json answers for machines.",
+        ]
+    )
+
+
+def entry() -> None:
+    """Be the console script."""
+    sys.exit(main(sys.argv[1:]))

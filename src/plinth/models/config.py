@@ -1,0 +1,101 @@
+"""What a decoder is: its shape, in Hugging Face's vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from plinth.config import UserError
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The default decoder: Qwen3's shape (RMSNorm, RoPE, SwiGLU, QK-norm, grouped-query attention)."""
+
+    vocab_size: int = 4096
+    """number of token ids"""
+    hidden_size: int = 256
+    """width of the residual stream"""
+    num_layers: int = 6
+    """number of blocks"""
+    num_heads: int = 4
+    """query heads a block"""
+    num_kv_heads: int = 4
+    """key and value heads a block; divides num_heads"""
+    head_dim: int = 64
+    """width of a head; even"""
+    intermediate_size: int = 768
+    """width of the feed-forward layer"""
+    max_seq_len: int = 512
+    """longest sequence in tokens"""
+    rope_theta: float = 10_000.0
+    """base of the rotary frequencies"""
+    norm_eps: float = 1e-6
+    """added to the mean square before the root"""
+    tie_embeddings: bool = True
+    """use the embedding matrix as output head"""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                     "intermediate_size", "max_seq_len"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}. "
+                "Use a divisor of num_heads, for instance 1 or num_heads itself."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd; rotary embedding needs an even one.")
+        if self.norm_eps <= 0 or self.rope_theta <= 0:
+            raise UserError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive.")
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the contents of config.json as transformers, vLLM and llama.cpp read it."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_seq_len,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+            "torch_dtype": "float32",
+        }
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any]) -> DecoderConfig:
+        """Read config.json. Raises UserError when it describes an architecture other than Qwen3's."""
+        if values.get("model_type") != "qwen3":
+            raise UserError(
+                f"model_type={values.get('model_type')!r} is not supported. Supported: qwen3 (the default decoder)."
+            )
+        try:
+            rope = values.get("rope_parameters") or {}
+            heads = values["num_attention_heads"]
+            return cls(
+                vocab_size=values["vocab_size"],
+                hidden_size=values["hidden_size"],
+                num_layers=values["num_hidden_layers"],
+                num_heads=heads,
+                num_kv_heads=values.get("num_key_value_heads") or heads,
+                head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+                intermediate_size=values["intermediate_size"],
+                max_seq_len=values["max_position_embeddings"],
+                rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
+                norm_eps=values.get("rms_norm_eps", 1e-6),
+                tie_embeddings=values.get("tie_word_embeddings", False),
+            )
+        except KeyError as error:
+            raise UserError(f"config.json lacks {error}; a Qwen3 configuration needs it.") from None

@@ -1,0 +1,24 @@
+"""Rotary position embedding in Hugging Face's half-split layout."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and signed sines, fp32, shape (*positions.shape, head_dim).
+
+    The sines of the first half carry the minus sign of the rotation, so that rotating takes two products and a sum.
+    Source: Su et al. 2021, arXiv:2104.09864, eq. 34; half-split pairing as in GPT-NeoX.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    angle = positions.float()[..., None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the last dimension of `x`; cos and sin broadcast against it and set the precision of the product."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
+    return (x * cos + swapped * sin).to(x.dtype)
