@@ -1,0 +1,150 @@
+"""From messages to tokens and their loss mask: the one renderer that training and serving share."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plinth.config import UserError, nearest
+from plinth.tokenizer.encode import ASSISTANT, END, SYSTEM, USER, Tokenizer
+
+Message = dict[str, str]
+HEADERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+SHOWN_REJECTS = 3
+
+# The same rendering for Hugging Face's tools. They turn special tokens in a message's text into special tokens; `render` does not.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
+    "{{ raise_exception('role ' + message['role'] + ' is not one of system, user, assistant') }}"
+    "{%- endif -%}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as tokens."""
+
+    tokens: list[int]
+    """Token ids."""
+    loss_mask: list[bool]
+    """Of each token, whether the model is taught to predict it: the assistant's text and the <|end|> behind it."""
+
+
+@dataclass
+class Rejects:
+    """Lines that were left out, counted, with the first three shown."""
+
+    count: int = 0
+    """Rejected lines."""
+    examples: list[tuple[int, str]] = field(default_factory=list)
+    """(line number from 1, reason) of the first ones."""
+
+    def add(self, line: int, reason: str) -> None:
+        self.count += 1
+        if len(self.examples) < SHOWN_REJECTS:
+            self.examples.append((line, reason))
+
+    def describe(self) -> str:
+        """Return one line, empty when nothing was rejected."""
+        shown = "; ".join(f"line {line}: {reason}" for line, reason in self.examples)
+        more = f"; and {self.count - len(self.examples)} more" if self.count > len(self.examples) else ""
+        return f"{self.count} rejected ({shown}{more})" if self.count else ""
+
+
+def render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool = False) -> Rendered:
+    """Return the tokens of a conversation: a header token, the text, <|end|>, message by message.
+
+    With `add_generation_prompt` the assistant's header follows, ready for its answer. A special token written in a text stays text.
+    Raises UserError for an empty list, an unknown role, or a tokenizer that lacks the header tokens.
+    """
+    check_messages(messages)
+    end_id = _required_id(tokenizer, END)
+    tokens: list[int] = []
+    loss_mask: list[bool] = []
+    contents = tokenizer.encode_batch([message["content"] for message in messages])
+    for message, content in zip(messages, contents):
+        tokens += [_required_id(tokenizer, HEADERS[message["role"]]), *content, end_id]
+        loss_mask += [False] + [message["role"] == "assistant"] * (len(content) + 1)
+    if add_generation_prompt:
+        tokens.append(_required_id(tokenizer, ASSISTANT))
+        loss_mask.append(False)
+    return Rendered(tokens, loss_mask)
+
+
+def _required_id(tokenizer: Tokenizer, name: str) -> int:
+    token_id = tokenizer.special_id(name)
+    if token_id is None:
+        raise UserError(f"this tokenizer has no special token {name}, so it cannot render messages. Use one that Plinth trained.")
+    return token_id
+
+
+def check_messages(messages: Any) -> None:
+    """Raise UserError unless `messages` is a list of {role, content} with known roles and text."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError("messages is not a list with at least one message.")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise UserError(f"messages[{i}] is not an object with role and content.")
+        for key in ("role", "content"):
+            if key not in message:
+                raise UserError(f"messages[{i}] has no {key!r}.{nearest(key, message)}")
+        if message["role"] not in HEADERS:
+            guess = nearest(str(message["role"]), HEADERS)
+            raise UserError(f"messages[{i}].role={message['role']!r} is not one of {', '.join(HEADERS)}.{guess}")
+        if not isinstance(message["content"], str):
+            raise UserError(f"messages[{i}].content is of type {type(message['content']).__name__}, not text.")
+
+
+def read_messages(path: Path | str) -> tuple[list[list[Message]], Rejects]:
+    """Read conversations from a JSON Lines file (or .gz): each line an object {"messages": [{"role", "content"}, ...]}.
+
+    Lines that are malformed, or that hold no answer of the assistant to learn from, are counted with their numbers; blank lines are
+    skipped. Raises UserError when the file is absent or no line is valid.
+    """
+    conversations: list[list[Message]] = []
+    rejects = Rejects()
+    for number, line in enumerate(_read_bytes(Path(path)).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            conversations.append(_parse_conversation(line))
+        except UserError as error:
+            rejects.add(number, str(error).rstrip("."))
+    if not conversations:
+        why = rejects.describe() or "it is empty"
+        raise UserError(f'{path} holds no valid conversation: {why}. Each line must be {{"messages": [{{"role": ..., "content": ...}}]}}.')
+    return conversations, rejects
+
+
+def _parse_conversation(line: bytes) -> list[Message]:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise UserError("not an object with 'messages'")
+    if "messages" not in record:
+        raise UserError(f"no 'messages'.{nearest('messages', record)}")
+    check_messages(record["messages"])
+    if not any(message["role"] == "assistant" for message in record["messages"]):
+        raise UserError("no message of the assistant, so there is nothing to learn from")
+    return [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is a damaged gzip file: {error}.") from None
