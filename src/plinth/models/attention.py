@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import KVCache
 from plinth.models.mlp import RMSNorm
+from plinth.ops.attention import plain_qk_norm_rope_attention, qk_norm_rope_attention
 from plinth.ops.rope import apply_rope
 
 
@@ -21,23 +21,26 @@ class Attention(nn.Module):
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
         self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
 
     def project(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        """Return q (..., H, E), k and v (..., K, E), the first two normalised and rotated."""
+        """Return q (..., H, E), k and v (..., K, E), the first two normalised and rotated; cos and sin are (..., E)."""
         config = self.config
         qkv = self.qkv(x).unflatten(-1, (-1, config.head_dim))
         q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
+        cos, sin = cos[..., None, :], sin[..., None, :]
         return apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin), v
 
-    def forward(self, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.project(x_BTD, cos, sin)
-        grouped = self.config.num_heads != self.config.num_kv_heads
-        y_BHTE = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped
-        )
-        return self.out(y_BHTE.transpose(1, 2).flatten(2))
+    def forward(self, x_BTD: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor) -> torch.Tensor:
+        """Attend causally within each sequence; returns (B, T, D)."""
+        config = self.config
+        qkv = self.qkv(x_BTD).unflatten(-1, (-1, config.head_dim))
+        shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "eps": config.norm_eps}
+        if config.learnable_norm or x_BTD.device.type != "cpu":
+            scales = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
+            return self.out(plain_qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape, **scales))
+        return self.out(qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape))
 
     def forward_rows(self, x_ND, cos, sin, positions_N, slots_N, cache: KVCache, layer: int) -> torch.Tensor:
         """Attend from N independent rows, each to positions 0..positions_N[i] of its slot.

@@ -34,6 +34,8 @@ class DecoderConfig:
     """added to the mean square before the root"""
     tie_embeddings: bool = True
     """use the embedding matrix as output head"""
+    learnable_norm: bool = False
+    """train the scales of the normalisations; without it they are 1 (and are exported as 1)"""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -71,7 +73,8 @@ class DecoderConfig:
             "attention_bias": False,
             "attention_dropout": 0.0,
             "use_sliding_window": False,
-            "torch_dtype": "float32",
+            "dtype": "float32",
+            "plinth_learnable_norm": self.learnable_norm,
         }
 
     @classmethod
@@ -96,6 +99,7 @@ class DecoderConfig:
                 rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
                 norm_eps=values.get("rms_norm_eps", 1e-6),
                 tie_embeddings=values.get("tie_word_embeddings", False),
+                learnable_norm=values.get("plinth_learnable_norm", True),
             )
         except KeyError as error:
             raise UserError(f"config.json lacks {error}; a Qwen3 configuration needs it.") from None

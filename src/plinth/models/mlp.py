@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from plinth.ops.norm import rms_norm
+from plinth.ops.norm import add_rms_norm, rms_norm
+from plinth.ops.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a learnt scale."""
+    """Root-mean-square normalisation; `weight` is None when the scale is not learnt."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, learnable: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size)) if learnable else None
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + delta and its normalisation."""
+        if self.weight is None:
+            return add_rms_norm(x, delta, self.eps)
+        total = x if delta is None else x + delta
+        return total, rms_norm(total, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -33,5 +40,4 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))

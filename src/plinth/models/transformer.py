@@ -17,14 +17,19 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x, delta, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the residual stream and what is still to be added to it; return the same two.
+
+        Handing on the sum unfinished lets each sum fuse with the normalisation that follows it.
+        """
+        x, normed = self.attention_norm.add(x, delta)
+        x, normed = self.mlp_norm.add(x, self.attention(normed, cos, sin))
+        return x, self.mlp(normed)
 
 
 class Transformer(nn.Module):
@@ -35,7 +40,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @torch.no_grad()
@@ -64,18 +69,18 @@ class Transformer(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin for positions, with a head axis, in the model's dtype."""
+        """Return cos and sin for positions, shape (*positions.shape, E), in the model's dtype."""
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         dtype = self.embed.weight.dtype
-        return cos[..., None, :].to(dtype), sin[..., None, :].to(dtype)
+        return cos.to(dtype), sin.to(dtype)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Return hidden states after the last norm, shape (B, T, D)."""
         cos, sin = self.rotation(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
-        x = self.embed(tokens_BT)
+        x, delta = self.embed(tokens_BT), None
         for layer in self.layers:
-            x = layer(x, cos, sin)
-        return self.final_norm(x)
+            x, delta = layer(x, delta, cos, sin)
+        return self.final_norm.add(x, delta)[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return next-token scores, shape (..., V)."""

@@ -1,0 +1,99 @@
+"""Causal self-attention with QK-norm and rotary positions as one differentiable operation.
+
+Fused by hand for CPUs with bf16 matrix units: every product is a batched matrix product, the probabilities are kept
+for the backward pass, and no step leaves bf16 memory. PyTorch's own CPU attention is slower in its backward pass;
+benchmarks/train_throughput.py measures the whole step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from plinth.ops.norm import inverse_rms, rms_norm, rms_norm_backward
+from plinth.ops.rope import apply_rope
+
+
+def swap_halves(x: torch.Tensor) -> torch.Tensor:
+    """Exchange the two halves of the last dimension."""
+    half = x.shape[-1] // 2
+    return torch.cat((x[..., half:], x[..., :half]), -1)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Works head first: q, k, v have shape (heads · B, T, E), so that each product is one batched call."""
+
+    @staticmethod
+    def forward(ctx, qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps):
+        B, T, _, E = qkv_BTGE.shape
+        rotated_heads = num_heads + num_kv_heads
+        raw_GBTE = qkv_BTGE.permute(2, 0, 1, 3)
+        qk_GBTE = raw_GBTE[:rotated_heads]
+        scale_GBT1 = inverse_rms(qk_GBTE, eps)
+        normed_GBTE = torch.empty(qk_GBTE.shape, dtype=qkv_BTGE.dtype)
+        torch.mul(qk_GBTE, scale_GBT1, out=normed_GBTE)
+        rotated_GBTE = (normed_GBTE * cos_TE).addcmul_(swap_halves(normed_GBTE), sin_TE)
+        q = rotated_GBTE[:num_heads].view(num_heads * B, T, E)
+        k = _repeat_heads(rotated_GBTE[num_heads:], num_heads)
+        v = _repeat_heads(raw_GBTE[rotated_heads:].contiguous(), num_heads)
+        future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)
+        weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=E**-0.5).softmax(-1)
+        y_HBTE = torch.bmm(weights, v).view(num_heads, B, T, E)
+        ctx.save_for_backward(normed_GBTE, scale_GBT1, q, k, v, weights, cos_TE, sin_TE)
+        ctx.heads = (num_heads, num_kv_heads)
+        return y_HBTE.permute(1, 2, 0, 3).reshape(B, T, num_heads * E)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        normed_GBTE, scale_GBT1, q, k, v, weights, cos_TE, sin_TE = ctx.saved_tensors
+        num_heads, num_kv_heads = ctx.heads
+        G, B, T, E = normed_GBTE.shape
+        grad_o = grad_y.view(B, T, num_heads, E).permute(2, 0, 1, 3).reshape(num_heads * B, T, E)
+        grad_v = torch.bmm(weights.transpose(1, 2), grad_o)
+        grad_weights = torch.bmm(grad_o, v.transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_rotated = torch.empty_like(normed_GBTE)
+        torch.bmm(grad_scores, k, out=grad_rotated[:num_heads].view(num_heads * B, T, E))
+        grad_rotated[num_heads:] = _sum_heads(torch.bmm(grad_scores.transpose(1, 2), q), num_kv_heads, B)
+        grad_normed = (grad_rotated * cos_TE).addcmul_(swap_halves(grad_rotated), sin_TE, value=-1.0)
+        grad_qkv = torch.empty((B, T, num_heads + 2 * num_kv_heads, E), dtype=grad_y.dtype)
+        grad_GBTE = grad_qkv.permute(2, 0, 1, 3)
+        grad_GBTE[:G] = rms_norm_backward(grad_normed, normed_GBTE, scale_GBT1 * E**-0.5)
+        grad_GBTE[G:] = _sum_heads(grad_v, num_kv_heads, B)
+        return grad_qkv, None, None, None, None, None
+
+
+def _repeat_heads(x_KBTE: torch.Tensor, num_heads: int) -> torch.Tensor:
+    K, B, T, E = x_KBTE.shape
+    if num_heads == K:
+        return x_KBTE.view(K * B, T, E)
+    return x_KBTE[:, None].expand(K, num_heads // K, B, T, E).reshape(num_heads * B, T, E)
+
+
+def _sum_heads(x: torch.Tensor, num_kv_heads: int, batch: int) -> torch.Tensor:
+    _, T, E = x.shape
+    grouped = x.view(num_kv_heads, -1, batch, T, E)
+    return grouped[:, 0] if grouped.shape[1] == 1 else grouped.sum(1)
+
+
+def qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, eps: float):
+    """Normalise and rotate queries and keys, attend causally; returns (B, T, H·E).
+
+    `qkv_BTGE` holds num_heads queries, then num_kv_heads keys, then as many values along G. The slow twin is
+    `plain_qk_norm_rope_attention`.
+    """
+    return _FusedAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
+
+
+def plain_qk_norm_rope_attention(
+    qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, eps: float, q_weight=None, k_weight=None
+):
+    """Do what `qk_norm_rope_attention` does with PyTorch's attention; takes the learnt scales of QK-norm."""
+    q, k, v = qkv_BTGE.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    cos, sin = cos_TE[:, None], sin_TE[:, None]
+    q = apply_rope(rms_norm(q, q_weight, eps), cos, sin)
+    k = apply_rope(rms_norm(k, k_weight, eps), cos, sin)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=num_heads != num_kv_heads
+    )
+    return y.transpose(1, 2).flatten(2)

@@ -1,0 +1,55 @@
+"""Cross-entropy of the output head that never holds all logits at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread: 8 MB in fp32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients beside the loss, so that each chunk of logits lives once."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N):
+        losses_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32)
+        wanted = hidden_ND.requires_grad or weight_VD.requires_grad
+        grad_hidden = torch.empty_like(hidden_ND) if wanted else None
+        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32) if wanted else None
+        rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        for start in range(0, hidden_ND.shape[0], rows):
+            part = slice(start, start + rows)
+            hidden, targets = hidden_ND[part], targets_N[part, None]
+            logits = F.linear(hidden, weight_VD).float()
+            probabilities = logits.softmax(-1)
+            log_normaliser = logits.amax(-1) - probabilities.amax(-1).log()
+            losses_N[part] = log_normaliser - logits.gather(1, targets)[:, 0]
+            if wanted:
+                grad = probabilities.scatter_add_(1, targets, torch.full(targets.shape, -1.0)).to(hidden.dtype)
+                torch.mm(grad, weight_VD, out=grad_hidden[part])
+                grad_weight += grad.t() @ hidden
+        if wanted:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+        return losses_N.sum(dtype=torch.float64).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad != 1.0:
+            grad_hidden, grad_weight = grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype)
+        return grad_hidden, grad_weight, None
+
+
+def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross-entropy in nats of `targets_N` under softmax(hidden · weightᵀ), a fp32 scalar.
+
+    The slow twin is `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`.
+    """
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
+
+
+def token_log_probs(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Return log-probabilities in nats of `targets_N`, fp32, shape (N,); differentiable, for preference losses."""
+    logits = F.linear(hidden_ND, weight_VD).float()
+    return -F.cross_entropy(logits, targets_N, reduction="none")
