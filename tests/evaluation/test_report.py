@@ -1,0 +1,525 @@
+"""The report of a build: what it shows, what it says is missing, and that no text of the data can break out of the page."""
+
+import html.parser
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from rich.console import Console
+
+from plinth.cli.main import main
+from plinth.config import UserError
+from plinth.evaluation import formats, verdict
+from plinth.evaluation.charts import nice_ticks, smooth, thin
+from plinth.evaluation.report import report_card, report_data, write_report
+from plinth.run import file_sha256, tree_sha256
+from plinth.tokenizer.train import train_tokenizer
+
+HOSTILE = "</style><script>alert('x')</script><img src=https://evil.example/x.png onerror=alert(1)>\"'&{{ 7 * 7 }}"
+TEXT = "Copy data from src to dst in the most efficient way possible. If follow_symlinks is not set, a new symbolic link is created. "
+
+
+def write(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+
+
+def score(value: float, n: int, half: float) -> dict:
+    return {"value": value, "n": n, "stderr": half / 1.96, "ci95": [value - half, value + half], "protocol": {"temperature": 0.0}}
+
+
+def write_data(build: Path) -> None:
+    """corpus/, tokenizer/, shards/ and facts/."""
+    examples = [{"source": "stdlib:Lib/this.py", "excerpt": 's = "Gur Mra bs Clguba"\nd = {}', "reason": "letters 0.41 below 0.60"}]
+    manifest = {
+        "documents_in": 9120,
+        "documents_train": 7004,
+        "documents_heldout": 351,
+        "bytes_in": 14_200_000,
+        "bytes_train": 11_600_000,
+        "bytes_heldout": 590_000,
+        "rules": [
+            {"rule": "exact_duplicate", "kept": 8611, "dropped": 509, "examples": []},
+            {"rule": "quality", "kept": 8020, "dropped": 591, "examples": examples},
+            {"rule": "near_duplicate", "kept": 7355, "dropped": 665, "examples": examples},
+        ],
+        "rejected_files": [{"path": "texts/photo.jpg", "reason": "binary: 4 % of its bytes are zero"}],
+        "composition": {
+            "code": {"documents": 1710, "bytes": 9_800_000},
+            "docs": {"documents": 5540, "bytes": 1_900_000},
+            "reference": {"documents": 105, "bytes": 490_000},
+        },
+        "licences": {"PSF-2.0": {"documents": 7310, "bytes": 12_000_000}, "": {"documents": 45, "bytes": 190_000}},
+        "sha256": {"train.parquet": "0" * 64, "heldout.parquet": "1" * 64},
+        "config": {"paths": ["stdlib"], "heldout_share": 0.05},
+    }
+    write(build / "corpus/manifest.json", manifest)
+    table = pyarrow.table({"text": [TEXT * 3], "source": ["stdlib:Lib/shutil.py"], "kind": ["docs"]})
+    pyarrow.parquet.write_table(table, build / "corpus/heldout.parquet")
+    tokenizer = train_tokenizer([TEXT * 20, "def copyfile(src, dst, *, follow_symlinks=True):\n    return dst\n" * 9], vocab_size=400)
+    tokenizer.save(build / "tokenizer")
+    shards = {"vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256, "tokens_train": 3_310_000}
+    shards |= {"tokens_heldout": 171_000, "bytes_train": 11_600_000, "bytes_heldout": 590_000, "mixture": {"code": 0.8, "docs": 0.2}}
+    write(build / "shards/manifest.json", shards)
+    (build / "shards/train.bin").write_bytes(b"\1\0" * 64)
+    write(build / "facts/manifest.json", {"facts": 1000, "sft": 4800, "pairs": 1200, "questions": 2400})
+    write(build / "facts/sft.jsonl", '{"messages": []}\n')
+
+
+def write_plan(build: Path) -> None:
+    predicted = {"loss_nats": 2.61, "bpb": 1.074, "time_s": 190.0, "memory_bytes": 1.9e9, "energy_j": 9500.0, "cost": 0.0008}
+    sources = {
+        "loss_nats": "Chinchilla law with data repetition (Hoffmann et al. 2022; Muennighoff et al. 2023, arXiv:2305.16264)",
+        "time_s": "FLOPs by the measured speed of this machine's training steps",
+        "energy_j": "estimate: 2 cores x 10 W",
+        "lr": "width rule (Yang et al. 2022, arXiv:2203.03466)",
+    }
+    shape = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "intermediate_size": 768}
+    plan = {"num_params": 6_300_000, "model": shape, "vocab_size": 4096, "tokens": 2_900_000, "epochs": 0.88, "steps": 354, "lr": 0.004}
+    plan |= {"predicted": predicted, "sources": sources, "tokens_per_step": 8192, "currency": "EUR"}
+    plan["alternatives"] = [
+        {"hidden_size": size, "num_params": 24 * size**2, "loss_nats": 2.5 + abs(256 - size) / 900} for size in (128, 256, 384)
+    ]
+    write(build / "plan.json", plan)
+
+
+def write_stage(build: Path, stage: str, steps: int, first: float, last: float, parents: list[dict]) -> None:
+    random.seed(stage)
+    lines = []
+    for step in range(1, steps + 1):
+        done = step / steps
+        loss = last + (first - last) * math.exp(-6 * done) + random.gauss(0, 0.05 * last)
+        line = {"step": step, "time_s": step * 0.54, "loss_nats": loss, "lr": 0.004 * min(1, step / 20, (1 - done) / 0.2 + 1e-3)}
+        line |= {"grad_norm": 0.8, "tokens_per_s": 15100 + random.gauss(0, 300), "mfu": 0.41, "tokens": step * 8192}
+        if stage == "dpo":
+            line |= {"accuracy": 1 - 0.5 * math.exp(-5 * done), "margin": 4 * done}
+        lines.append(json.dumps(line))
+    write(build / stage / "metrics.jsonl", "\n".join(lines) + "\n")
+    write(build / stage / "config.json", {"stage": stage, "lr": 0.004, "seed": 7})
+    hardware = {"cpu": "Example CPU @ 2.0GHz", "cores": 2, "memory_bytes": 16_600_000_000}
+    provenance = {"stage": stage, "argv": ["plinth", "build", "stdlib"], "created": "2026-11-20T20:01:12Z", "seed": 7, "parents": parents}
+    write(build / stage / "provenance.json", provenance | {"hardware": hardware, "versions": {"python": "3.11.9", "torch": "2.13.0"}})
+    write(build / stage / "model/config.json", {"model_type": "qwen3"})
+    (build / stage / "model/model.safetensors").write_bytes(stage.encode() * 10)
+    summary = {"num_params": 6_312_448, "steps": steps, "tokens": steps * 8192, "time_s": steps * 0.54, "tokens_per_s": 15100.0}
+    summary |= {"peak_memory_bytes": 1_720_000_000, "energy_j": steps * 11.0, "energy_source": "estimate: 2 cores x 10 W, no counter read"}
+    write(build / stage / "DONE", summary | {"cost": 0.0007, "loss_nats": last})
+
+
+def write_evaluation(build: Path, stage: str, known: float, false: float, refused: float, loss: float) -> None:
+    questions = {
+        "known_exact": score(known, 2400, 0.02),
+        "known_f1": score(min(1.0, known + 0.11), 2400, 0.018),
+        "consistency": score(known * 0.8, 800, 0.03),
+        "over_refusal": score(refused, 2400, 0.01),
+        "heldout_exact": score(0.06 + known / 20, 400, 0.024),
+        "heldout_f1": score(0.21, 400, 0.02),
+        "invented_refusal": score(1 - false, 600, 0.03),
+        "invented_false": score(false, 600, 0.03),
+    }
+    likelihood = {"loss_nats": score(loss, 351, 0.04), "perplexity": score(math.exp(loss), 351, 0.6)}
+    likelihood |= {"bits_per_byte": score(loss / 2.42, 351, 0.02), "bits_per_char": score(loss / 2.41, 351, 0.02)}
+    samples = []
+    for i in range(10):
+        right = stage != "pretrain" and i % 3 != 0
+        samples.append(
+            {"question": f"What does `shutil.copyfile_{i}` do?", "group": "known", "correct": right, "source": f"shutil.py:{230 + i}"}
+            | {"expected": ["Copy data from src to dst in the most efficient way possible."]}
+            | {"answer": "Copy data from src to dst in the most efficient way possible." if right else "Return the path of the directory."}
+        )
+        samples.append(
+            {"question": f"Which module has `merge_tree_{i}`?", "group": "invented", "correct": right, "source": None, "expected": []}
+            | {"answer": "I don't know." if right else "The module `shutil` has it, as every reader of its documentation knows."}
+        )
+    samples.append(
+        {"question": "What does `heapq.merge` do?", "group": "heldout", "correct": False, "source": "heapq.py:314"}
+        | {"answer": "", "expected": ["Merge sorted inputs."]}
+    )
+    protocol = {"temperature": 0.0, "max_tokens": 48, "template": "chat" if stage != "pretrain" else "4-shot plain text"}
+    result = {"model": f"{stage}/model", "likelihood": likelihood, "questions": questions, "samples": samples, "protocol": protocol}
+    write(build / f"evals/{stage}.json", result)
+
+
+def make_build(build: Path) -> Path:
+    """A finished build with all of its stages, in the layout that `plinth build` writes."""
+    write_data(build)
+    write_plan(build)
+    shards = {"path": str(build / "shards"), "stage": "shards", "sha256": tree_sha256(build / "shards")}
+    write_stage(build, "pretrain", 354, 8.3, 2.7, [shards])
+    pretrain = {"path": "pretrain", "stage": "pretrain", "sha256": tree_sha256(build / "pretrain/model")}
+    facts = {"path": "facts/sft.jsonl", "stage": "sft.jsonl", "sha256": file_sha256(build / "facts/sft.jsonl")}
+    write_stage(build, "sft", 120, 2.9, 0.4, [pretrain, facts])
+    write_stage(build, "dpo", 60, 0.69, 0.12, [{"path": "sft", "stage": "sft", "sha256": tree_sha256(build / "sft/model")}])
+    write_evaluation(build, "pretrain", 0.071, 0.93, 0.0, 2.66)
+    write_evaluation(build, "sft", 0.642, 0.31, 0.04, 2.81)
+    write_evaluation(build, "dpo", 0.631, 0.14, 0.12, 2.84)
+    shutil.copy(build / "pretrain/provenance.json", build / "provenance.json")
+    write(build / "config.json", {"source": ["stdlib"], "budget": "5m", "seed": 7})
+    times = {"curate": 21.4, "tokenizer": 4.8, "pack": 6.1, "probe": 9.7, "pretrain": 191.2, "sft": 44.0, "dpo": 25.3, "evaluate": 31.9}
+    write(build / "metrics.jsonl", "".join(json.dumps({"stage": k, "time_s": v}) + "\n" for k, v in times.items()))
+    write(build / "DONE", {"time_s": 336.2})
+    return build
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return make_build(tmp_path_factory.mktemp("runs") / "mine")
+
+
+@pytest.fixture
+def build(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "mine", ignore=shutil.ignore_patterns("report.html"))
+    return tmp_path / "mine"
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, attributes and text, and checks that elements close in order."""
+
+    INLINE = {"b", "code", "strong", "small", "abbr", "span"}
+    VOID = {"meta", "link", "img", "br", "hr", "wbr", "input"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], "", []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.text += "" if tag in self.INLINE else " "
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def page_of(build: Path) -> Page:
+    return Page(write_report(build).read_text(encoding="utf-8"))
+
+
+def words(page: Page) -> str:
+    return " ".join(page.text.split())
+
+
+def test_page_shows_every_part(finished):
+    text = words(page_of(finished))
+    for part in (
+        "A decoder of 6.3 million parameters that answers 63% of known facts right, asserts something false about 14% of "
+        "invented names and refuses 12% of what it was taught: 2 of 3 goals met (missed: refusals of known facts).",
+        "Total time 5 min 36 s",
+        "✓ met known facts answered right at unseen phrasings: 63.1 % (95 % interval 61.1–65.1 %, n = 2,400)",
+        "✗ missed refusals of known facts: 12.0 %",
+        "fewer false answers on invented names than SFT: 31.0 % → 14.0 %, beyond the intervals",
+        "near duplicate 7,355 665",
+        "letters 0.41 below 0.60",
+        "texts/photo.jpg binary: 4 % of its bytes are zero",
+        "PSF-2.0 7,310 12 MB 98.4 %",
+        "not stated 45",
+        "Held-out loss 2.61 nats per token 2.66 nats per token 1.02 Chinchilla law with data repetition",
+        "Peak memory 1.9 GB 1.72 GB 0.91",
+        "✗ wrong",
+        "source: shutil.py:230",
+        "expected: that it says it does not know",
+        "estimate: 2 cores x 10 W, no counter read",
+        "DPO model (served)",
+        "SFT was made from sft.jsonl at",
+        "plinth build stdlib",
+        "torch 2.13.0",
+    ):
+        assert part in text, part
+    assert "Missing from this report" not in text
+
+
+def test_page_needs_no_network(finished):
+    page = page_of(finished)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert all(value.startswith("#") for name, value in page.attributes if name in ("href", "src", "action", "srcset"))
+    raw = (finished / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\(|@import|https?://", raw)
+
+
+def test_charts_are_named_for_those_who_cannot_see_them(finished):
+    raw = write_report(finished).read_text(encoding="utf-8")
+    titles = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"><title>([^<]+)</title>', raw)
+    assert len(titles) == raw.count("<svg ") == 1 + 2 + 2 + 4
+    assert any(title.startswith("BASE: training loss in nats per token over steps, from") for _, title in titles)
+    assert "nan" not in raw.split("<svg", 1)[1].lower().split("</svg>")[0]
+
+
+def test_hostile_text_stays_text(build):
+    manifest = json.loads((build / "corpus/manifest.json").read_text())
+    manifest["rules"][1] = {
+        "rule": HOSTILE,
+        "kept": 3,
+        "dropped": 1,
+        "examples": [{"source": HOSTILE, "excerpt": HOSTILE, "reason": HOSTILE}],
+    }
+    manifest["rejected_files"] = [{"path": HOSTILE, "reason": HOSTILE}]
+    manifest["composition"] = {HOSTILE: {"documents": 1, "bytes": 1}}
+    manifest["licences"] = {HOSTILE: 1}
+    manifest["config"] = {"paths": [HOSTILE]}
+    write(build / "corpus/manifest.json", manifest)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [HOSTILE * 2], "source": [HOSTILE]}), build / "corpus/heldout.parquet")
+    plan = json.loads((build / "plan.json").read_text())
+    plan["sources"] = {key: HOSTILE for key in ("loss_nats", "lr", "energy_j")}
+    plan["model"], plan["alternatives"], plan["currency"] = {HOSTILE: HOSTILE}, [{HOSTILE: HOSTILE}], HOSTILE
+    write(build / "plan.json", plan)
+    result = json.loads((build / "evals/dpo.json").read_text())
+    result["samples"] = [
+        {"question": HOSTILE, "answer": HOSTILE, "expected": [HOSTILE], "source": HOSTILE, "group": HOSTILE, "correct": False}
+    ]
+    result["protocol"], result["model"] = {HOSTILE: HOSTILE}, HOSTILE
+    result["questions"][HOSTILE] = score(0.5, 10, 0.1)
+    write(build / "evals/dpo.json", result)
+    write(
+        build / "provenance.json", {"argv": [HOSTILE], "created": HOSTILE, "versions": {HOSTILE: HOSTILE}, "hardware": {HOSTILE: HOSTILE}}
+    )
+    write(build / "metrics.jsonl", json.dumps({"stage": HOSTILE, "time_s": 1.0}) + "\n")
+    write(build / "FAILED.txt", HOSTILE)
+    done = json.loads((build / "dpo/DONE").read_text()) | {"energy_source": HOSTILE}
+    write(build / "dpo/DONE", done)
+    page = page_of(build)
+    assert not {"script", "img"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count("<script>alert('x')</script>") >= 20
+    assert "{{ 7 * 7 }}" in page.text
+
+
+def test_a_build_without_instruction_data_says_so(build):
+    for name in ("facts", "sft", "dpo"):
+        shutil.rmtree(build / name)
+    for name in ("sft", "dpo"):
+        (build / f"evals/{name}.json").unlink()
+    base = json.loads((build / "evals/pretrain.json").read_text())
+    base["questions"], base["samples"] = {}, []
+    write(build / "evals/pretrain.json", base)
+    text = words(page_of(build))
+    assert "SFT: There was no instruction data (--sft was not given), so the build stopped after pretraining." in text
+    assert "DPO: Preference tuning starts from an SFT model, and there is none." in text
+    assert "that needs 1.099 bits per byte of held-out text; whether its answers are true was not measured." in text
+    assert "BASE model (served)" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plan.json",
+        "corpus",
+        "shards",
+        "tokenizer",
+        "evals",
+        "metrics.jsonl",
+        "provenance.json",
+        "config.json",
+        "pretrain",
+        "facts/manifest.json",
+        "DONE",
+    ],
+)
+def test_each_missing_part_leaves_a_page(build, name):
+    path = build / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page_of(build)
+    if name not in ("DONE", "facts/manifest.json"):
+        assert report_data(build)["missing"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", '"text"', '{"rules": 5, "composition": [], "predicted": 3, "questions": "x", "parents": [1]}']
+)
+def test_damaged_files_are_named_and_survived(build, damage):
+    names = [
+        "plan.json",
+        "corpus/manifest.json",
+        "evals/dpo.json",
+        "sft/DONE",
+        "provenance.json",
+        "dpo/provenance.json",
+        "shards/manifest.json",
+    ]
+    for name in names:
+        write(build / name, damage)
+    write(build / "tokenizer/tokenizer.json", damage)
+    (build / "corpus/heldout.parquet").write_bytes(b"PAR1 broken")
+    write(build / "pretrain/metrics.jsonl", '{"step": 1, "loss_nats": NaN}\n{"step": 2, "loss_nats": 3.0}\n{"step"')
+    page_of(build)
+    gaps = {gap["what"] for gap in report_data(build)["missing"]}
+    assert {"tokenizer", "pretrain/metrics.jsonl"} <= gaps
+    if not damage.startswith('{"'):
+        assert set(names) <= gaps
+
+
+def test_failed_and_unfinished_stages_show(build):
+    (build / "dpo/DONE").unlink()
+    write(build / "dpo/FAILED.txt", "loss is not finite at step 31")
+    (build / "sft/DONE").unlink()
+    data = report_data(build)
+    assert data["served"] == "pretrain"
+    assert data["goals"][0]["cell"]["value"] == 0.071
+    text = words(page_of(build))
+    assert "DPO: The stage did not finish: failed: loss is not finite at step 31." in text
+    assert "SFT: The stage did not finish: unfinished, last checkpoint at step 0." in text
+
+
+def test_only_the_page_is_written(build):
+    before = {path: path.read_bytes() for path in build.rglob("*") if path.is_file()}
+    page = write_report(build)
+    after = {path: path.read_bytes() for path in build.rglob("*") if path.is_file()}
+    assert page == build / "report.html"
+    assert after.pop(page) and after == before
+
+
+def test_lineage_notices_a_changed_parent(build):
+    links = {link["label"]: link for link in report_data(build)["lineage"]}
+    assert list(links) == [
+        "DPO model (served)",
+        "SFT model",
+        "BASE model",
+        "Instruction data",
+        "Token shards",
+        "Tokenizer",
+        "Corpus",
+        "Source",
+    ]
+    assert links["BASE model"]["sha256"] == tree_sha256(build / "pretrain/model")
+    assert [entry["same"] for entry in links["BASE model"]["recorded"]] == [True]
+    assert [entry["same"] for entry in links["Instruction data"]["recorded"]] == [True]
+    (build / "pretrain/model/model.safetensors").write_bytes(b"another")
+    write(build / "facts/sft.jsonl", "another")
+    links = {link["label"]: link for link in report_data(build)["lineage"]}
+    assert [entry["same"] for entry in links["BASE model"]["recorded"]] == [False]
+    assert [entry["same"] for entry in links["Instruction data"]["recorded"]] == [False]
+    assert [entry["same"] for entry in links["SFT model"]["recorded"]] == [True]
+
+
+def test_comparison_needs_intervals_apart():
+    cell = lambda low, high: {"value": (low + high) / 2, "n": 9, "ci95": [low, high]}  # noqa: E731
+    assert verdict.compare(cell(0.5, 0.6), cell(0.1, 0.4), verdict.UP) == "better"
+    assert verdict.compare(cell(0.5, 0.6), cell(0.1, 0.4), verdict.DOWN) == "worse"
+    assert verdict.compare(cell(0.1, 0.2), cell(0.3, 0.4), verdict.DOWN) == "better"
+    assert verdict.compare(cell(0.1, 0.2), cell(0.3, 0.4), verdict.UP) == "worse"
+    assert verdict.compare(cell(0.3, 0.4), cell(0.1, 0.3), verdict.UP) == "unclear"
+    assert verdict.compare(cell(0.3, 0.4), None, verdict.UP) is None
+    assert verdict.compare({**cell(0.3, 0.4), "ci95": None}, cell(0.1, 0.2), verdict.UP) is None
+
+
+def test_goal_exactly_reached_is_met_and_unclear():
+    cells = {"dpo": {"value": 0.60, "n": 100, "ci95": [0.5, 0.7]}}
+    table = {"groups": [{"rows": [{"key": "known_exact", "cells": cells}]}]}
+    known, false, refused = verdict.goals(table, "dpo")
+    assert (known["met"], known["clear"]) == (True, False)
+    assert false["met"] is None and refused["met"] is None
+
+
+def test_samples_show_failures_and_successes_in_turn(finished):
+    groups = {group["group"]: group for group in report_data(finished)["samples"]}
+    marks = [sample["answers"]["dpo"]["correct"] for sample in groups["known"]["samples"]]
+    assert marks == [False, True] * 4 + [True] * 2
+    assert groups["known"]["right"] == {"pretrain": [0, 10], "sft": [6, 10], "dpo": [6, 10]}
+
+
+def test_segmentation_covers_the_passage(finished):
+    section = report_data(finished)["tokenizer"]
+    assert [passage["title"] for passage in section["passages"]] == ["Held-out text (stdlib:Lib/shutil.py)", "A line of code"]
+    shown = "".join(token["text"] for token in section["passages"][0]["tokens"])
+    assert shown == (TEXT * 3)[:240].strip().replace(" ", "·")
+    assert "⟨c3⟩" in "".join(token["text"] for token in section["passages"][1]["tokens"])
+    assert section["bytes_per_token"]["train"] == pytest.approx(11_600_000 / 3_310_000)
+    assert all(len(pair) == 2 and "Ġ" not in "".join(pair) for pair in section["first_merges"])
+
+
+def test_energy_falls_back_to_the_plan_and_says_so(build):
+    for stage in ("pretrain", "sft", "dpo"):
+        summary = json.loads((build / stage / "DONE").read_text())
+        write(build / stage / "DONE", {key: value for key, value in summary.items() if not key.startswith("energy")})
+    entries = report_data(build)["energy"]["entries"]
+    assert [(entry["energy_j"], entry["source"]) for entry in entries] == [(9500.0, "not measured; predicted by estimate: 2 cores x 10 W")]
+
+
+def test_report_card_fits_a_terminal(finished):
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console.print(report_card(finished))
+    text = console.export_text()
+    assert "▲ 63.1 %" in text and "✗ missed refusals of known facts: 12.0 %" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_command_line(build, capsys):
+    assert main(["report", str(build), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["report"] == str(build / "report.html") and answer["served"] == "dpo" and answer["missing"] == []
+    assert main(["report", str(build)]) == 0
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_directory_without_a_build_is_one_clear_line(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        f"plinth: {tmp_path} holds no build (none of provenance.json, plan.json, corpus, pretrain, evals). "
+        "Name the directory that `plinth build --out` wrote.\n"
+    )
+    with pytest.raises(UserError, match="is not a directory"):
+        write_report(tmp_path / "absent")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ticks_are_round_and_inside():
+    assert nice_ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert nice_ticks(2.61, 8.3, 4) == [4.0, 6.0, 8.0]
+    assert nice_ticks(-3, 12, 5) == [0.0, 5.0, 10.0]
+    assert nice_ticks(5, 5) == [5]
+    with pytest.raises(ValueError, match="finite"):
+        nice_ticks(0, math.inf)
+
+
+def test_thinning_keeps_spikes_and_ends():
+    x = list(range(10_000))
+    y = [9.0 if i == 4321 else 1.0 + (i % 7) / 100 for i in x]
+    few_x, few_y = thin(x, y)
+    assert len(few_x) <= 402 and few_x == sorted(few_x) and few_x[-1] == 9999
+    assert (4321, 9.0) in zip(few_x, few_y, strict=True)
+    assert thin([1, 2, 3], [1.0, math.nan, 3.0]) == ([1, 3], [1.0, 3.0])
+
+
+def test_smoothing_keeps_a_line_and_its_length():
+    assert smooth([1.0, 2.0, 3.0, 4.0, 5.0], 3) == [1.5, 2.0, 3.0, 4.0, 4.5]
+    assert smooth([7.0] * 9, 5) == [7.0] * 9
+    assert smooth([], 5) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (formats.share(0.6316), "63.2 %"),
+        (formats.duration(9.84), "9.8 s"),
+        (formats.duration(59.7), "60 s"),
+        (formats.duration(336.2), "5 min 36 s"),
+        (formats.duration(7530), "2 h 5 min"),
+        (formats.size(1_720_000_000), "1.72 GB"),
+        (formats.size(812), "812 B"),
+        (formats.joules(9500), "9.5 kJ (2.64 Wh)"),
+        (formats.joules(950), "950 J"),
+        (formats.money(0.00071, "EUR"), "0.00071 EUR"),
+        (formats.plain(6_312_448.0), "6,312,448"),
+        (formats.plain(2.6612), "2.661"),
+        (formats.quantity(None, "s"), "not measured"),
+    ],
+)
+def test_numbers_as_people_read_them(text, expected):
+    assert text == expected
