@@ -95,7 +95,7 @@ def check_messages(messages: Any) -> None:
         for key in ("role", "content"):
             if key not in message:
                 raise UserError(f"messages[{i}] has no {key!r}.{nearest(key, message)}")
-        if message["role"] not in HEADERS:
+        if not isinstance(message["role"], str) or message["role"] not in HEADERS:
             guess = nearest(str(message["role"]), HEADERS)
             raise UserError(f"messages[{i}].role={message['role']!r} is not one of {', '.join(HEADERS)}.{guess}")
         if not isinstance(message["content"], str):

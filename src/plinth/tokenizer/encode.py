@@ -67,7 +67,7 @@ class Tokenizer:
         for batch in _batches(texts, BATCH_CHARACTERS):
             try:
                 encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
-            except (UnicodeEncodeError, TypeError):
+            except (UnicodeEncodeError, TypeError):  # the library raises either for a lone surrogate
                 raise UserError(_why_not_text(batch)) from None
             ids.extend(encoding.ids for encoding in encodings)
         return ids
@@ -172,6 +172,8 @@ def _batches(texts: Iterable[str], characters: int) -> Iterable[list[str]]:
     batch: list[str] = []
     size = 0
     for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"text={text!r} is of type {type(text).__name__}, not str.")
         batch.append(text)
         size += len(text)
         if size >= characters:
@@ -181,10 +183,8 @@ def _batches(texts: Iterable[str], characters: int) -> Iterable[list[str]]:
         yield batch
 
 
-def _why_not_text(batch: list[Any]) -> str:
+def _why_not_text(batch: list[str]) -> str:
     for text in batch:
-        if not isinstance(text, str):
-            return f"text={text!r} is of type {type(text).__name__}, not str."
         for i, character in enumerate(text):
             if 0xD800 <= ord(character) <= 0xDFFF:
                 return f"text holds U+{ord(character):04X} at character {i}, half of a surrogate pair. Read its file as UTF-8."

@@ -1,0 +1,121 @@
+"""What a decoder costs: parameters, floating-point operations and bytes, as exact integers worked out from its shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plinth.models.config import DecoderConfig
+from plinth.ops.loss import CHUNK_ELEMENTS
+
+
+def _layer_matrix_params(config: DecoderConfig) -> int:
+    """Parameters of one block's matrices: fused qkv, attention output, gate and up, down."""
+    heads = config.num_heads + 2 * config.num_kv_heads
+    attention = config.hidden_size * config.head_dim * (heads + config.num_heads)
+    return attention + 3 * config.hidden_size * config.intermediate_size
+
+
+def count_params(config: DecoderConfig) -> dict[str, int]:
+    """Return {total, embedding, non_embedding, matrix}.
+
+    `embedding` is the token matrix, and the head's where that is one of its own. `matrix` is the blocks' matrices (what Muon trains).
+    """
+    matrix = config.num_layers * _layer_matrix_params(config)
+    norms = (config.num_layers * 2 * (config.hidden_size + config.head_dim) + config.hidden_size) * config.learnable_norm
+    embedding = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    return {"total": matrix + norms + embedding, "embedding": embedding, "non_embedding": matrix + norms, "matrix": matrix}
+
+
+def forward_flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool = True) -> int:
+    """Return the operations of a forward pass a token, averaged over a sequence of `seq_len` tokens, the head included.
+
+    A multiply-add counts as 2. Matrices: 2 (block matrices + V D). Attention: scores and weighted values are 4 H E a layer and attended
+    position; a token attends to (seq_len + 1) / 2 positions on average, or to all with causal=False (the convention of PaLM, and what
+    profilers count). Norms, rotary embedding, softmax and the lookup are left out: they are no matrix products.
+    Source: Kaplan et al. 2020, arXiv:2001.08361, table 1; Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    """
+    matrices = 2 * (config.num_layers * _layer_matrix_params(config) + config.vocab_size * config.hidden_size)
+    doubled_positions = seq_len + 1 if causal else 2 * seq_len
+    return matrices + 2 * doubled_positions * config.num_layers * config.num_heads * config.head_dim
+
+
+def train_flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool = True) -> int:
+    """Return the operations of a training step a token: forward, and twice that backward; nothing is recomputed."""
+    return 3 * forward_flops_per_token(config, seq_len, causal=causal)
+
+
+def kv_bytes_per_token(config: DecoderConfig, dtype_bytes: int = 4) -> int:
+    """Return the bytes of cached keys and values a position, all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype_bytes
+
+
+def decode_bytes_per_token(
+    config: DecoderConfig, context_tokens: int, *, batch_size: int = 1, weight_bytes: int = 4, cache_bytes: int = 4
+) -> int:
+    """Return the bytes read from memory for one generated token of each of `batch_size` sequences, rounded up.
+
+    Every weight once a step, shared by the batch (of a separate embedding matrix only one row a sequence), and the keys and values of
+    `context_tokens` positions. At small batches this, over the memory's bandwidth, is the least time of a token.
+    """
+    counts = count_params(config)
+    head = config.vocab_size * config.hidden_size
+    step = (counts["non_embedding"] + head) * weight_bytes
+    rows = 0 if config.tie_embeddings else config.hidden_size * weight_bytes
+    return -(-step // batch_size) + rows + context_tokens * kv_bytes_per_token(config, cache_bytes)
+
+
+@dataclass(frozen=True)
+class TrainMemory:
+    """Bytes held at the peak of a training step."""
+
+    weights: int
+    """fp32 weights, and a copy of them in the compute type where that is narrower"""
+    gradients: int
+    """gradients, in the compute type"""
+    optimizer: int
+    """optimizer state, fp32"""
+    activations: int
+    """what the forward pass keeps for the backward pass"""
+    head: int
+    """gradients of the head and of the last hidden states, and the logits that exist at once"""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+
+def train_memory_bytes(
+    config: DecoderConfig, micro_batch_size: int, seq_len: int, *, compute_bytes: int = 4, muon: bool = False
+) -> TrainMemory:
+    """Return the memory of a training step of `micro_batch_size` sequences, without the allocator's slack and the interpreter.
+
+    `compute_bytes` is 2 for bf16, 4 for fp32. AdamW keeps two fp32 values a parameter, Muon one for the blocks' matrices.
+    """
+    counts = count_params(config)
+    tokens = micro_batch_size * seq_len
+    copy_bytes = 0 if compute_bytes == 4 else compute_bytes
+    logits = min(tokens, max(1, CHUNK_ELEMENTS // config.vocab_size)) * config.vocab_size
+    head_weight = config.vocab_size * config.hidden_size
+    return TrainMemory(
+        weights=counts["total"] * (4 + copy_bytes),
+        gradients=counts["total"] * compute_bytes,
+        optimizer=(2 * counts["total"] - (counts["matrix"] if muon else 0)) * 4,
+        activations=tokens * activation_bytes_per_token(config, seq_len, compute_bytes),
+        head=tokens * config.hidden_size * compute_bytes + head_weight * (4 + copy_bytes) + logits * (8 + copy_bytes),
+    )
+
+
+def activation_bytes_per_token(config: DecoderConfig, seq_len: int, compute_bytes: int = 4) -> int:
+    """Return the bytes a token that the blocks' fused operations on a CPU keep for the backward pass.
+
+    A norm keeps its output and a scale; attention the normalised and the rotated heads, the values, the repeated keys where heads are
+    grouped, its output, and a row of probabilities a head; SwiGLU gate, up, silu(gate) and their product. Exact for a decoder without
+    learnt norm scales; learnt ones take the plain operations, whose norms keep fp32 copies besides, but no probabilities.
+    """
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    grouped = heads != kv_heads
+    head_vectors = 2 * (heads + kv_heads) + heads + (2 * heads if grouped else kv_heads)
+    attention = head_vectors * config.head_dim + (heads + kv_heads) + heads * seq_len
+    norm = config.hidden_size + 1
+    layer = 2 * norm + attention + 4 * config.intermediate_size
+    return (config.num_layers * layer + norm) * compute_bytes
