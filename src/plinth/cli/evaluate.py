@@ -1,0 +1,111 @@
+"""`plinth evaluate`: held-out likelihood and questions with verifiable answers, each number with its interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from plinth.cli.output import emit, say
+from plinth.config import UserError
+from plinth.evaluation.run import EvaluationConfig, evaluate_build, evaluate_model
+from plinth.run import MODEL_STAGES
+
+COLUMNS = {"pretrain": "BASE", "sft": "SFT", "dpo": "DPO"}
+ROWS = {
+    "loss_nats": "held-out loss (nats a token)",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "bits_per_char": "bits per character",
+    "known_exact": "known facts: right",
+    "known_f1": "known facts: token F1",
+    "consistency": "known facts: same answer to every phrasing",
+    "over_refusal": "known facts: refused (lower is better)",
+    "heldout_exact": "held-out facts: right",
+    "heldout_f1": "held-out facts: token F1",
+    "heldout_refusal": "held-out facts: refused",
+    "invented_refusal": "invented names: refused",
+    "invented_false": "invented names: false answer (lower is better)",
+}
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Score held-out documents (loss, perplexity, bits per byte and character) and questions about known, held-out and invented names.
+
+    A build directory is evaluated stage by stage, into its evals/. For a single run or model folder, shards and facts are looked for in
+    the build around it.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Build directory, run directory, or model folder."""
+    shards: Path | None = None
+    """Folder of packed tokens, for the likelihood; default: shards/ of the build."""
+    facts: Path | None = None
+    """Folder with questions.jsonl and sft.jsonl; default: facts/ of the build."""
+    out: Path | None = None
+    """JSON file to write for a single model; default: none. A build always writes evals/."""
+    config: tyro.conf.OmitArgPrefixes[EvaluationConfig] = field(default_factory=EvaluationConfig)
+    json: bool = False
+    """Print the results as one JSON object."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns 0. Raises UserError when there is no finished model or nothing to evaluate on."""
+    options = tyro.cli(EvaluateOptions, args=argv, prog="plinth evaluate")
+    if is_build(options.model):
+        if options.shards or options.facts or options.out:
+            raise UserError(f"{options.model} is a build, which has its own shards, facts and evals/. Name one stage, as {options.model}/sft.")
+        say(f"evaluating each stage of {options.model}")
+        result = evaluate_build(options.model, options.config)
+        columns = {COLUMNS[stage]: found for stage, found in result["stages"].items()}
+    else:
+        around = build_around(options.model)
+        shards, facts = options.shards or _folder(around, "shards"), options.facts or _folder(around, "facts")
+        say(f"evaluating {options.model}")
+        result = evaluate_model(options.model, shards=shards, facts=facts, config=options.config, out=options.out)
+        columns = {options.model.name: result}
+    emit(result, options.json, lambda console: render(console, columns, result.get("differences", {})))
+    return 0
+
+
+def is_build(path: Path) -> bool:
+    """Say whether a directory holds stages of its own and no model."""
+    return not (path / "model").exists() and any((path / stage / "DONE").exists() for stage in MODEL_STAGES)
+
+
+def build_around(path: Path) -> Path:
+    """Return the directory that would be the build of a run or of a run's model folder."""
+    path = path.resolve()
+    return path.parent.parent if path.name == "model" else path.parent
+
+
+def _folder(build: Path, name: str) -> Path | None:
+    wanted = {"shards": "manifest.json", "facts": "questions.jsonl"}[name]
+    return build / name if (build / name / wanted).exists() else None
+
+
+def render(console: Console, columns: dict[str, dict[str, Any]], differences: dict[str, Any]) -> None:
+    """Draw the table of scores, each as value, interval and n, and the paired differences below it."""
+    table = Table("score", *columns, title="value [95 % interval] n")
+    for key, label in ROWS.items():
+        cells = [(found["likelihood"] | found["questions"]).get(key) for found in columns.values()]
+        if any(cells):
+            table.add_row(label, *(cell_text(cell) for cell in cells))
+    console.print(table)
+    for pair, scores in differences.items():
+        for key, score in scores.items():
+            console.print(f"{pair}: {key} {cell_text(score, signed=True)} paired", markup=False, highlight=False)
+
+
+def cell_text(score: dict[str, Any] | None, signed: bool = False) -> str:
+    """Return a score in one line, or a dash where it was not measured."""
+    if not score or score["value"] is None:
+        return "not measured"
+    sign = "+" if signed else ""
+    low, high = (f"{end:{sign}.3f}" if end is not None else "?" for end in score["ci95"])
+    return f"{score['value']:{sign}.3f} \\[{low}, {high}] n={score['n']}" if not signed else f"{score['value']:{sign}.3f} [{low}, {high}] n={score['n']}"
