@@ -118,4 +118,6 @@ def test_training_memory_by_hand():
     assert (muon.weights, muon.gradients) == (counts["total"] * 6, counts["total"] * 2)
     assert adamw.optimizer - muon.optimizer == 4 * counts["matrix"]
     assert adamw.activations == 2 * muon.activations
+    one, two = (train_memory_bytes(config, BATCH, LENGTH, compute_bytes=2, head_tokens=n).head for n in (1, 2))
+    assert two - one == config.vocab_size * (4 + 4 + 2)  # logits, probabilities, their gradient in bf16
     assert adamw.total == adamw.weights + adamw.gradients + adamw.optimizer + adamw.activations + adamw.head

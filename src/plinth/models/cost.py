@@ -85,16 +85,23 @@ class TrainMemory:
 
 
 def train_memory_bytes(
-    config: DecoderConfig, micro_batch_size: int, seq_len: int, *, compute_bytes: int = 4, muon: bool = False
+    config: DecoderConfig,
+    micro_batch_size: int,
+    seq_len: int,
+    *,
+    compute_bytes: int = 4,
+    head_tokens: int | None = None,
+    muon: bool = False,
 ) -> TrainMemory:
     """Return the memory of a training step of `micro_batch_size` sequences, without the allocator's slack and the interpreter.
 
-    `compute_bytes` is 2 for bf16, 4 for fp32. AdamW keeps two fp32 values a parameter, Muon one for the blocks' matrices.
+    `compute_bytes` is 2 for bf16, 4 for fp32. `head_tokens` is how many tokens' logits exist at once; None takes what the loss takes.
+    AdamW keeps two fp32 values a parameter, Muon one for the blocks' matrices.
     """
     counts = count_params(config)
     tokens = micro_batch_size * seq_len
     copy_bytes = 0 if compute_bytes == 4 else compute_bytes
-    logits = min(tokens, max(1, CHUNK_ELEMENTS // config.vocab_size)) * config.vocab_size
+    logits = min(tokens, head_tokens or max(1, CHUNK_ELEMENTS // config.vocab_size)) * config.vocab_size
     head_weight = config.vocab_size * config.hidden_size
     return TrainMemory(
         weights=counts["total"] * (4 + copy_bytes),

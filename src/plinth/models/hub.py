@@ -121,10 +121,9 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 def export_tensors(model: Transformer) -> dict[str, torch.Tensor]:
     """Return the weights in fp32 under Qwen3's names: fused projections split, scales that are not learnt written as 1."""
     tensors, state = {}, model.state_dict()
-    for name, shape in _published_shapes(model.config).items():
+    for name, (shape, rows) in _layout(model.config).items():
         tensor = state[name].detach().to("cpu", torch.float32) if name in state else torch.ones(shape)
-        parts = tensor.split(_part_sizes(model.config, name, shape[0]))
-        tensors |= {published: part.contiguous() for published, part in zip(_published_names(name), parts)}
+        tensors |= {published: part.contiguous() for published, part in zip(_published_names(name), tensor.split(rows))}
     return tensors
 
 
@@ -137,9 +136,8 @@ def import_tensors(config: DecoderConfig, tensors: dict[str, torch.Tensor], wher
     if config.tie_embeddings and "lm_head.weight" in left:
         _check_tied(left.pop("lm_head.weight"), left.get("model.embed_tokens.weight"), where)
     state = {}
-    for name, shape in _published_shapes(config).items():
-        sizes = _part_sizes(config, name, shape[0])
-        parts = [_take(left, published, (size, *shape[1:]), where) for published, size in zip(_published_names(name), sizes)]
+    for name, (shape, rows) in _layout(config).items():
+        parts = [_take(left, published, (count, *shape[1:]), where) for published, count in zip(_published_names(name), rows)]
         state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
         if len(shape) == 1 and not config.learnable_norm:
             _check_ones(state.pop(name), _published_names(name)[0], where)
@@ -148,11 +146,15 @@ def import_tensors(config: DecoderConfig, tensors: dict[str, torch.Tensor], wher
     return state
 
 
-def _published_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
-    """Return the shape of each tensor of ours that a published model has: those of a decoder that learns its scales."""
+def _layout(config: DecoderConfig) -> dict[str, tuple[torch.Size, tuple[int, ...]]]:
+    """Return, of each tensor of ours that a published model has, its shape and the rows of the projections fused in it.
+
+    They are those of a decoder that learns its scales: a published model always has them.
+    """
     with torch.device("meta"):
-        state = Transformer(dataclasses.replace(config, learnable_norm=True)).state_dict()
-    return {name: parameter.shape for name, parameter in state.items()}
+        model = Transformer(dataclasses.replace(config, learnable_norm=True))
+    fused = model.matrix_parts()
+    return {name: (tensor.shape, fused.get(name, (tensor.shape[0],))) for name, tensor in model.state_dict().items()}
 
 
 def _published_names(name: str) -> list[str]:
@@ -160,12 +162,6 @@ def _published_names(name: str) -> list[str]:
         return OTHER_NAMES[name]
     _, layer, rest = name.split(".", 2)
     return [f"model.layers.{layer}.{published}" for published in LAYER_NAMES[rest]]
-
-
-def _part_sizes(config: DecoderConfig, name: str, rows: int) -> list[int]:
-    if name.endswith("attention.qkv.weight"):
-        return [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    return [rows // 2] * 2 if name.endswith("mlp.gate_up.weight") else [rows]
 
 
 def _take(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], where: str) -> torch.Tensor:
