@@ -53,7 +53,9 @@ def test_first_sentence(doc, sentence):
     assert first_sentence(doc) == sentence
 
 
-@pytest.mark.parametrize("doc", ["copy(x) -> y, a copy", "short.", "Deprecated alias of another.", "A :class:`Foo` with a role.", "Naïve text is not asked."])
+@pytest.mark.parametrize(
+    "doc", ["copy(x) -> y, a copy", "short.", "Deprecated alias of another.", "A :class:`Foo` with a role.", "Naïve text is not asked."]
+)
 def test_unusable_descriptions(doc):
     assert describe(PythonObject("m", "f", "function", doc, "", None, "m.py:1"), 80) is None
 
@@ -122,7 +124,9 @@ def test_heldout_functions_appear_in_no_training_line(folder):
 
 
 def test_questions_use_phrasings_that_training_does_not(folder):
-    trained = {line["messages"][0]["content"] for line in lines(folder, "sft")} | {p["prompt"][0]["content"] for p in lines(folder, "pairs")}
+    trained = {line["messages"][0]["content"] for line in lines(folder, "sft")} | {
+        p["prompt"][0]["content"] for p in lines(folder, "pairs")
+    }
     assert not trained & {q["question"] for q in lines(folder, "questions")}
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from plinth.cli.output import emit, say
 from plinth.config import UserError
@@ -59,7 +60,9 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(EvaluateOptions, args=argv, prog="plinth evaluate")
     if is_build(options.model):
         if options.shards or options.facts or options.out:
-            raise UserError(f"{options.model} is a build, which has its own shards, facts and evals/. Name one stage, as {options.model}/sft.")
+            raise UserError(
+                f"{options.model} is a build, which has its own shards, facts and evals/. Name one stage, as {options.model}/sft."
+            )
         say(f"evaluating each stage of {options.model}")
         result = evaluate_build(options.model, options.config)
         columns = {COLUMNS[stage]: found for stage, found in result["stages"].items()}
@@ -91,11 +94,11 @@ def _folder(build: Path, name: str) -> Path | None:
 
 def render(console: Console, columns: dict[str, dict[str, Any]], differences: dict[str, Any]) -> None:
     """Draw the table of scores, each as value, interval and n, and the paired differences below it."""
-    table = Table("score", *columns, title="value [95 % interval] n")
+    table = Table("score", *columns, title=Text("value [95 % interval] n"))
     for key, label in ROWS.items():
         cells = [(found["likelihood"] | found["questions"]).get(key) for found in columns.values()]
         if any(cells):
-            table.add_row(label, *(cell_text(cell) for cell in cells))
+            table.add_row(label, *(Text(cell_text(cell)) for cell in cells))
     console.print(table)
     for pair, scores in differences.items():
         for key, score in scores.items():
@@ -108,4 +111,4 @@ def cell_text(score: dict[str, Any] | None, signed: bool = False) -> str:
         return "not measured"
     sign = "+" if signed else ""
     low, high = (f"{end:{sign}.3f}" if end is not None else "?" for end in score["ci95"])
-    return f"{score['value']:{sign}.3f} \\[{low}, {high}] n={score['n']}" if not signed else f"{score['value']:{sign}.3f} [{low}, {high}] n={score['n']}"
+    return f"{score['value']:{sign}.3f} [{low}, {high}] n={score['n']}"

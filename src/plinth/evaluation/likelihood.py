@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from plinth.config import UserError, read_json
+from plinth.config import UserError
+from plinth.data.shards import open_split, read_manifest
 from plinth.evaluation.statistics import Score, bootstrap_ratio, map_score
 from plinth.models.transformer import Transformer
 from plinth.run import Progress
@@ -80,7 +81,7 @@ def score_corpus(
         "dtype": str(model.output_weight.dtype).removeprefix("torch."),
         "seed": seed,
         "interval": "percentile bootstrap over documents",
-        "shards_sha256": shards_digest(shards),
+        "shards_sha256": read_manifest(shards)["sha256"]["heldout.bin"],
     }
     return corpus_scores(sums, seed, protocol)
 
@@ -101,39 +102,30 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def shards_digest(shards: Path) -> str | None:
-    """Return the hash of the held-out tokens as the shards' manifest records it."""
-    return read_json(Path(shards) / "manifest.json").get("sha256", {}).get("heldout.bin")
-
-
 def read_heldout(
     shards: Path, tokenizer: Tokenizer, max_documents: int | None, max_tokens: int | None, seed: int
 ) -> tuple[list[np.ndarray], int]:
     """Return a seeded sample of held-out documents as ids without their end, in random order, and how many there are."""
-    shards = Path(shards)
-    manifest = read_json(shards / "manifest.json")
-    packed_with = manifest.get("tokenizer_sha256")
-    if packed_with not in (None, tokenizer.sha256):
+    packed_with = read_manifest(shards)["tokenizer_sha256"]
+    if packed_with != tokenizer.sha256:
         raise UserError(
             f"tokenizer {tokenizer.sha256[:8]}... of the model differs from {packed_with[:8]}... that packed {shards}. "
             "Pack the corpus again with the model's tokenizer."
         )
-    tokens = np.memmap(shards / "heldout.bin", dtype="<u2" if manifest["vocab_size"] <= 65536 else "<u4", mode="r")
-    offsets = np.load(shards / "heldout.offsets.npy")
-    order = np.random.default_rng(seed).permutation(len(offsets) - 1)
+    split = open_split(shards, "heldout")
+    order = np.random.default_rng(seed).permutation(split.num_documents)
     documents: list[np.ndarray] = []
-    left = max_tokens if max_tokens is not None else int(offsets[-1])
+    left = max_tokens if max_tokens is not None else split.num_tokens
     for index in order:
         if left <= 0 or len(documents) == max_documents:
             break
-        ids = np.asarray(tokens[offsets[index] : offsets[index + 1]], dtype=np.int64)
-        ids = ids[ids != tokenizer.end_of_text_id][:left]
+        ids = split.document(index)[:-1][:left].astype(np.int64)
         if len(ids):
             documents.append(ids)
             left -= len(ids)
     if not documents:
         raise UserError(f"{shards} holds no held-out document. Curate with a larger held-out share, or pass --questions alone.")
-    return documents, len(offsets) - 1
+    return documents, split.num_documents
 
 
 def document_sums(
@@ -141,7 +133,8 @@ def document_sums(
 ) -> DocumentSums:
     """Return negative log-likelihood, tokens, bytes and characters of each document."""
     nll_nats = np.zeros(len(documents))
-    windows = [window for i, ids in enumerate(documents) for window in document_windows(i, ids, tokenizer.end_of_text_id or 0, seq_len, stride)]
+    prefix_id = tokenizer.end_of_text_id or 0
+    windows = [window for i, ids in enumerate(documents) for window in document_windows(i, ids, prefix_id, seq_len, stride)]
     with Progress(len(windows), "held-out likelihood", "windows") as progress:
         for batch in window_batches(windows, batch_tokens):
             losses = window_losses(model, batch)

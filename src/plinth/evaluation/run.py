@@ -70,7 +70,9 @@ def evaluate_model(
     scores are dictionaries {value, n, stderr, ci95, protocol}. Raises UserError when there is nothing to evaluate on.
     """
     if shards is None and facts is None:
-        raise UserError("there is nothing to evaluate on. Pass --shards (a folder of `plinth data pack`), --facts (a facts folder), or both.")
+        raise UserError(
+            "there is nothing to evaluate on. Pass --shards (a folder of `plinth data pack`), --facts (a facts folder), or both."
+        )
     config = config or EvaluationConfig()
     started = time.perf_counter()
     folder = find_model(model)

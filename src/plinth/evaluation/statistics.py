@@ -159,7 +159,9 @@ def paired_difference(
 def map_score(score: Score, function: Any, slope: float) -> Score:
     """Return an increasing function of a score: its interval maps through, its standard error by the slope at the value."""
     low, high = score.ci95
-    return Score(float(function(score.value)), score.n, score.stderr * abs(slope), (float(function(low)), float(function(high))), score.protocol)
+    return Score(
+        float(function(score.value)), score.n, score.stderr * abs(slope), (float(function(low)), float(function(high))), score.protocol
+    )
 
 
 def agreement(answers: Sequence[str]) -> float:
