@@ -1,0 +1,221 @@
+"""Preference tuning by direct preference optimisation (DPO) on pairs of a chosen and a rejected answer."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from plinth.config import UserError, from_dict, to_dict
+from plinth.models.hub import load_model, save_model
+from plinth.models.transformer import Transformer
+from plinth.ops.loss import token_log_probs
+from plinth.posttraining.batches import LengthBuckets, pad_rows
+from plinth.run import Run, find_model, usable_cores
+from plinth.tokenizer.chat import Message, Rendered, check_messages, render
+from plinth.tokenizer.encode import Tokenizer
+from plinth.training.loop import TrainConfig, train
+from plinth.training.optim import OptimizerConfig
+from plinth.training.precision import DTYPES
+from plinth.training.step import Workers, open_workers
+
+REFERENCE_FILE = "reference_log_probs.npy"
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Loss, batches and schedule of preference tuning."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=1, warmup_steps=5, optimizer=OptimizerConfig(lr=0.0003, muon_lr=0.002))
+    )
+    """optimizer and schedule; its steps follow from epochs"""
+    epochs: float = 1.0
+    """passes over the pairs"""
+    beta: float = 0.1
+    """strength of the tie to the reference model"""
+    chosen_nll_coef: float = 0.2
+    """weight of the cross-entropy of the chosen answer, which keeps its probability from sinking (0 is plain DPO)"""
+    pairs_per_step: int = 64
+    """pairs an update"""
+    micro_batch_size: int = 32
+    """pairs a forward pass"""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0 or self.epochs <= 0 or self.chosen_nll_coef < 0:
+            raise UserError(f"beta={self.beta} and epochs={self.epochs} must be positive, chosen_nll_coef={self.chosen_nll_coef} not negative.")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with a chosen and a rejected answer, rendered."""
+
+    chosen: Rendered
+    rejected: Rendered
+
+
+def dpo_loss(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B, *, beta: float = 0.1):
+    """Direct preference optimisation loss, summed over pairs.
+
+    All four are sequence log-probabilities in nats, shape (B,), summed over completion tokens only.
+    Returns (loss_sum, num_pairs, metrics), metrics as sums over pairs.  Raises ValueError when the shapes differ.
+    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.  Differs: none.
+    """
+    shapes = {tuple(x.shape) for x in (policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)}
+    if len(shapes) != 1:
+        raise ValueError(f"the four shapes differ: {sorted(shapes)}.")
+    margin_B = beta * ((policy_chosen_B - reference_chosen_B) - (policy_rejected_B - reference_rejected_B))
+    with torch.no_grad():
+        metrics = {"accuracy": float((margin_B > 0).sum()), "margin": float(margin_B.sum())}
+    return -F.logsigmoid(margin_B).sum(), margin_B.numel(), metrics
+
+
+def sequence_log_probs(model: Transformer, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Return the summed log-probability in nats of each row's counted targets, shape (B,)."""
+    hidden_ND = model(inputs_BT).flatten(0, 1)
+    targets_N = targets_BT.flatten()
+    counted = (targets_N >= 0).nonzero()[:, 0]
+    log_probs = token_log_probs(hidden_ND[counted], model.output_weight, targets_N[counted])
+    return torch.zeros(inputs_BT.shape[0]).index_add(0, counted // inputs_BT.shape[1], log_probs)
+
+
+def train_dpo(
+    out: Path,
+    model_run: Path,
+    pairs_file: Path,
+    config: DpoConfig,
+    *,
+    resume: bool = False,
+    argv: list[str] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Tune a run's model on pairs ({"prompt", "chosen", "rejected"} a line) and publish it as out/model.
+
+    The reference is the model as it comes in; its log-probabilities are computed once and kept in the run.
+    """
+    source = find_model(model_run)
+    tokenizer = Tokenizer.load(source)
+    if resume:
+        run = Run.open(out)
+        if run.is_done:
+            return run
+        config = from_dict(DpoConfig, run.config, f"{out}/config.json: ")
+    model = load_model(source)
+    pairs, rejected = read_pairs(pairs_file, tokenizer, model.config.max_seq_len)
+    if rejected:
+        warn(f"{pairs_file}: {len(rejected)} lines rejected ({'; '.join(rejected[:3])})")
+    if not resume:
+        run = Run.create(out, "dpo", to_dict(config), [model_run, pairs_file], argv, config.train.seed)
+    lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]
+    buckets = LengthBuckets(lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
+    pad_id = tokenizer.pad_id or 0
+    reference = reference_log_probs(run, model, pairs, config, pad_id)
+
+    def batches_at(step: int):
+        return [(*pad_pairs(pairs, part, pad_id), torch.from_numpy(reference[part])) for part in buckets.indices(step)]
+
+    def loss(policy: Transformer, batch):
+        inputs, targets, reference_B2 = batch
+        chosen, rejected = sequence_log_probs(policy, inputs, targets).chunk(2)
+        total, count, metrics = dpo_loss(chosen, rejected, *reference_B2.unbind(1), beta=config.beta)
+        metrics["chosen_log_prob"], metrics["rejected_log_prob"] = float(chosen.sum().detach()), float(rejected.sum().detach())
+        return total - config.chosen_nll_coef * chosen.sum(), count, metrics
+
+    steps = max(1, round(buckets.steps_per_epoch * config.epochs))
+    summary = train(
+        run, model, loss, batches_at, replace(config.train, steps=steps), description="preference tuning", resume=resume, warn=warn
+    )
+    save_model(model, tokenizer, run.model_dir)
+    summary |= {"pairs": len(pairs), "rejected_lines": len(rejected), "epochs": config.epochs}
+    summary["pairs_seen"] = summary.pop("tokens")
+    run.finish(summary)
+    return run
+
+
+def pad_pairs(pairs: list[Pair], part: np.ndarray, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and targets of the chosen rows, then the rejected rows."""
+    rows = [pairs[i].chosen for i in part] + [pairs[i].rejected for i in part]
+    return pad_rows([row.tokens for row in rows], [row.loss_mask for row in rows], pad_id)
+
+
+def reference_log_probs(run: Run, model: Transformer, pairs: list[Pair], config: DpoConfig, pad_id: int) -> np.ndarray:
+    """Return the incoming model's log-probabilities of chosen and rejected answers, shape (pairs, 2); computed once.
+
+    They are computed in the dtype that the policy trains in, so that the first margin is zero.
+    """
+    path = run.path / REFERENCE_FILE
+    if path.exists():
+        return np.load(path)
+    order = np.argsort([len(pair.chosen.tokens) for pair in pairs], kind="stable")
+    parts = np.array_split(order, max(1, len(order) // config.micro_batch_size))
+    frozen = copy.deepcopy(model).to(DTYPES[config.train.dtype])
+
+    def score(part: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return sequence_log_probs(frozen, *pad_pairs(pairs, part, pad_id)).view(2, -1).T.numpy()
+
+    result = np.zeros((len(pairs), 2), dtype=np.float32)
+    with open_workers(config.train.num_threads or usable_cores()) as workers:
+        _fill(result, parts, workers, score)
+    np.save(path, result)
+    return result
+
+
+def _fill(result: np.ndarray, parts: list[np.ndarray], workers: Workers, score: Callable[[np.ndarray], np.ndarray]) -> None:
+    for part, scores in zip(parts, workers.map(score, parts)):
+        result[part] = scores
+
+
+def read_pairs(path: Path, tokenizer: Tokenizer, max_seq_len: int) -> tuple[list[Pair], list[str]]:
+    """Read preference pairs from JSON Lines; return them rendered, and a reason for each line left out.
+
+    A line is {"prompt": text or messages, "chosen": text, "rejected": text}.  Raises UserError when none is valid.
+    """
+    pairs, rejected = [], []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            pairs.append(_parse_pair(line, tokenizer, max_seq_len))
+        except UserError as error:
+            rejected.append(f"line {number}: {error}")
+    if not pairs:
+        raise UserError(f"{path} holds no valid pair{': ' + rejected[0] if rejected else ''}. Each line needs prompt, chosen and rejected.")
+    return pairs, rejected
+
+
+def _parse_pair(line: str, tokenizer: Tokenizer, max_seq_len: int) -> Pair:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not JSON: {error.msg}") from None
+    missing = [key for key in ("prompt", "chosen", "rejected") if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise UserError(f"no {missing[0]!r}")
+    prompt = record["prompt"]
+    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    check_messages(messages)
+    rendered = []
+    for key in ("chosen", "rejected"):
+        if not isinstance(record[key], str):
+            raise UserError(f"{key!r} is not text")
+        rendered.append(render(tokenizer, [*messages, {"role": "assistant", "content": record[key]}]))
+        if len(rendered[-1].tokens) > max_seq_len + 1:
+            raise UserError(f"{len(rendered[-1].tokens)} tokens exceed the context of {max_seq_len}")
+    return Pair(*(_only_last_answer(r, len(render(tokenizer, messages).tokens)) for r in rendered))
+
+
+def _only_last_answer(rendered: Rendered, prompt_tokens: int) -> Rendered:
+    """Keep the loss on the answer after the prompt, not on earlier answers of the conversation."""
+    mask = [flag and i >= prompt_tokens for i, flag in enumerate(rendered.loss_mask)]
+    return Rendered(rendered.tokens, mask)

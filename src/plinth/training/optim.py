@@ -1,0 +1,149 @@
+"""Optimizers on fp32 master weights: AdamW, and Muon for the hidden matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from plinth.config import UserError
+from plinth.training.precision import MasterWeights
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for hidden matrices, AdamW for embeddings, head and scales; adamw: AdamW for all"""
+    lr: float = 0.004
+    """peak learning rate of AdamW"""
+    muon_lr: float = 0.02
+    """peak learning rate of Muon, as the root mean square of a square matrix's singular values moved a step"""
+    beta1: float = 0.9
+    """decay of AdamW's first moment"""
+    beta2: float = 0.98
+    """decay of AdamW's second moment"""
+    eps: float = 1e-10
+    """added to the root of AdamW's second moment"""
+    momentum: float = 0.95
+    """decay of Muon's momentum (Nesterov)"""
+    weight_decay: float = 0.1
+    """decay of hidden matrices, relative to the learning rate"""
+    newton_schulz_steps: int = 5
+    """iterations that orthogonalise Muon's update"""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "eps"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be positive.")
+
+
+class Optimizer:
+    """AdamW on some tensors and Muon on others; all state is a flat dictionary of tensors."""
+
+    def __init__(self, masters: MasterWeights, config: OptimizerConfig, parts: dict[str, tuple[int, ...]]):
+        self.config, self.masters = config, masters
+        self.parts = parts if config.name == "muon" else {}
+        self.num_updates = 0
+        self.state: dict[str, torch.Tensor] = {}
+        for name, tensor in masters.tensors.items():
+            kinds = ("momentum",) if name in self.parts else ("exp_avg", "exp_avg_sq")
+            self.state.update({f"{kind}/{name}": torch.zeros_like(tensor) for kind in kinds})
+
+    @torch.no_grad()
+    def step(self, grads: dict[str, torch.Tensor], lr_scale: float, workers: Any) -> None:
+        """Update the master weights in place; `lr_scale` multiplies the peak rates."""
+        self.num_updates += 1
+        jobs: list[Callable[[], None]] = [lambda: self._adamw(grads, lr_scale)]
+        jobs += [self._muon_job(grads, lr_scale, share) for share in self._muon_shares(workers.num_threads)]
+        workers.map(lambda job: job(), jobs[::-1])
+
+    def _adamw(self, grads: dict[str, torch.Tensor], lr_scale: float) -> None:
+        names = [name for name in grads if name not in self.parts]
+        config = self.config
+        for decayed in (True, False):
+            group = [name for name in names if (self.masters.tensors[name].dim() >= 2 and "embed" not in name) == decayed]
+            if not group:
+                continue
+            torch._fused_adamw_(
+                [self.masters.tensors[name] for name in group],
+                [grads[name] for name in group],
+                [self.state[f"exp_avg/{name}"] for name in group],
+                [self.state[f"exp_avg_sq/{name}"] for name in group],
+                [],
+                [torch.tensor(float(self.num_updates)) for _ in group],
+                lr=config.lr * lr_scale,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                weight_decay=config.weight_decay if decayed else 0.0,
+                eps=config.eps,
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def _muon_shares(self, num_shares: int) -> list[list[tuple[str, int, int]]]:
+        """Split the matrices (name, first row, last row) into shares of like shapes and about equal work."""
+        by_shape = defaultdict(list)
+        for name, rows in self.parts.items():
+            start = 0
+            for count in rows:
+                shape = tuple(sorted((count, self.masters.tensors[name].shape[1])))
+                by_shape[shape].append((name, start, start + count))
+                start += count
+        shares = []
+        for group in by_shape.values():
+            size = -(-len(group) // num_shares)
+            shares += [group[i : i + size] for i in range(0, len(group), size)]
+        return shares
+
+    def _muon_job(self, grads, lr_scale: float, share) -> Callable[[], None]:
+        def job() -> None:
+            config = self.config
+            directions = []
+            for name, a, b in share:
+                buffer, grad = self.state[f"momentum/{name}"][a:b], grads[name][a:b]
+                buffer.lerp_(grad, 1.0 - config.momentum)
+                direction = torch.lerp(grad, buffer, config.momentum)
+                directions.append(direction.T if direction.shape[0] > direction.shape[1] else direction)
+            updates = orthogonalise(torch.stack(directions), config.newton_schulz_steps)
+            for (name, a, b), update in zip(share, updates):
+                weight = self.masters.tensors[name][a:b]
+                rows, columns = weight.shape
+                update = update.T if rows > columns else update
+                lr = config.muon_lr * lr_scale
+                weight.mul_(1.0 - lr * config.weight_decay)
+                weight.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+        return job
+
+    def load(self, state: dict[str, torch.Tensor], num_updates: int) -> None:
+        """Take over saved state by name."""
+        for name, tensor in self.state.items():
+            tensor.copy_(state[name])
+        self.num_updates = num_updates
+
+
+def orthogonalise(matrices: torch.Tensor, steps: int) -> torch.Tensor:
+    """Move the singular values of a stack (N, rows <= columns) towards 1 by Newton-Schulz iterations, in bf16.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (quintic coefficients).
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(torch.bfloat16)
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.transpose(1, 2))
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.float()
+
+
+def build_optimizer(masters: MasterWeights, config: OptimizerConfig) -> Optimizer:
+    """Make the optimizer for a model; the model says by `matrix_parts` which parameters Muon may take and how to cut them."""
+    return Optimizer(masters, config, masters.model.matrix_parts())

@@ -1,0 +1,31 @@
+"""Master weights in fp32 behind a model that computes in fp32 or bf16."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class MasterWeights:
+    """The fp32 weights that the optimizer moves; `publish` rounds them into the model's own dtype."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        model.to(torch.float32)
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.model = model.to(dtype)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the fp32 weights into the model."""
+        for parameter, name in zip(self.parameters, self.names):
+            parameter.copy_(self.tensors[name])
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over saved weights by name."""
+        for name in self.names:
+            self.tensors[name].copy_(tensors[name])
+        self.publish()

@@ -1,0 +1,111 @@
+"""Pretraining: a decoder on token shards, next-token cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from plinth.config import UserError, from_dict, to_dict
+from plinth.data.loader import TokenLoader
+from plinth.data.shards import read_manifest
+from plinth.models.config import DecoderConfig
+from plinth.models.cost import train_flops_per_token
+from plinth.models.hub import save_model
+from plinth.models.transformer import Transformer
+from plinth.run import Run
+from plinth.tokenizer.encode import Tokenizer
+from plinth.training.loop import TrainConfig, train
+from plinth.training.objectives import causal_lm_loss
+from plinth.training.step import Batch
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A decoder, its batches and its schedule."""
+
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    """shape of the decoder"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """length, optimizer and schedule"""
+    seq_len: int = 256
+    """tokens a sequence"""
+    sequences_per_step: int = 32
+    """sequences an update"""
+    micro_batch_size: int = 16
+    """sequences a forward pass"""
+    kind_weights: dict[str, float] | None = None
+    """share of the batches for each kind of document (default: as the corpus has them)"""
+    matmul_flops_per_s: float | None = None
+    """measured matrix-product rate that MFU refers to, FLOP/s (default: no MFU)"""
+
+    def __post_init__(self) -> None:
+        if self.seq_len > self.model.max_seq_len:
+            raise UserError(
+                f"seq_len={self.seq_len} exceeds max_seq_len={self.model.max_seq_len}. Lower it, or raise model.max-seq-len."
+            )
+        if self.sequences_per_step < 1 or self.micro_batch_size < 1:
+            raise UserError("sequences_per_step and micro_batch_size must be at least 1.")
+
+
+def pretrain(
+    out: Path,
+    shards: Path,
+    tokenizer_dir: Path,
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    argv: list[str] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Train a decoder and publish it as out/model; returns the finished run.
+
+    With `resume` the configuration saved in the run counts. Raises UserError when the shards were packed with
+    another tokenizer.
+    """
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    check_shards(shards, tokenizer, tokenizer_dir)
+    if resume:
+        run = Run.open(out)
+        if run.is_done:
+            return run
+        config = from_dict(PretrainConfig, run.config, f"{out}/config.json: ")
+    else:
+        run = Run.create(out, "pretrain", to_dict(config), [shards, tokenizer_dir], argv, config.train.seed)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
+    model = Transformer(config.model).init_weights(torch.Generator().manual_seed(config.train.seed))
+    loader = TokenLoader(shards, config.seq_len, config.sequences_per_step, config.train.seed, weights=config.kind_weights)
+    summary = train(
+        run,
+        model,
+        causal_lm_loss,
+        lambda step: split_rows(loader.batch(step), config.micro_batch_size),
+        config.train,
+        description="pretraining",
+        flops_per_token=train_flops_per_token(config.model, config.seq_len),
+        matmul_flops_per_s=config.matmul_flops_per_s,
+        resume=resume,
+        warn=warn,
+    )
+    save_model(model, tokenizer, run.model_dir)
+    summary["epochs"] = loader.epochs(config.train.steps)
+    run.finish(summary)
+    return run
+
+
+def check_shards(shards: Path, tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
+    """Raise UserError unless the shards were packed with this tokenizer."""
+    packed = read_manifest(shards)["tokenizer_sha256"]
+    if packed != tokenizer.sha256:
+        raise UserError(
+            f"tokenizer {tokenizer.sha256[:8]} of {tokenizer_dir} differs from {packed[:8]} that packed {shards}. "
+            f"Re-pack with `plinth data pack --tokenizer {tokenizer_dir}`."
+        )
+
+
+def split_rows(batch: tuple[torch.Tensor, torch.Tensor], rows: int) -> Sequence[Batch]:
+    """Cut a batch into micro-batches of at most `rows` sequences."""
+    return list(zip(*(tensor.split(rows) for tensor in batch)))

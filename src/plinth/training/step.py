@@ -1,0 +1,186 @@
+"""The one training step of the project: gradients over micro-batches, checks, and one optimizer update."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from plinth.training.optim import Optimizer
+from plinth.training.precision import DTYPES, MasterWeights
+
+Batch = Any
+LossFunction = Callable[[nn.Module, Batch], tuple[torch.Tensor, float, dict[str, float]]]
+"""(model, batch) -> loss sum in nats (a scalar with gradient), count, and sums of further metrics."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured; `loss_nats` and `metrics` are divided by the count over all micro-batches."""
+
+    loss_nats: float
+    count: float
+    grad_norm: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class NonFiniteError(ArithmeticError):
+    """Loss or gradient is not finite; raised before the weights are touched."""
+
+
+class Workers:
+    """Threads that share the weights and split the micro-batches of a step.
+
+    Each runs its operations on one core: small tensors stay in that core's cache, and there is one meeting a step
+    instead of one an operation, so that other load on the machine costs no more than the time it takes. Results are
+    added in the order of the micro-batches, so they depend on the number of threads only through their grouping.
+    """
+
+    def __init__(self, num_threads: int):
+        self.num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Apply `function` to each item, one item a thread at a time, results in order."""
+        return list(self._pool.map(function, items))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+@contextlib.contextmanager
+def open_workers(num_threads: int) -> Iterator[Workers]:
+    """Give worker threads; meanwhile the calling thread's own operations use one core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    workers = Workers(num_threads)
+    try:
+        yield workers
+    finally:
+        workers.close()
+        torch.set_num_threads(before)
+
+
+def split_gradients(
+    masters: MasterWeights, loss_function: LossFunction, batches: Sequence[Batch], workers: Workers
+) -> tuple[float, float, dict[str, float], list[torch.Tensor]]:
+    """Return loss sum, count, metric sums, and the fp32 gradient of the loss sum over all micro-batches."""
+
+    def run(share: Sequence[Batch]):
+        total, loss_sum, count, sums = None, 0.0, 0.0, {}
+        for batch in share:
+            loss, batch_count, metrics = loss_function(masters.model, batch)
+            grads = torch.autograd.grad(loss, masters.parameters, allow_unused=True)
+            total = _accumulate(total, grads, masters.parameters)
+            loss_sum, count = loss_sum + float(loss.detach()), count + batch_count
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return loss_sum, count, sums, total
+
+    n = min(workers.num_threads, len(batches))
+    bounds = [len(batches) * i // n for i in range(n + 1)]
+    parts = workers.map(run, [batches[a:b] for a, b in zip(bounds, bounds[1:])])
+    grads = parts[0][3]
+    for part in parts[1:]:
+        torch._foreach_add_(grads, part[3])
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, value in part[2].items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sum(part[0] for part in parts), sum(part[1] for part in parts), sums, grads
+
+
+def _accumulate(total, grads, parameters):
+    wide = [torch.zeros(p.shape) if g is None else g.float() for g, p in zip(grads, parameters)]
+    if total is None:
+        return wide
+    torch._foreach_add_(total, wide)
+    return total
+
+
+def train_step(
+    masters: MasterWeights,
+    loss_function: LossFunction,
+    batches: Sequence[Batch],
+    optimizer: Optimizer,
+    workers: Workers,
+    *,
+    lr_scale: float = 1.0,
+    clip_grad_norm: float | None = 1.0,
+) -> StepResult:
+    """Do one optimizer update on the mean loss of all micro-batches.
+
+    The mean is taken once, over the count of all micro-batches together. Raises NonFiniteError before the update
+    when loss or gradient is not finite, and ValueError when no token is counted.
+    """
+    loss_sum, count, sums, grads = split_gradients(masters, loss_function, batches, workers)
+    if not count:
+        raise ValueError("the batch holds no supervised token.")
+    torch._foreach_mul_(grads, 1.0 / count)
+    grad_norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+    loss = loss_sum / count
+    if not (abs(loss) < float("inf") and grad_norm < float("inf")):
+        raise NonFiniteError(f"loss {loss} and gradient norm {grad_norm} are not both finite.")
+    if clip_grad_norm is not None and grad_norm > clip_grad_norm:
+        torch._foreach_mul_(grads, clip_grad_norm / grad_norm)
+    optimizer.step(dict(zip(masters.names, grads)), lr_scale, workers)
+    masters.publish()
+    return StepResult(loss, count, grad_norm, {name: value / count for name, value in sums.items()})
+
+
+@dataclass(frozen=True)
+class ThroughputSample:
+    """Measured speed of the training step at one shape."""
+
+    tokens_per_s: float
+    step_s: float
+    peak_memory_bytes: int
+
+
+def measure_tokens_per_s(
+    config: Any,
+    *,
+    micro_batch_size: int,
+    seq_len: int,
+    dtype: str = "bfloat16",
+    optimizer: str = "muon",
+    steps: int = 3,
+    seed: int = 0,
+    num_threads: int | None = None,
+) -> ThroughputSample:
+    """Time real training steps of a decoder on random tokens, one micro-batch a thread; the median step counts."""
+    from plinth.models.transformer import Transformer
+    from plinth.run import usable_cores
+    from plinth.training.objectives import causal_lm_loss
+    from plinth.training.optim import OptimizerConfig, build_optimizer
+
+    generator = torch.Generator().manual_seed(seed)
+    masters = MasterWeights(Transformer(config).init_weights(generator), DTYPES[dtype])
+    update = build_optimizer(masters, OptimizerConfig(name=optimizer))
+    threads = num_threads or usable_cores()
+    shape = (threads, micro_batch_size, seq_len)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator)
+    batches = [(tokens[i], tokens[i]) for i in range(threads)]
+    times = []
+    with open_workers(threads) as workers:
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            train_step(masters, causal_lm_loss, batches, update, workers)
+            times.append(time.perf_counter() - start)
+    step_s = sorted(times[1:])[steps // 2]
+    return ThroughputSample(tokens.numel() / step_s, step_s, peak_memory_bytes())
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
