@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+PADDING = 1.05  # tokens of a batch with padding, over those without, as LengthBuckets leaves it
 UNCOUNTED = -1  # a target that no loss counts
 
 
@@ -27,6 +28,12 @@ class LengthBuckets:
     @property
     def steps_per_epoch(self) -> int:
         return -(-self._num_micro_batches // self.micro_batches_per_step)
+
+    def steps_for(self, epochs: float, tokens: int | None) -> int:
+        """Return the steps of so many epochs, or of so many tokens with padding, at least one."""
+        if tokens is not None:
+            epochs = tokens / (float(self.lengths.mean()) * PADDING * len(self.lengths))
+        return max(1, round(self.steps_per_epoch * epochs))
 
     @property
     def _num_micro_batches(self) -> int:

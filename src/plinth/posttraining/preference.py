@@ -17,7 +17,7 @@ from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
 from plinth.posttraining.batches import LengthBuckets, pad_rows
-from plinth.run import Run, find_model, usable_cores
+from plinth.run import Run, find_model
 from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.loop import TrainConfig, train
@@ -33,11 +33,13 @@ class DpoConfig:
     """Loss, batches and schedule of preference tuning."""
 
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=1, warmup_steps=5, optimizer=OptimizerConfig(lr=0.0003, muon_lr=0.002))
+        default_factory=lambda: TrainConfig(warmup_steps=5, optimizer=OptimizerConfig(lr=0.0003, muon_lr=0.002))
     )
-    """optimizer and schedule; its steps follow from epochs"""
+    """optimizer and schedule"""
     epochs: float = 1.0
     """passes over the pairs"""
+    tokens: int | None = None
+    """tokens to process, padding included; given, it takes the place of epochs"""
     beta: float = 0.1
     """strength of the tie to the reference model"""
     chosen_nll_coef: float = 0.2
@@ -110,10 +112,11 @@ def train_dpo(
     pairs, rejected = read_pairs(pairs_file, tokenizer, model.config.max_seq_len)
     if rejected:
         warn(f"{pairs_file}: {len(rejected)} lines rejected ({'; '.join(rejected[:3])})")
-    if not resume:
-        run = Run.create(out, "dpo", to_dict(config), [model_run, pairs_file], argv, config.train.seed)
-    lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]
+    lengths = [2 * max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]  # of two padded rows
     buckets = LengthBuckets(lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
+    if not resume:
+        config = replace(config, train=config.train.resolved(buckets.steps_for(config.epochs, config.tokens)))
+        run = Run.create(out, "dpo", to_dict(config), [model_run, pairs_file], argv, config.train.seed)
     pad_id = tokenizer.pad_id or 0
     reference = reference_log_probs(run, model, pairs, config, pad_id)
 
@@ -127,12 +130,9 @@ def train_dpo(
         metrics["chosen_log_prob"], metrics["rejected_log_prob"] = float(chosen.sum().detach()), float(rejected.sum().detach())
         return total - config.chosen_nll_coef * chosen.sum(), count, metrics
 
-    steps = max(1, round(buckets.steps_per_epoch * config.epochs))
-    summary = train(
-        run, model, loss, batches_at, replace(config.train, steps=steps), description="preference tuning", resume=resume, warn=warn
-    )
+    summary = train(run, model, loss, batches_at, config.train, description="preference tuning", resume=resume, warn=warn)
     save_model(model, tokenizer, run.model_dir)
-    summary |= {"pairs": len(pairs), "rejected_lines": len(rejected), "epochs": config.epochs}
+    summary |= {"pairs": len(pairs), "rejected_lines": len(rejected), "epochs": summary["steps"] / buckets.steps_per_epoch}
     summary["pairs_seen"] = summary.pop("tokens")
     run.finish(summary)
     return run
@@ -161,7 +161,7 @@ def reference_log_probs(run: Run, model: Transformer, pairs: list[Pair], config:
             return sequence_log_probs(frozen, *pad_pairs(pairs, part, pad_id)).view(2, -1).T.numpy()
 
     result = np.zeros((len(pairs), 2), dtype=np.float32)
-    with open_workers(config.train.num_threads or usable_cores()) as workers:
+    with open_workers(config.train.num_threads) as workers:
         _fill(result, parts, workers, score)
     np.save(path, result)
     return result

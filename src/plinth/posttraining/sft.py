@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from plinth.config import UserError, from_dict, to_dict
-from plinth.models.cost import train_flops_per_token
 from plinth.models.hub import load_model, save_model
 from plinth.posttraining.batches import LengthBuckets, pad_rows
 from plinth.run import Run, find_model
@@ -23,19 +22,19 @@ class SftConfig:
     """Batches and schedule of supervised finetuning."""
 
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=1, warmup_steps=10, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01))
+        default_factory=lambda: TrainConfig(warmup_steps=10, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01))
     )
-    """optimizer and schedule; its steps follow from epochs"""
+    """optimizer and schedule"""
     epochs: float = 3.0
     """passes over the conversations"""
+    tokens: int | None = None
+    """tokens to process, padding included; given, it takes the place of epochs"""
     conversations_per_step: int = 128
     """conversations an update"""
     micro_batch_size: int = 64
     """conversations a forward pass"""
     max_seq_len: int | None = None
     """longest conversation in tokens (default: the model's context); a longer one is an error, never cut"""
-    matmul_flops_per_s: float | None = None
-    """measured matrix-product rate that MFU refers to, FLOP/s"""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
@@ -69,10 +68,11 @@ def train_sft(
     model = load_model(source)
     limit = config.max_seq_len or model.config.max_seq_len
     examples = render_examples(tokenizer, conversations, limit)
-    if not resume:
-        run = Run.create(out, "sft", to_dict(config), [model_run, messages], argv, config.train.seed)
     lengths = [len(example.tokens) for example in examples]
     buckets = LengthBuckets(lengths, config.conversations_per_step, config.micro_batch_size, config.train.seed)
+    if not resume:
+        config = replace(config, train=config.train.resolved(buckets.steps_for(config.epochs, config.tokens)))
+        run = Run.create(out, "sft", to_dict(config), [model_run, messages], argv, config.train.seed)
     pad_id = tokenizer.pad_id or 0
 
     def batches_at(step: int):
@@ -86,19 +86,17 @@ def train_sft(
         model,
         causal_lm_loss,
         batches_at,
-        replace(config.train, steps=max(1, round(buckets.steps_per_epoch * config.epochs))),
+        config.train,
         description="finetuning",
         resume=resume,
         warn=warn,
-        flops_per_token=train_flops_per_token(model.config, max(1, sum(lengths) // len(lengths))),
-        matmul_flops_per_s=None,  # the logged tokens are the supervised ones, so a utilisation would mislead
     )
     save_model(model, tokenizer, run.model_dir)
     supervised = sum(sum(example.loss_mask) for example in examples)
     summary |= {
         "conversations": len(conversations),
         "rejected": rejects.count,
-        "epochs": config.epochs,
+        "epochs": summary["steps"] / buckets.steps_per_epoch,
         "supervised_share": supervised / sum(lengths),
     }
     run.finish(summary)

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from plinth.config import UserError
 from plinth.run import Progress, Run, usable_cores
 from plinth.training.checkpoint import load_checkpoint, save_checkpoint
 from plinth.training.optim import OptimizerConfig, build_optimizer
-from plinth.training.precision import DTYPES, MasterWeights
+from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
 from plinth.training.schedule import warmup_stable_decay
 from plinth.training.step import Batch, LossFunction, NonFiniteError, open_workers, peak_memory_bytes, train_step
 
@@ -25,8 +25,8 @@ from plinth.training.step import Batch, LossFunction, NonFiniteError, open_worke
 class TrainConfig:
     """How long and how to train; the same for every stage."""
 
-    steps: int = 500
-    """optimizer updates"""
+    steps: int | None = None
+    """optimizer updates (default: as many as the stage's epochs or tokens give)"""
     warmup_steps: int = 10
     """updates over which the learning rate rises"""
     decay_fraction: float = 0.4
@@ -35,8 +35,8 @@ class TrainConfig:
     """the optimizer"""
     clip_grad_norm: float = 1.0
     """largest gradient norm of an update; a guard"""
-    dtype: str = "bfloat16"
-    """dtype of the computation, bfloat16 or float32; the optimizer always holds float32"""
+    dtype: str | None = None
+    """dtype of the computation, bfloat16 or float32 (default: the faster here); the optimizer always holds float32"""
     num_threads: int | None = None
     """worker threads, each with one core (default: all usable cores)"""
     checkpoint_every_s: float = 60.0
@@ -47,15 +47,25 @@ class TrainConfig:
     """seed of initialisation and order of batches"""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise UserError(f"steps={self.steps} must be at least 1.")
-        if self.dtype not in DTYPES:
+        if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
         if not 0 <= self.decay_fraction <= 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
 
+    def resolved(self, steps: int | None = None) -> TrainConfig:
+        """Fill in what the machine and the stage decide; `steps` counts where the user named none."""
+        return replace(
+            self,
+            steps=self.steps or steps,
+            dtype=self.dtype or fastest_dtype(),
+            num_threads=self.num_threads or usable_cores(),
+        )
+
     def lr_scale(self, step: int) -> float:
         """Return the factor of the peak learning rates at a step counted from 0."""
+        assert self.steps is not None
         decay_steps = round(self.steps * self.decay_fraction)
         return warmup_stable_decay(step, steps=self.steps, warmup_steps=self.warmup_steps, decay_steps=decay_steps)
 
@@ -83,6 +93,7 @@ def train(
     resumed run equal an uninterrupted one bit for bit. Metrics go to run.log, checkpoints to run.checkpoints_dir.
     Raises Stopped after Ctrl-C or SIGTERM, and UserError on a loss or gradient that is not finite, before the update.
     """
+    assert config.steps and config.dtype and config.num_threads, "train() takes a resolved configuration"
     masters = MasterWeights(model, DTYPES[config.dtype])
     optimizer = build_optimizer(masters, config.optimizer)
     start_step = 0
@@ -96,7 +107,7 @@ def train(
     tokens = earlier[0]["tokens"] if earlier else 0
     last_saved = time.monotonic()
     with (
-        open_workers(config.num_threads or usable_cores()) as workers,
+        open_workers(config.num_threads) as workers,
         stop_requests() as stop,
         Progress(config.steps, description) as progress,
     ):

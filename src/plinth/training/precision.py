@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def fastest_dtype() -> str:
+    """Return bfloat16 where this processor multiplies its matrices faster than fp32 ones, else float32; takes 0.1 s."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    seconds = {}
+    for name, dtype in DTYPES.items():
+        a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+        seconds[name] = min(times)
+    return min(seconds, key=lambda name: seconds[name])
 
 
 class MasterWeights:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ class PretrainConfig:
 
     model: DecoderConfig = field(default_factory=DecoderConfig)
     """shape of the decoder"""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500))
     """length, optimizer and schedule"""
     seq_len: int = 256
     """tokens a sequence"""
@@ -73,6 +73,7 @@ def pretrain(
             return run
         config = from_dict(PretrainConfig, run.config, f"{out}/config.json: ")
     else:
+        config = replace(config, train=config.train.resolved(500))
         run = Run.create(out, "pretrain", to_dict(config), [shards, tokenizer_dir], argv, config.train.seed)
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
@@ -91,7 +92,8 @@ def pretrain(
         warn=warn,
     )
     save_model(model, tokenizer, run.model_dir)
-    summary["epochs"] = loader.epochs(config.train.steps)
+    summary["epochs"] = loader.epochs(summary["steps"])
+    summary["num_params"] = sum(p.numel() for p in model.parameters())
     run.finish(summary)
     return run
 

@@ -1,0 +1,63 @@
+"""`plinth pretrain`: a decoder from token shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from plinth.cli.output import emit, say
+from plinth.models.config import DecoderConfig
+from plinth.recipes.stages import pretrain_config
+from plinth.scaling.plan_record import load_plan
+from plinth.tokenizer.encode import Tokenizer
+from plinth.training.pretrain import PretrainConfig, pretrain
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pretrain a decoder on shards that `plinth data pack` wrote."""
+
+    shards: Annotated[Path, tyro.conf.Positional]
+    """shards folder"""
+    tokenizer: Path
+    """tokenizer folder that packed the shards"""
+    out: Path
+    """run directory to write"""
+    plan: Path | None = None
+    """plan.json of `plinth plan --out`: takes shape, batch, schedule and learning rates from it"""
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+    """model, batches and schedule"""
+    resume: bool = False
+    """continue the run from its newest sound checkpoint"""
+    json: bool = False
+    """answer with one JSON object on standard output"""
+
+
+def main(argv: list[str]) -> int:
+    options = tyro.cli(Options, prog="plinth pretrain", args=argv)
+    config = options.config
+    if options.plan is not None:
+        config = pretrain_config(load_plan(options.plan), config.train.seed)
+    elif config.model.vocab_size == DecoderConfig.vocab_size:
+        vocab_size = Tokenizer.load(options.tokenizer).vocab_size
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    run = pretrain(options.out, options.shards, options.tokenizer, config, resume=options.resume, argv=argv, warn=say)
+    show_run(run, options.json)
+    return 0
+
+
+def show_run(run, as_json: bool) -> None:
+    """Print a finished training run."""
+    summary = {"path": str(run.path), "model": str(run.model_dir), **(run.summary or {})}
+
+    def render(console) -> None:
+        console.print(
+            f"{run.path}: {summary['steps']:,} steps in {summary['time_s']:.0f} s, training loss {summary['loss_nats']:.3f}. "
+            f"Next: plinth generate {run.path} --prompt '...'",
+            markup=False,
+        )
+
+    emit(summary, as_json, render)

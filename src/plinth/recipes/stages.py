@@ -1,0 +1,62 @@
+"""From a plan to the configuration of each stage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from plinth.posttraining.preference import DpoConfig
+from plinth.posttraining.sft import SftConfig
+from plinth.scaling.plan_record import Plan
+from plinth.tasks.facts import FactsConfig
+from plinth.training.loop import TrainConfig
+from plinth.training.optim import OptimizerConfig
+from plinth.training.pretrain import PretrainConfig
+
+FACTS_PER_FUNCTION = 2.1  # kinds of fact that a function of the standard library has on average
+
+
+def pretrain_config(plan: Plan, seed: int) -> PretrainConfig:
+    """Return the pretraining that a plan decided."""
+    train = TrainConfig(
+        steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
+        decay_fraction=plan.decay_steps / plan.steps,
+        optimizer=OptimizerConfig(
+            name=plan.optimizer, lr=plan.lr, muon_lr=plan.muon_lr, weight_decay=plan.weight_decay, beta2=plan.adam_beta2
+        ),
+        dtype=plan.dtype,
+        seed=seed,
+    )
+    return PretrainConfig(
+        model=plan.model,
+        train=train,
+        seq_len=plan.seq_len,
+        sequences_per_step=plan.tokens_per_step // plan.seq_len,
+        micro_batch_size=plan.micro_batch_size,
+        matmul_flops_per_s=plan.probe.matmul_flops_per_s[plan.dtype],
+    )
+
+
+def sft_config(plan: Plan, seed: int, speed: float = 1.0) -> SftConfig:
+    """Return finetuning within its share of the budget; `speed` is the pretraining's measured over its predicted speed."""
+    config = SftConfig(tokens=int(plan.stage("sft").tokens * speed))
+    return replace(config, train=replace(config.train, seed=seed, dtype=plan.dtype))
+
+
+def dpo_config(plan: Plan, seed: int, speed: float = 1.0) -> DpoConfig:
+    """Return preference tuning within its share of the budget."""
+    config = DpoConfig(tokens=int(plan.stage("dpo").tokens * speed))
+    return replace(config, train=replace(config.train, seed=seed, dtype=plan.dtype))
+
+
+def facts_config(plan: Plan, seed: int) -> FactsConfig:
+    """Return as many facts as finetuning can show often enough, and invented names in proportion."""
+    functions = max(50, min(1000, round(plan.num_facts / FACTS_PER_FUNCTION)))
+    return FactsConfig(
+        num_known=functions,
+        num_invented_train=round(1.5 * functions),
+        num_invented_pairs=functions // 2,
+        num_counterfactual_pairs=functions // 2,
+        num_over_refusal_pairs=functions // 2,
+        seed=seed,
+    )
