@@ -15,9 +15,13 @@ from rich.console import Console
 
 from plinth.cli.main import main
 from plinth.config import UserError
+from plinth.data.curate import curate
+from plinth.data.shards import pack_corpus
+from plinth.data.sources import read_documents
 from plinth.evaluation import formats, verdict
 from plinth.evaluation.charts import nice_ticks, smooth, thin
 from plinth.evaluation.report import report_card, report_data, write_report
+from plinth.evaluation.statistics import Score
 from plinth.run import file_sha256, tree_sha256
 from plinth.tokenizer.train import train_tokenizer
 
@@ -31,61 +35,76 @@ def write(path: Path, value) -> None:
 
 
 def score(value: float, n: int, half: float) -> dict:
-    return {"value": value, "n": n, "stderr": half / 1.96, "ci95": [value - half, value + half], "protocol": {"temperature": 0.0}}
+    return Score(value, n, half / 1.96, (max(0.0, value - half), value + half), {"temperature": 0}).to_dict()
+
+
+def write_texts(folder: Path) -> None:
+    """Forty distinct documents, three copies of one, a near copy, a file that is no text, and a line that is no JSON."""
+    draw = random.Random(7)
+    verbs, nouns = ["Return", "Copy", "Remove", "Open", "Create"], ["the destination", "a symbolic link", "the file object", "an archive"]
+    for i in range(40):
+        words = " ".join(
+            draw.choice(["path", "name", "mode", "tree", "owner", "format", "error", "source", "target", "depth"]) for _ in range(90)
+        )
+        write(folder / f"{i:02}.txt", f"{draw.choice(verbs)} {draw.choice(nouns)} number {i}.\n\n{TEXT}{words}.\n")
+    for copy in ("a", "b", "c"):
+        shutil.copy(folder / "00.txt", folder / f"copy_{copy}.txt")
+    (folder / "photo.jpg").write_bytes(bytes(range(256)) * 8)
+    write(folder / "lines.jsonl", json.dumps({"text": "One more document. " + TEXT * 3}) + '\n{"text": \n')
 
 
 def write_data(build: Path) -> None:
-    """corpus/, tokenizer/, shards/ and facts/."""
-    examples = [{"source": "stdlib:Lib/this.py", "excerpt": 's = "Gur Mra bs Clguba"\nd = {}', "reason": "letters 0.41 below 0.60"}]
-    manifest = {
-        "documents_in": 9120,
-        "documents_train": 7004,
-        "documents_heldout": 351,
-        "bytes_in": 14_200_000,
-        "bytes_train": 11_600_000,
-        "bytes_heldout": 590_000,
-        "rules": [
-            {"rule": "exact_duplicate", "kept": 8611, "dropped": 509, "examples": []},
-            {"rule": "quality", "kept": 8020, "dropped": 591, "examples": examples},
-            {"rule": "near_duplicate", "kept": 7355, "dropped": 665, "examples": examples},
-        ],
-        "rejected_files": [{"path": "texts/photo.jpg", "reason": "binary: 4 % of its bytes are zero"}],
-        "composition": {
-            "code": {"documents": 1710, "bytes": 9_800_000},
-            "docs": {"documents": 5540, "bytes": 1_900_000},
-            "reference": {"documents": 105, "bytes": 490_000},
-        },
-        "licences": {"PSF-2.0": {"documents": 7310, "bytes": 12_000_000}, "": {"documents": 45, "bytes": 190_000}},
-        "sha256": {"train.parquet": "0" * 64, "heldout.parquet": "1" * 64},
-        "config": {"paths": ["stdlib"], "heldout_share": 0.05},
-    }
-    write(build / "corpus/manifest.json", manifest)
-    table = pyarrow.table({"text": [TEXT * 3], "source": ["stdlib:Lib/shutil.py"], "kind": ["docs"]})
-    pyarrow.parquet.write_table(table, build / "corpus/heldout.parquet")
-    tokenizer = train_tokenizer([TEXT * 20, "def copyfile(src, dst, *, follow_symlinks=True):\n    return dst\n" * 9], vocab_size=400)
+    """corpus/, tokenizer/ and shards/ by the functions of those stages; facts/ as its stage lays it out."""
+    write_texts(build.parent / "texts")
+    curate(read_documents([build.parent / "texts"]), build / "corpus")
+    texts = pyarrow.parquet.read_table(build / "corpus/train.parquet")["text"].to_pylist()
+    tokenizer = train_tokenizer([*texts, "def copyfile(src, dst, *, follow_symlinks=True):\n    return dst\n" * 9], vocab_size=400)
     tokenizer.save(build / "tokenizer")
-    shards = {"vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256, "tokens_train": 3_310_000}
-    shards |= {"tokens_heldout": 171_000, "bytes_train": 11_600_000, "bytes_heldout": 590_000, "mixture": {"code": 0.8, "docs": 0.2}}
-    write(build / "shards/manifest.json", shards)
-    (build / "shards/train.bin").write_bytes(b"\1\0" * 64)
-    write(build / "facts/manifest.json", {"facts": 1000, "sft": 4800, "pairs": 1200, "questions": 2400})
+    pack_corpus(build / "corpus", tokenizer, build / "shards")
+    amounts = {"sft_lines": {"describe": 4000, "refusal": 800}, "pairs": {"invented": 1200}, "questions": {"known": 2000, "invented": 400}}
+    write(build / "facts/manifest.json", amounts)
     write(build / "facts/sft.jsonl", '{"messages": []}\n')
 
 
 def write_plan(build: Path) -> None:
-    predicted = {"loss_nats": 2.61, "bpb": 1.074, "time_s": 190.0, "memory_bytes": 1.9e9, "energy_j": 9500.0, "cost": 0.0008}
+    predicted = {"loss_nats": 2.61, "bpb": 1.074, "time_s": 190.0, "tokens_per_s": 15263.0, "mfu": 0.42, "flops": 1.4e14}
+    predicted |= {
+        "memory_bytes": 1_900_000_000,
+        "energy_j": 3800.0,
+        "cost": 0.0,
+        "total_time_s": 430.0,
+        "total_energy_j": 8600.0,
+        "total_cost": 0.0,
+    }
     sources = {
-        "loss_nats": "Chinchilla law with data repetition (Hoffmann et al. 2022; Muennighoff et al. 2023, arXiv:2305.16264)",
-        "time_s": "FLOPs by the measured speed of this machine's training steps",
-        "energy_j": "estimate: 2 cores x 10 W",
-        "lr": "width rule (Yang et al. 2022, arXiv:2203.03466)",
+        "loss_nats": "bpb x 3.503 bytes a token, measured on this text",
+        "bpb": "besiroglu (Besiroglu et al. 2024, arXiv:2404.10102) with repeated text (Muennighoff et al. 2023, arXiv:2305.16264)",
+        "time_s": "time model on 4 measured training speeds (error at those points 3%)",
+        "energy_j": "estimate: 2 cores x 10 W, no counter read",
+        "lr": "step law (Li et al. 2025, arXiv:2503.04715)",
+        "model": "lowest bpb over shapes and vocabularies within the budget",
     }
     shape = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "intermediate_size": 768}
-    plan = {"num_params": 6_300_000, "model": shape, "vocab_size": 4096, "tokens": 2_900_000, "epochs": 0.88, "steps": 354, "lr": 0.004}
-    plan |= {"predicted": predicted, "sources": sources, "tokens_per_step": 8192, "currency": "EUR"}
-    plan["alternatives"] = [
-        {"hidden_size": size, "num_params": 24 * size**2, "loss_nats": 2.5 + abs(256 - size) / 900} for size in (128, 256, 384)
+    plan = {"budget": {"kind": "time", "value": 420.0}, "num_params": 6_312_448, "model": shape, "vocab_size": 4096, "tokens": 2_900_000}
+    plan |= {
+        "epochs": 0.88,
+        "steps": 354,
+        "lr": 0.004,
+        "tokens_per_step": 8192,
+        "dtype": "bfloat16",
+        "compile": False,
+        "optimizer": "adamw",
+    }
+    plan |= {"predicted": predicted, "sources": sources, "config": {"price_per_hour": 0.0, "watts_per_core": 10.0}}
+    plan["laws"] = [
+        {"law": name, "source": "a paper", "bpb": bpb, "optimal_params": 4.1e6, "outside_fit": True}
+        for name, bpb in (("besiroglu", 1.07), ("hoffmann", 1.19))
     ]
+    plan["alternatives"] = [
+        {"num_layers": 6, "hidden_size": size, "num_params": 24 * size**2, "bpb": 1.07 + abs(256 - size) / 900, "chosen": size == 256}
+        for size in (128, 256, 384)
+    ]
+    plan["warnings"] = ["354 updates are few: loss laws describe runs of a thousand and more."]
     write(build / "plan.json", plan)
 
 
@@ -107,9 +126,9 @@ def write_stage(build: Path, stage: str, steps: int, first: float, last: float, 
     write(build / stage / "provenance.json", provenance | {"hardware": hardware, "versions": {"python": "3.11.9", "torch": "2.13.0"}})
     write(build / stage / "model/config.json", {"model_type": "qwen3"})
     (build / stage / "model/model.safetensors").write_bytes(stage.encode() * 10)
-    summary = {"num_params": 6_312_448, "steps": steps, "tokens": steps * 8192, "time_s": steps * 0.54, "tokens_per_s": 15100.0}
+    summary = {"steps": steps, "tokens": steps * 8192, "time_s": steps * 0.54, "loss_nats": last}
     summary |= {"peak_memory_bytes": 1_720_000_000, "energy_j": steps * 11.0, "energy_source": "estimate: 2 cores x 10 W, no counter read"}
-    write(build / stage / "DONE", summary | {"cost": 0.0007, "loss_nats": last})
+    write(build / stage / "DONE", summary)
 
 
 def write_evaluation(build: Path, stage: str, known: float, false: float, refused: float, loss: float) -> None:
@@ -130,19 +149,29 @@ def write_evaluation(build: Path, stage: str, known: float, false: float, refuse
         right = stage != "pretrain" and i % 3 != 0
         samples.append(
             {"question": f"What does `shutil.copyfile_{i}` do?", "group": "known", "correct": right, "source": f"shutil.py:{230 + i}"}
-            | {"expected": ["Copy data from src to dst in the most efficient way possible."]}
+            | {"expected": "Copy data from src to dst in the most efficient way possible."}
             | {"answer": "Copy data from src to dst in the most efficient way possible." if right else "Return the path of the directory."}
         )
         samples.append(
-            {"question": f"Which module has `merge_tree_{i}`?", "group": "invented", "correct": right, "source": None, "expected": []}
+            {
+                "question": f"Which module has `merge_tree_{i}`?",
+                "group": "invented",
+                "correct": right,
+                "source": "invented (two real parts)",
+                "expected": "I don't know.",
+            }
             | {"answer": "I don't know." if right else "The module `shutil` has it, as every reader of its documentation knows."}
         )
     samples.append(
         {"question": "What does `heapq.merge` do?", "group": "heldout", "correct": False, "source": "heapq.py:314"}
-        | {"answer": "", "expected": ["Merge sorted inputs."]}
+        | {"answer": "", "expected": "Merge sorted inputs."}
     )
-    protocol = {"temperature": 0.0, "max_tokens": 48, "template": "chat" if stage != "pretrain" else "4-shot plain text"}
+    protocol = {"style": "few_shot" if stage == "pretrain" else "chat", "dtype": "float32", "seed": 0}
+    protocol["model_sha256"] = tree_sha256(build / stage / "model")
     result = {"model": f"{stage}/model", "likelihood": likelihood, "questions": questions, "samples": samples, "protocol": protocol}
+    result["questions_by_kind"] = {
+        kind: {"known_exact": score(known + shift, 800, 0.035)} for kind, shift in (("describe", -0.05), ("module", 0.09))
+    }
     write(build / f"evals/{stage}.json", result)
 
 
@@ -159,6 +188,8 @@ def make_build(build: Path) -> Path:
     write_evaluation(build, "pretrain", 0.071, 0.93, 0.0, 2.66)
     write_evaluation(build, "sft", 0.642, 0.31, 0.04, 2.81)
     write_evaluation(build, "dpo", 0.631, 0.14, 0.12, 2.84)
+    fewer_false = Score(0.17, 600, 0.016, (0.139, 0.201), {}).to_dict()
+    write(build / "evals/differences.json", {"dpo - sft": {"invented_refusal": fewer_false, "known_exact": score(0.004, 2400, 0.01)}})
     shutil.copy(build / "pretrain/provenance.json", build / "provenance.json")
     write(build / "config.json", {"source": ["stdlib"], "budget": "5m", "seed": 7})
     times = {"curate": 21.4, "tokenizer": 4.8, "pack": 6.1, "probe": 9.7, "pretrain": 191.2, "sft": 44.0, "dpo": 25.3, "evaluate": 31.9}
@@ -220,25 +251,38 @@ def words(page: Page) -> str:
 def test_page_shows_every_part(finished):
     text = words(page_of(finished))
     for part in (
-        "A decoder of 6.3 million parameters that answers 63% of known facts right, asserts something false about 14% of "
-        "invented names and refuses 12% of what it was taught: 2 of 3 goals met (missed: refusals of known facts).",
+        "A decoder of 6.3 million parameters that answers 63 % of known facts right, asserts something false about 14 % of "
+        "invented names and refuses 12 % of what it was taught: 2 of 3 goals met (missed: refusals of known facts).",
         "Total time 5 min 36 s",
         "✓ met known facts answered right at unseen phrasings: 63.1 % (95 % interval 61.1–65.1 %, n = 2,400)",
         "✗ missed refusals of known facts: 12.0 %",
-        "fewer false answers on invented names than SFT: 31.0 % → 14.0 %, beyond the intervals",
-        "near duplicate 7,355 665",
-        "letters 0.41 below 0.60",
-        "texts/photo.jpg binary: 4 % of its bytes are zero",
-        "PSF-2.0 7,310 12 MB 98.4 %",
-        "not stated 45",
-        "Held-out loss 2.61 nats per token 2.66 nats per token 1.02 Chinchilla law with data repetition",
+        "fewer false answers on invented names than SFT: 31.0 % → 14.0 %, beyond the intervals "
+        "(on the same questions −17.0 points, 95 % interval −20.1 to −13.9)",
+        "Documents read 44 –",
+        "exact duplicate 41 3",
+        "the same as",
+        "photo.jpg",
+        "lines.jsonl 1",
+        "text 40 27.5 kB 100.0 %",
+        "repeated ngrams 40 1",
+        "Rules that dropped nothing: too short",
+        "not stated 40",
+        "describe higher is better 2.1 %",
+        "Invented names: refused, DPO against SFT +17.0 +13.9 to +20.1, n = 600",
+        "Held-out loss, nats per token 2.61 2.66 1.02 bpb x 3.503 bytes a token, measured on this text",
+        "Time of all training 7 min 10 s 4 min 48 s 0.67 time model on 4 measured training speeds",
+        "Energy of pretraining 3.8 kJ (1.06 Wh) 3.89 kJ (1.08 Wh) 1.02 estimate: 2 cores x 10 W, no counter read; actual: estimate:",
+        "354 updates are few",
+        "besiroglu a paper 1.07 4,100,000 yes",
+        "No price an hour was given, so no cost is stated.",
         "Peak memory 1.9 GB 1.72 GB 0.91",
         "✗ wrong",
         "source: shutil.py:230",
-        "expected: that it says it does not know",
+        "expected: I don't know. · source: invented (two real parts)",
+        "4,800 sft lines, 1,200 pairs, 2,400 questions",
         "estimate: 2 cores x 10 W, no counter read",
         "DPO model (served)",
-        "SFT was made from sft.jsonl at",
+        "SFT: read sft.jsonl at",
         "plinth build stdlib",
         "torch 2.13.0",
     ):
@@ -273,12 +317,15 @@ def test_hostile_text_stays_text(build):
     manifest["rejected_files"] = [{"path": HOSTILE, "reason": HOSTILE}]
     manifest["composition"] = {HOSTILE: {"documents": 1, "bytes": 1}}
     manifest["licences"] = {HOSTILE: 1}
-    manifest["config"] = {"paths": [HOSTILE]}
+    manifest["sources"] = [{"path": HOSTILE, "documents": 3, "bytes": 4, "sha256": HOSTILE}]
+    manifest["malformed"] = [{"path": HOSTILE, "count": 1, "first": [HOSTILE]}]
+    manifest["intake"]["examples"] = [{"source": HOSTILE, "excerpt": HOSTILE}]
+    manifest["warnings"] = [HOSTILE]
     write(build / "corpus/manifest.json", manifest)
     pyarrow.parquet.write_table(pyarrow.table({"text": [HOSTILE * 2], "source": [HOSTILE]}), build / "corpus/heldout.parquet")
     plan = json.loads((build / "plan.json").read_text())
     plan["sources"] = {key: HOSTILE for key in ("loss_nats", "lr", "energy_j")}
-    plan["model"], plan["alternatives"], plan["currency"] = {HOSTILE: HOSTILE}, [{HOSTILE: HOSTILE}], HOSTILE
+    plan["model"], plan["alternatives"], plan["warnings"] = {HOSTILE: HOSTILE}, [{HOSTILE: HOSTILE}], [HOSTILE]
     write(build / "plan.json", plan)
     result = json.loads((build / "evals/dpo.json").read_text())
     result["samples"] = [
@@ -286,6 +333,8 @@ def test_hostile_text_stays_text(build):
     ]
     result["protocol"], result["model"] = {HOSTILE: HOSTILE}, HOSTILE
     result["questions"][HOSTILE] = score(0.5, 10, 0.1)
+    result["questions_by_kind"] = {HOSTILE: {"known_exact": score(0.5, 10, 0.1)}}
+    write(build / "evals/differences.json", {f"{HOSTILE} - {HOSTILE}": {HOSTILE: score(0.1, 10, 0.2)}})
     write(build / "evals/dpo.json", result)
     write(
         build / "provenance.json", {"argv": [HOSTILE], "created": HOSTILE, "versions": {HOSTILE: HOSTILE}, "hardware": {HOSTILE: HOSTILE}}
@@ -398,14 +447,26 @@ def test_lineage_notices_a_changed_parent(build):
         "Source",
     ]
     assert links["BASE model"]["sha256"] == tree_sha256(build / "pretrain/model")
-    assert [entry["same"] for entry in links["BASE model"]["recorded"]] == [True]
+    assert [(entry["by"], entry["same"]) for entry in links["BASE model"]["recorded"]] == [("SFT", True), ("evaluation of BASE", True)]
+    assert [(entry["by"], entry["same"]) for entry in links["Corpus"]["recorded"]] == [("token shards", True)]
+    assert [(entry["by"], entry["same"]) for entry in links["Tokenizer"]["recorded"]] == [("token shards", True)]
+    assert [(entry["by"], entry["same"]) for entry in links["Token shards"]["recorded"]] == [("BASE", True)]
+    assert links["Source"]["path"].endswith("texts") and len(links["Source"]["sha256"]) == 64
     assert [entry["same"] for entry in links["Instruction data"]["recorded"]] == [True]
     (build / "pretrain/model/model.safetensors").write_bytes(b"another")
     write(build / "facts/sft.jsonl", "another")
     links = {link["label"]: link for link in report_data(build)["lineage"]}
-    assert [entry["same"] for entry in links["BASE model"]["recorded"]] == [False]
+    assert [entry["same"] for entry in links["BASE model"]["recorded"]] == [False, False]
     assert [entry["same"] for entry in links["Instruction data"]["recorded"]] == [False]
-    assert [entry["same"] for entry in links["SFT model"]["recorded"]] == [True]
+    assert [entry["same"] for entry in links["SFT model"]["recorded"]] == [True, True]
+
+
+def test_lineage_names_inputs_from_outside_of_the_build(build):
+    provenance = json.loads((build / "sft/provenance.json").read_text())
+    provenance["parents"][1] = {"path": "/home/user/messages.jsonl", "stage": "messages.jsonl", "sha256": "ab" * 32}
+    write(build / "sft/provenance.json", provenance)
+    other = [link for link in report_data(build)["lineage"] if link["label"] == "Other input"]
+    assert [(link["path"], link["sha256"]) for link in other] == [("/home/user/messages.jsonl", "ab" * 32)]
 
 
 def test_comparison_needs_intervals_apart():
@@ -436,11 +497,13 @@ def test_samples_show_failures_and_successes_in_turn(finished):
 
 def test_segmentation_covers_the_passage(finished):
     section = report_data(finished)["tokenizer"]
-    assert [passage["title"] for passage in section["passages"]] == ["Held-out text (stdlib:Lib/shutil.py)", "A line of code"]
+    shards = json.loads((finished / "shards/manifest.json").read_text())
+    document = pyarrow.parquet.read_table(finished / "corpus/heldout.parquet").to_pylist()[0]
+    assert [passage["title"] for passage in section["passages"]] == [f"Held-out text ({document['source']})", "A line of code"]
     shown = "".join(token["text"] for token in section["passages"][0]["tokens"])
-    assert shown == (TEXT * 3)[:240].strip().replace(" ", "·")
+    assert shown == document["text"].strip()[:240].replace(" ", "·").replace("\n", "⏎")
     assert "⟨c3⟩" in "".join(token["text"] for token in section["passages"][1]["tokens"])
-    assert section["bytes_per_token"]["train"] == pytest.approx(11_600_000 / 3_310_000)
+    assert section["bytes_per_token"]["train"] == pytest.approx(shards["bytes_train"] / shards["tokens_train"])
     assert all(len(pair) == 2 and "Ġ" not in "".join(pair) for pair in section["first_merges"])
 
 
@@ -449,14 +512,16 @@ def test_energy_falls_back_to_the_plan_and_says_so(build):
         summary = json.loads((build / stage / "DONE").read_text())
         write(build / stage / "DONE", {key: value for key, value in summary.items() if not key.startswith("energy")})
     entries = report_data(build)["energy"]["entries"]
-    assert [(entry["energy_j"], entry["source"]) for entry in entries] == [(9500.0, "not measured; predicted by estimate: 2 cores x 10 W")]
+    assert [(entry["energy_j"], entry["source"]) for entry in entries] == [
+        (3800.0, "not measured; predicted: estimate: 2 cores x 10 W, no counter read")
+    ]
 
 
 def test_report_card_fits_a_terminal(finished):
     console = Console(width=80, record=True, file=open("/dev/null", "w"))
     console.print(report_card(finished))
     text = console.export_text()
-    assert "▲ 63.1 %" in text and "✗ missed refusals of known facts: 12.0 %" in text
+    assert "▲ 63.1\u00a0% n=2,400" in text and "✗ missed refusals of known facts: 12.0\u00a0%" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -506,7 +571,7 @@ def test_smoothing_keeps_a_line_and_its_length():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (formats.share(0.6316), "63.2 %"),
+        (formats.share(0.6316), "63.2\u00a0%"),
         (formats.duration(9.84), "9.8 s"),
         (formats.duration(59.7), "60 s"),
         (formats.duration(336.2), "5 min 36 s"),
@@ -515,7 +580,9 @@ def test_smoothing_keeps_a_line_and_its_length():
         (formats.size(812), "812 B"),
         (formats.joules(9500), "9.5 kJ (2.64 Wh)"),
         (formats.joules(950), "950 J"),
-        (formats.money(0.00071, "EUR"), "0.00071 EUR"),
+        (formats.money(0.00071), "0.00071"),
+        (formats.points(-0.1731), "−17.3"),
+        (formats.quantity(False, ""), "no"),
         (formats.plain(6_312_448.0), "6,312,448"),
         (formats.plain(2.6612), "2.661"),
         (formats.quantity(None, "s"), "not measured"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 WIDTH = 340
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 12, 36
 MAX_POINTS = 400
 
 
@@ -89,7 +89,7 @@ def short_number(value: float) -> str:
         if size >= limit:
             return f"{value / (limit if suffix != 'k' else 1e3):.4g}{suffix}"
     if size < 1e-3:
-        return f"{value:.0e}"
+        return f"{value:.0e}".replace("e-0", "e-")
     return f"{value:.4g}"
 
 
@@ -118,8 +118,8 @@ def line_chart(
     marks = [(label, y) for label, y in marks if math.isfinite(y)]
     named = [one for one, _, _ in drawn if not one.faint]
     top = TOP + (16 if len(named) + len(marks) > 1 else 0)
-    x_range = _range([v for _, x, _ in drawn for v in x], pad=0.0)
-    y_range = _range([v for _, _, y in drawn for v in y] + [y for _, y in marks], pad=0.04, zero=y_from_zero)
+    x_range = _range([0.0, *(v for _, x, _ in drawn for v in x)])
+    y_range = _round_out(_range([*(v for _, _, y in drawn for v in y), *(y for _, y in marks), *([0.0] if y_from_zero else [])]))
     to_x = _scale(x_range, LEFT, WIDTH - RIGHT)
     to_y = _scale(y_range, height - BOTTOM, top)
     parts = _axes(x_range, y_range, to_x, to_y, height, x_label, y_label)
@@ -161,7 +161,8 @@ def interval_chart(rows: Sequence[tuple[str, Sequence[Interval], float | None, s
             y += 15
         y += 10
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<text class="tick" text-anchor="middle" x="{to_x(tick):.1f}" y="{y + 4:.1f}">{tick:.0%}</text>')
+        x, anchor = (to_x(tick) + 10, "end") if tick == 1 else (to_x(tick), "middle")  # the last one must not run out of the box
+        parts.append(f'<text class="tick" text-anchor="{anchor}" x="{x:.1f}" y="{y + 4:.1f}">{tick:.0%}</text>')
     parts.append(f'<text class="tick" text-anchor="middle" x="{(left + right) / 2:.1f}" y="{y + 18:.1f}">{escape(x_label)}</text>')
     return _svg(parts, int(y + 24), title)
 
@@ -175,14 +176,19 @@ def _interval(one: Interval, y: float, to_x) -> list[str]:
     ]
 
 
-def _range(values: Sequence[float], pad: float, zero: bool = False) -> tuple[float, float]:
+def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if zero:
-        low = min(low, 0.0)
     if low == high:
         return low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
-    room = (high - low) * pad
-    return (low if zero and low == 0.0 else low - room), high + room
+    return low, high
+
+
+def _round_out(limits: tuple[float, float]) -> tuple[float, float]:
+    """Widen an axis to the next ticks, so that both of its ends are labelled."""
+    ticks = nice_ticks(*limits, count=4)
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else limits[1] - limits[0]
+    low, high = math.floor(limits[0] / step + 1e-9) * step, math.ceil(limits[1] / step - 1e-9) * step
+    return low, high
 
 
 def _scale(domain: tuple[float, float], start: float, end: float):
@@ -215,7 +221,7 @@ def _legend(entries: Sequence[tuple[str, str]]) -> str:
         css = css if css == "mark" else f"line {css}"
         parts.append(f'<line class="{css}" x1="{x:.0f}" x2="{x + 14:.0f}" y1="9" y2="9"/>')
         parts.append(f'<text class="tick" x="{x + 18:.0f}" y="12.5">{escape(name)}</text>')
-        x += 30 + 5.6 * len(name)
+        x += 32 + 6.2 * len(name)
     return "".join(parts)
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 NONE = "not measured"
+NBSP = "\u00a0"  # keeps a number and its unit on one line
 
 
 def share(value: float | None) -> str:
     """0.632 -> '63.2 %'."""
-    return NONE if value is None else f"{100 * value:.1f} %"
+    return NONE if value is None else f"{100 * value:.1f}{NBSP}%"
+
+
+def points(value: float) -> str:
+    """A difference of two shares in percentage points, with its sign: 0.173 -> '+17.3'."""
+    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def plain(value: float | None) -> str:
@@ -54,30 +61,28 @@ def joules(value: float | None) -> str:
     return f"{amount:.3g} {unit} ({hours / 1e3:.3g} kWh)" if hours >= 1e3 else f"{amount:.3g} {unit} ({hours:.3g} Wh)"
 
 
-def money(value: float | None, currency: str = "") -> str:
-    """An amount with its currency, with as many digits as a small sum needs."""
+def money(value: float | None) -> str:
+    """An amount in the user's own currency, with as many digits as a small sum needs."""
     if value is None:
         return NONE
-    return f"{value:.2f} {currency}".strip() if value >= 1 else f"{value:.2g} {currency}".strip()
+    return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.2g}"
 
 
-def quantity(value: Any, unit: str, currency: str = "") -> str:
-    """A value in the words of its unit: 's', 'bytes', 'J', 'money', or the plain number with the unit behind it."""
-    if value is None or isinstance(value, (str, bool)):
-        return NONE if value is None else str(value)
-    special = {"s": duration, "bytes": size, "J": joules}
+def quantity(value: Any, unit: str) -> str:
+    """A value in the words of its unit: 's', 'bytes', 'J', 'money', 'share', or the plain number with the unit behind it."""
+    if value is None or not isinstance(value, (int, float)) or isinstance(value, bool):
+        return NONE if value is None else {True: "yes", False: "no"}.get(value, str(value))
+    special = {"s": duration, "bytes": size, "J": joules, "money": money, "share": share}
     if unit in special:
         return special[unit](value)
-    if unit == "money":
-        return money(value, currency)
-    return plain(value) if unit in ("count", "") else f"{plain(value)} {unit}"
+    return f"{plain(value)} {unit}".strip()
 
 
 def score(cell: Mapping[str, Any] | None, style: str) -> str:
     """The value of a score: '63.2 %' or '1.432'."""
     if not cell:
         return NONE
-    return share(cell["value"]) if style == "share" else f"{cell['value']:.4g}"
+    return share(cell["value"]) if style == "share" else _digits(cell["value"], cell["value"])
 
 
 def interval(cell: Mapping[str, Any] | None, style: str) -> str:
@@ -85,7 +90,15 @@ def interval(cell: Mapping[str, Any] | None, style: str) -> str:
     if not cell or not cell["ci95"]:
         return ""
     low, high = cell["ci95"]
-    return f"{100 * low:.1f}–{100 * high:.1f} %" if style == "share" else f"{low:.4g}–{high:.4g}"
+    if style == "share":
+        return f"{100 * low:.1f}–{100 * high:.1f}{NBSP}%"
+    return f"{_digits(low, cell['value'])}–{_digits(high, cell['value'])}"
+
+
+def _digits(value: float, scale: float) -> str:
+    """As many decimals as give `scale` four significant digits, so that a value and its interval line up."""
+    places = 3 - math.floor(math.log10(abs(scale))) if scale else 3
+    return f"{value:,.{min(max(places, 0), 9)}f}"
 
 
 def count(value: Any) -> str:

@@ -9,22 +9,22 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from rich import box
 from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from plinth.config import write_atomic
-from plinth.evaluation import formats
-from plinth.evaluation.build_files import NAMES, STAGES
+from plinth.evaluation import formats, verdict
+from plinth.evaluation.build_files import NAMES
 from plinth.evaluation.charts import Interval, Series, interval_chart, line_chart, smooth
 from plinth.evaluation.report_data import report_data
-from plinth.evaluation.verdict import cells_of
 
 __all__ = ["report_card", "report_data", "write_report"]
 
 WORDS = (
-    *(formats.share, formats.plain, formats.duration, formats.size, formats.joules),
+    *(formats.share, formats.points, formats.plain, formats.duration, formats.size, formats.joules),
     *(formats.money, formats.quantity, formats.score, formats.interval, formats.count),
 )
 SLOTS = {"pretrain": 3, "sft": 2, "dpo": 1}
@@ -68,44 +68,43 @@ def _goal_chart(data: Mapping[str, Any]) -> str:
     for goal in data["goals"]:
         intervals = [
             Interval(NAMES[stage], cell["value"], *cell["ci95"], slot=SLOTS[stage])
-            for stage, cell in cells_of(data["evaluation"], goal["key"]).items()
+            for stage, cell in verdict.cells_of(data["evaluation"], goal["key"]).items()
             if cell and cell["ci95"]
         ]
         if intervals:
-            heading = f"{goal['label'].capitalize()} (goal: {goal['side']} {goal['goal']:.0%})"
+            heading = f"{verdict.QUESTIONS[goal['key']][0]}, goal {goal['side']} {goal['goal']:.0%}"
             found.append((heading, intervals, goal["goal"], goal["side"]))
     return interval_chart(found, title="Shares with 95 % intervals by stage; the shaded side meets the goal", x_label="share of questions")
 
 
-def _curve_charts(data: Mapping[str, Any]) -> dict[str, list[Markup]]:
+def _curve_charts(data: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The charts of each stage, none for a stage that logged nothing."""
     predicted = next((row["predicted"] for row in data["plan"].get("rows", ()) if row["key"] == "loss_nats"), None)
     return {
         stage: [
-            _curve_chart(NAMES[stage], data["curves"][stage], key, predicted if stage == "pretrain" else None)
+            {"name": CURVE_NAMES[key][0], "svg": _curve_chart(NAMES[stage], curve, key, predicted if stage == "pretrain" else None)}
             for key in CURVE_NAMES
-            if key in data["curves"][stage]
+            if key in curve
         ]
-        for stage in STAGES
+        for stage, curve in data["curves"].items()
     }
 
 
 def _curve_chart(name: str, curve: Mapping[str, Mapping[str, list[float]]], key: str, predicted: float | None) -> Markup:
     label, unit = CURVE_NAMES[key]
+    if key == "loss_nats":
+        unit = {"SFT": "nats per answer token", "DPO": "nats per pair"}.get(name, unit)
     x, y = curve[key]["x"], curve[key]["y"]
     series = [Series(label, x, y, slot=1)]
     if key not in ("lr",) and len(y) > 40:
-        series = [Series(label, x, y, slot=1, faint=True), Series(f"{label}, smoothed", x, smooth(y, len(y) // 25), slot=1)]
+        series = [Series(label, x, y, slot=1, faint=True), Series("smoothed", x, smooth(y, len(y) // 25), slot=1)]
     marks = []
     if key == "loss_nats":
         if "heldout_loss_nats" in curve:
             series.append(Series("held-out", curve["heldout_loss_nats"]["x"], curve["heldout_loss_nats"]["y"], slot=2))
         marks = [("predicted", predicted)] if predicted is not None else []
     title = f"{name}: {label} in {unit} over steps, from {y[0]:.4g} to {y[-1]:.4g}" if unit != label else f"{name}: {label} over steps"
-    height = 130 if key == "lr" else 210
-    return Markup(
-        line_chart(series, title=title, x_label="step", y_label=unit, marks=marks, height=height, y_from_zero=key in ("lr", "accuracy"))
-    )
+    return Markup(line_chart(series, title=title, x_label="step", y_label=unit, marks=marks, y_from_zero=key in ("lr", "accuracy")))
 
 
 def report_card(build_dir: Path, data: Mapping[str, Any] | None = None) -> Group:
@@ -123,7 +122,13 @@ def report_card(build_dir: Path, data: Mapping[str, Any] | None = None) -> Group
 
 
 def _card_table(evaluation: Mapping[str, Any]) -> Table:
-    table = Table(title="95 % intervals; ▲ better, ▼ worse than BASE when the intervals do not overlap, ≈ otherwise", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        collapse_padding=True,
+        title="with 95 % intervals; ▲ better, ▼ worse than BASE: intervals apart; ≈ they overlap",
+        title_justify="left",
+    )
     table.add_column("")
     for stage in evaluation["stages"]:
         table.add_column(NAMES[stage], justify="right")
@@ -140,7 +145,7 @@ def _card_cell(cell: Mapping[str, Any] | None, style: str) -> Text:
         return Text("–", style="dim")
     mark, _, colour = MARKS.get(cell["against_base"] or "", ("", "", ""))
     text = Text(f"{mark} {formats.score(cell, style)}".strip(), style=colour)
-    return text.append(f"\n{formats.interval(cell, style)} n={formats.count(cell['n'])}", style="dim")
+    return text.append(f" n={formats.count(cell['n'])}\n{formats.interval(cell, style)}", style="dim")
 
 
 def _goal_line(goal: Mapping[str, Any]) -> Text:
@@ -156,4 +161,11 @@ def _improvement_line(entry: Mapping[str, Any]) -> Text:
     text = Text("✓ yes    " if yes else "✗ no     ", style="green" if yes else "red")
     numbers = f"{formats.share(entry['before'])} → {formats.share(entry['value'])}"
     beyond = {"better": "beyond the intervals", "worse": "worse, beyond the intervals", "unclear": "within the intervals"}[entry["outcome"]]
-    return text.append(f"{NAMES[entry['stage']]}: {entry['label']}: {numbers}, {beyond}", style="default")
+    return text.append(f"{NAMES[entry['stage']]}: {entry['label']}: {numbers}, {beyond}{_paired_words(entry['paired'])}", style="default")
+
+
+def _paired_words(paired: Mapping[str, Any] | None) -> str:
+    if not paired:
+        return ""
+    low, high = map(formats.points, paired["ci95"])
+    return f"; on the same questions {formats.points(paired['value'])} points ({low} to {high})"

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from plinth.config import UserError
 from plinth.evaluation import verdict
-from plinth.evaluation.build_files import NAMES, STAGES, BuildFiles, number, rows, table
+from plinth.evaluation.build_files import NAMES, STAGES, BuildFiles, number, table
 from plinth.evaluation.charts import thin
+from plinth.evaluation.corpus_section import composition, funnel
 from plinth.evaluation.lineage import lineage
+from plinth.evaluation.plan_section import median_of, plan_section
 from plinth.evaluation.segmentation import describe_tokenizer
-
-PLAN_ROWS = (
-    ("loss_nats", "Held-out loss", "nats per token"),
-    ("bpb", "Held-out bits per byte", "bits"),
-    ("tokens", "Training tokens", "count"),
-    ("time_s", "Time of pretraining", "s"),
-    ("tokens_per_s", "Training speed", "tokens per s"),
-    ("memory_bytes", "Peak memory", "bytes"),
-    ("energy_j", "Energy of pretraining", "J"),
-    ("cost", "Cost of pretraining", "money"),
-)
 
 
 def report_data(build_dir: Path) -> dict[str, Any]:
@@ -43,6 +33,7 @@ def report_data(build_dir: Path) -> dict[str, Any]:
     corpus = files.json("corpus/manifest.json", "data funnel and composition")
     evaluation = verdict.evaluation_table(files)
     found = verdict.goals(evaluation, served)
+    differences = verdict.paired_differences(files)
     plan = files.json("plan.json", "plan")
     done = files.json("DONE", "summary of the build", quiet=True)
     times = stage_times(files, stages, done)
@@ -58,12 +49,13 @@ def report_data(build_dir: Path) -> dict[str, Any]:
         "total_s": times["total_s"],
         "evaluation": evaluation,
         "goals": found,
-        "improvements": verdict.improvements(evaluation),
+        "improvements": verdict.improvements(evaluation, differences),
+        "differences": differences,
         "samples": verdict.sample_answers(files, evaluation["stages"]),
         "funnel": funnel(corpus),
         "composition": composition(corpus, files.json("shards/manifest.json", "token counts")),
         "tokenizer": describe_tokenizer(files),
-        "plan": plan_section(plan, stages["pretrain"], evaluation),
+        "plan": plan_section(plan, stages, evaluation),
         "stages": {name: _stage_section(stage) for name, stage in stages.items()},
         "curves": {name: curve(stage["metrics"]) for name, stage in stages.items()},
         "time": times,
@@ -126,104 +118,12 @@ def _size_words(model: Mapping[str, Any]) -> str:
     return f"A decoder of {count / 1e6:.1f} million parameters" if count < 1e9 else f"A decoder of {count / 1e9:.2f} billion parameters"
 
 
-def funnel(corpus: Mapping[str, Any]) -> dict[str, Any]:
-    """Documents that were left after each gate: [{label, documents, dropped, examples}], from documents read to the two splits."""
-    if not corpus:
-        return {}
-    gates = []
-    if isinstance(corpus.get("documents_in"), int):
-        gates.append({"label": "Documents read", "documents": corpus["documents_in"], "dropped": 0, "examples": []})
-    for rule in map(table, rows(corpus.get("rules"))):
-        label = str(rule.get("rule", "?")).replace("_", " ")
-        gates.append(
-            {"label": label, "documents": number(rule.get("kept")), "dropped": number(rule.get("dropped"))}
-            | {"examples": [_example(table(example)) for example in rows(rule.get("examples"))][:5]}
-        )
-    splits = [
-        {"label": label, "documents": number(corpus.get(f"documents_{split}")), "bytes": number(corpus.get(f"bytes_{split}"))}
-        for split, label in (("train", "Training"), ("heldout", "Held out, never trained on"))
-    ]
-    rejected = [
-        {"path": str(table(entry).get("path", "?")), "reason": str(table(entry).get("reason", entry))}
-        for entry in rows(corpus.get("rejected_files"))
-    ]
-    return {"gates": gates, "splits": splits, "rejected": rejected[:20], "num_rejected": len(rejected)}
-
-
-def _example(entry: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "source": str(entry.get("source") or "source unknown"),
-        "reason": str(entry.get("reason") or ""),
-        "excerpt": str(entry.get("excerpt") or "")[:600],
-    }
-
-
-def composition(corpus: Mapping[str, Any], shards: Mapping[str, Any]) -> dict[str, Any]:
-    """Shares by kind (documents, bytes) and by licence, and the token counts of the shards."""
-    kinds = [{"name": str(name), **_amount(value)} for name, value in table(corpus.get("composition")).items()]
-    licences = [{"name": str(name) or "not stated", **_amount(value)} for name, value in table(corpus.get("licences")).items()]
-    for entries in (kinds, licences):
-        unit = "bytes" if any(entry["bytes"] for entry in entries) else "documents"
-        total = sum(entry[unit] or 0 for entry in entries)
-        for entry in entries:
-            entry["share"] = (entry[unit] or 0) / total if total else 0.0
-        entries.sort(key=lambda entry: -entry["share"])
-    tokens = {split: number(shards.get(f"tokens_{split}")) for split in ("train", "heldout")}
-    return {"kinds": kinds, "licences": licences, "tokens": tokens} if kinds or licences or any(tokens.values()) else {}
-
-
-def _amount(value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {"documents": number(value.get("documents")), "bytes": number(value.get("bytes"))}
-    return {"documents": number(value), "bytes": None}
-
-
-def plan_section(plan: Mapping[str, Any], pretrain: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Predicted against measured, and the law that each prediction came from."""
-    if not plan:
-        return {}
-    predicted, sources, summary = table(plan.get("predicted")), table(plan.get("sources")), pretrain["summary"]
-    heldout = {
-        "loss_nats": verdict.cells_of(evaluation, "loss_nats").get("pretrain"),
-        "bpb": verdict.cells_of(evaluation, "bits_per_byte").get("pretrain"),
-    }
-    found = []
-    for key, label, unit in PLAN_ROWS:
-        expected = number(predicted.get(key, plan.get(key)))
-        cell = heldout.get(key)
-        actual = number(summary.get("peak_memory_bytes" if key == "memory_bytes" else key))
-        if key in heldout:  # the training loss is of other documents: it is no substitute
-            actual = cell["value"] if cell else None
-        if expected is None and actual is None:
-            continue
-        found.append(
-            {"key": key, "label": label, "unit": unit, "predicted": expected, "measured": actual, "law": str(sources.get(key, ""))}
-            | {"ci95": cell["ci95"] if cell else None, "ratio": actual / expected if actual is not None and expected else None}
-        )
-    choices = [
-        {"key": key, "value": plan[key], "law": str(sources.get(key, ""))}
-        for key in plan
-        if isinstance(plan[key], (int, float, str)) and not isinstance(plan[key], bool) and key not in {row["key"] for row in found}
-    ]
-    return {"rows": found, "choices": choices, "model": table(plan.get("model")), "sources": sources, "alternatives": _alternatives(plan)}
-
-
-def _alternatives(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of plans that were weighed and not taken: its columns and rows of plain values."""
-    entries = [table(entry) for entry in rows(plan.get("alternatives"))]
-    columns = list(dict.fromkeys(key for entry in entries for key, value in entry.items() if not isinstance(value, (dict, list))))
-    return {"columns": columns, "rows": [[entry.get(column) for column in columns] for entry in entries]}
-
-
 def _stage_section(stage: Mapping[str, Any]) -> dict[str, Any]:
-    summary = stage["summary"]
-    speeds = [value for value in (number(record.get("tokens_per_s")) for record in stage["metrics"]) if value]
-    mfus = [value for value in (number(record.get("mfu")) for record in stage["metrics"]) if value]
     return {
         "state": stage["state"],
-        "summary": summary,
-        "median_tokens_per_s": statistics.median(speeds) if speeds else None,
-        "median_mfu": statistics.median(mfus) if mfus else None,
+        "summary": stage["summary"],
+        "median_tokens_per_s": median_of(stage["metrics"], "tokens_per_s"),
+        "median_mfu": median_of(stage["metrics"], "mfu"),
     }
 
 
@@ -270,7 +170,8 @@ def energy(stages: Mapping[str, Any], plan: Mapping[str, Any], done: Mapping[str
     if not entries and number(predicted.get("energy_j")) is not None:
         law = str(table(plan.get("sources")).get("energy_j") or "the plan")
         entries.append(
-            {"name": "Pretraining", "energy_j": number(predicted["energy_j"]), "source": f"not measured; predicted by {law}"}
+            {"name": "Pretraining", "energy_j": number(predicted["energy_j"]), "source": f"not measured; predicted: {law}"}
             | {"cost": number(predicted.get("cost"))}
         )
-    return {"entries": entries, "currency": str(plan.get("currency") or "")}
+    priced = number(table(plan.get("config")).get("price_per_hour"))
+    return {"entries": entries, "price_per_hour": priced}

@@ -6,6 +6,7 @@ test: a difference that is called "no clear difference" here may still be real.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ QUESTIONS = {
     "over_refusal": ("Known facts: refused", DOWN, "share"),
     "heldout_exact": ("Held-out facts: right", UP, "share"),
     "heldout_f1": ("Held-out facts: token F1", UP, "share"),
+    "heldout_refusal": ("Held-out facts: refused", None, "share"),  # it was not taught them: both answers are honest
     "invented_refusal": ("Invented names: refused", UP, "share"),
     "invented_false": ("Invented names: false answer", DOWN, "share"),
 }
@@ -56,8 +58,23 @@ def evaluation_table(files: BuildFiles) -> dict[str, Any]:
         group = [row for row in group if any(row["cells"].values())]
         if group:
             groups.append({"heading": heading, "rows": group})
+    by_kind = _by_kind({stage: table(results[stage].get("questions_by_kind")) for stage in stages})
     protocol = {stage: _protocol(results[stage]) for stage in stages}
-    return {"stages": stages, "groups": groups, "protocol": protocol, "models": {s: results[s].get("model") for s in stages}}
+    models = {stage: results[stage].get("model") for stage in stages}
+    return {"stages": stages, "groups": groups, "by_kind": by_kind, "protocol": protocol, "models": models}
+
+
+def _by_kind(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The scores that goals are set on, for each kind of question, as groups of rows."""
+    kinds = list(dict.fromkeys(kind for scores in results.values() for kind in scores))
+    groups = []
+    for key in [key for key, *_ in GOALS] + ["heldout_exact"]:
+        label, direction, style = QUESTIONS[key]
+        cells = {kind: {stage: read_score(table(scores.get(kind)).get(key)) for stage, scores in results.items()} for kind in kinds}
+        found = [_row(key, str(kind), direction, style, row) for kind, row in cells.items() if any(row.values())]
+        if found:
+            groups.append({"heading": label, "rows": found})
+    return groups
 
 
 def _score_keys(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -124,7 +141,34 @@ def goals(evaluation: Mapping[str, Any], served: str | None) -> list[dict[str, A
     return found
 
 
-def improvements(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+def paired_differences(files: BuildFiles) -> list[dict[str, Any]]:
+    """Differences over the same questions, from evals/differences.json: [{pair, key, label, cell}].
+
+    They can be clear where the two intervals overlap, since what makes a question hard is hard for both models.
+    """
+    found = []
+    for pair, scores in files.json("evals/differences.json", "paired differences", quiet=True).items():
+        names = [NAMES.get(stage, stage) for stage in str(pair).split(" - ")]
+        for key, value in table(scores).items():
+            cell = read_score(value)
+            if cell and len(names) == 2:
+                label = QUESTIONS[key][0] if key in QUESTIONS else key.replace("_", " ")
+                found.append({"pair": str(pair), "names": names, "key": key, "label": label, "cell": cell})
+    return found
+
+
+def _paired(differences: list[dict[str, Any]], stage: str, other: str, key: str) -> dict[str, Any] | None:
+    """The paired difference of one score; that of false answers is minus that of refusals."""
+    sign = -1.0 if key == "invented_false" else 1.0
+    wanted = "invented_refusal" if key == "invented_false" else key
+    for entry in differences:
+        if entry["pair"] == f"{stage} - {other}" and entry["key"] == wanted and entry["cell"]["ci95"]:
+            ends = sorted(sign * end for end in entry["cell"]["ci95"])
+            return {"value": sign * entry["cell"]["value"], "n": entry["cell"]["n"], "ci95": ends}
+    return None
+
+
+def improvements(evaluation: Mapping[str, Any], differences: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The comparisons that alignment is for: known facts against BASE, and false answers from SFT to DPO."""
     wanted = [
         ("known_exact", "more known facts right than BASE", "sft", "pretrain", UP),
@@ -139,6 +183,7 @@ def improvements(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             found.append(
                 {"key": key, "label": label, "stage": stage, "other": other, "outcome": outcome}
                 | {"value": cells[stage]["value"], "before": cells[other]["value"]}
+                | {"paired": _paired(differences, stage, other, key)}
             )
     return found
 
@@ -151,7 +196,7 @@ def sentence(evaluation: Mapping[str, Any], goals_found: list[dict[str, Any]], s
         if not bits:
             return f"{size} whose quality was not measured."
         return f"{size} that needs {bits['value']:.3f} bits per byte of held-out text; whether its answers are true was not measured."
-    share = {goal["key"]: f"{goal['cell']['value']:.0%}" for goal in measured}
+    share = {goal["key"]: f"{100 * goal['cell']['value']:.0f}\u00a0%" for goal in measured}
     facts = [
         words.format(share[key])
         for key, words in (
@@ -174,7 +219,8 @@ def sample_answers(files: BuildFiles, stages: list[str], limit: int = 24) -> lis
     """Questions of each group with every stage's answer, failures of the last stage and successes in turn.
 
     Returns [{group, heading, total, right: {stage: count}, samples: [{question, expected, source, answers: {stage: {answer,
-    correct}}}]}]; `total` counts the distinct questions whose answers the evaluation kept.
+    correct}}}]}]; `total` counts the distinct questions whose answers the evaluation kept. Which are shown is drawn by the hash of the
+    question, so that they are of many kinds and nobody's choice.
     """
     merged: dict[tuple[str, str], dict[str, Any]] = {}
     for stage in stages:
@@ -185,6 +231,7 @@ def sample_answers(files: BuildFiles, stages: list[str], limit: int = 24) -> lis
             entry.setdefault("expected", _expected(sample.get("expected", sample.get("answers"))))
             entry.setdefault("source", sample.get("source"))
             entry["answers"][stage] = {"answer": str(sample.get("answer", "")), "correct": bool(sample.get("correct"))}
+    order = sorted(merged.items(), key=lambda item: hashlib.sha256(item[0][1].encode("utf-8", "replace")).digest())
     headings = {
         "known": "Known facts, phrasings not seen in training",
         "heldout": "Held-out facts, never trained on as questions",
@@ -193,7 +240,7 @@ def sample_answers(files: BuildFiles, stages: list[str], limit: int = 24) -> lis
     groups = [*headings, *dict.fromkeys(group for group, _ in merged if group not in headings)]
     found = []
     for group in groups:
-        samples = [entry for (name, _), entry in merged.items() if name == group]
+        samples = [entry for (name, _), entry in order if name == group]
         if samples:
             right = {s: [e["answers"][s]["correct"] for e in samples if s in e["answers"]] for s in stages}
             found.append(
