@@ -170,6 +170,12 @@ def test_extrapolation_is_admitted(corpus, probe):
     assert any("uniform guess" in warning for warning in plan.warnings)
 
 
+def test_a_busy_machine_is_mentioned(corpus, probe):
+    assert not any("busy" in warning for warning in make_plan("4m", corpus, probe).warnings)
+    busy = dataclasses.replace(probe, load_average=5.0)
+    assert any("load 5.0 on 2 cores" in warning for warning in make_plan("4m", corpus, busy).warnings)
+
+
 def test_price_energy_and_facts(corpus, probe):
     plan = make_plan("4m", corpus, probe, PlanConfig(price_per_hour=3.0, watts_per_core=5.0, exposures_per_fact=50))
     assert plan.predicted.total_cost == pytest.approx(3.0 * plan.predicted.total_time_s / 3600)

@@ -4,7 +4,7 @@ import pytest
 
 from plinth.config import from_dict, to_dict
 from plinth.scaling.probe import Probe, cgroup_limit_files, mfu, probe_machine, usable_memory
-from plinth.training.step import measure_tokens_per_s
+from plinth.training.throughput import measure_tokens_per_s
 
 
 def test_probe_of_this_machine():

@@ -13,7 +13,7 @@ from plinth.models.config import DecoderConfig
 from plinth.recipes.stages import pretrain_config
 from plinth.scaling.plan_record import load_plan
 from plinth.tokenizer.encode import Tokenizer
-from plinth.training.pretrain import PretrainConfig, pretrain
+from plinth.recipes.pretraining import PretrainConfig, pretrain
 
 
 @dataclass(frozen=True)

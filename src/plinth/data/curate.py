@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def curate(documents: pa.Table | Intake, out: Path, config: CurateConfig | None 
     """Write the corpus folder `out` and return its manifest.
 
     The manifest has documents_in, documents_train, documents_heldout, bytes_*, rules (kept, dropped, bytes_dropped, examples each),
-    rejected_files, malformed, composition, licences, warnings, sha256 of the files, and the config; it is a function of the text
+    rejected_files, malformed, sources, composition, licences, warnings, sha256 of the files, and the config; it is a function of the text
     and the config alone. Raises UserError when `out` holds files already or when fewer than two documents are left; on any
     error, a full disk too, nothing is left behind.
     """
@@ -110,8 +109,9 @@ def curate(documents: pa.Table | Intake, out: Path, config: CurateConfig | None 
         **{f"bytes_{split}": _num_bytes(part) for split, part in parts.items()},
         "rules": funnel.rules,
         "warnings": _warnings(funnel.rules, len(table)),
-        "composition": {split: _composition(part) for split, part in parts.items()},
-        "licences": dict(sorted(Counter(licence or "unknown" for licence in kept["licence"].to_pylist()).items())),
+        "composition": _amounts(kept, "kind"),
+        "composition_heldout": _amounts(parts["heldout"], "kind"),
+        "licences": _amounts(kept, "licence"),
         **_account_of_intake(documents),
         "config": to_dict(config),
     }
@@ -212,10 +212,11 @@ def _num_bytes(table: pa.Table) -> int:
     return pc.sum(pc.binary_length(table["text"])).as_py() or 0
 
 
-def _composition(table: pa.Table) -> dict[str, dict[str, int]]:
+def _amounts(table: pa.Table, column: str) -> dict[str, dict[str, int]]:
+    """Return {value of the column: {documents, bytes}}, in alphabetical order; null is "not stated"."""
     result: dict[str, dict[str, int]] = {}
-    for kind, size in zip(table["kind"].to_pylist(), pc.binary_length(table["text"]).to_pylist()):
-        entry = result.setdefault(kind, {"documents": 0, "bytes": 0})
+    for value, size in zip(table[column].to_pylist(), pc.binary_length(table["text"]).to_pylist()):
+        entry = result.setdefault(value or "not stated", {"documents": 0, "bytes": 0})
         entry["documents"] += 1
         entry["bytes"] += size
     return dict(sorted(result.items()))
@@ -223,10 +224,11 @@ def _composition(table: pa.Table) -> dict[str, dict[str, int]]:
 
 def _account_of_intake(documents: pa.Table | Intake) -> dict[str, Any]:
     if not isinstance(documents, Intake):
-        return {"rejected_files": [], "malformed": [], "intake": None}
+        return {"rejected_files": [], "malformed": [], "sources": [], "intake": None}
     return {
         "rejected_files": [dataclasses.asdict(reject) for reject in documents.rejected],
         "malformed": [dataclasses.asdict(bad) for bad in documents.malformed],
+        "sources": documents.sources,
         "intake": {**documents.counts, "examples": documents.examples},
     }
 

@@ -19,7 +19,8 @@ LINE = frozenset({"br", "li", "tr", "dt", "dd", "figcaption", "caption", "option
 CELL = frozenset({"td", "th"})
 
 _SPACES = re.compile(r"[ \t\r\n\f]+")
-_BLANK_LINES = re.compile(r"\n[ \t]*\n\s*\n")
+_BLANK_LINES = re.compile(r"\n{3,}")
+_KEPT_SPACE, _KEPT_TAB = "\ufdd0", "\ufdd1"  # stand for white space of preformatted text until lines are stripped
 
 
 def html_to_text(html: str) -> str:
@@ -76,9 +77,9 @@ class _PageReader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self.open_skips:
-            self._pieces.append(data if self._preformatted else _SPACES.sub(" ", data))
+            self._pieces.append(data.replace(" ", _KEPT_SPACE).replace("\t", _KEPT_TAB) if self._preformatted else _SPACES.sub(" ", data))
 
     def text(self) -> str:
-        lines = [line.rstrip() for line in "".join(self._pieces).split("\n")]
-        joined = "\n".join(line.lstrip("\t ") if line.startswith(("\t", " ")) and not line.startswith("    ") else line for line in lines)
-        return _BLANK_LINES.sub("\n\n", joined).strip()
+        lines = [line.strip(" \t") for line in "".join(self._pieces).split("\n")]
+        lines = [line.replace(_KEPT_SPACE, " ").replace(_KEPT_TAB, "\t").rstrip() for line in lines]
+        return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip("\n")

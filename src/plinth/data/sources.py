@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import platform
 from collections import Counter
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from plinth.config import UserError, nearest
-from plinth.data.documents import TableBuilder, excerpt
+from plinth.data.documents import Document, TableBuilder, excerpt
 from plinth.data.formats import Malformed, Rejected, read_file
 from plinth.data.stdlib import stdlib_documents
 from plinth.run import Progress
@@ -45,6 +46,8 @@ class Intake:
     """files, files_rejected, documents, bytes, malformed (lines or rows), documents_by_kind, stdlib (version of Python, or None)."""
     malformed: list[Malformed]
     """Files with lines or rows that could not be used: their count and the first three with line numbers."""
+    sources: list[dict[str, Any]]
+    """What each named path gave: path, documents, bytes, sha256."""
 
 
 def read_documents(paths: Sequence[str | Path], text_fields: tuple[str, ...] = ()) -> Intake:
@@ -56,36 +59,59 @@ def read_documents(paths: Sequence[str | Path], text_fields: tuple[str, ...] = (
     """
     if not paths:
         raise UserError("no text was named. Name files or folders, or `stdlib` for the library of the running Python.")
-    builder, rejected, malformed, first_documents = TableBuilder(), [], [], []
-    tables: list[pa.Table] = []
+    rejected: list[Reject] = []
+    malformed: list[Malformed] = []
+    first_documents: list[tuple[int, Document]] = []
     files = list(_walk_all([Path(path) for path in paths if str(path) != STDLIB], rejected))
+    builders = {printable(path): TableBuilder() for path in paths}
     with Progress(len(files), "reading", "file") as progress:
-        for path in files:
-            name = printable(path)
-            bad, num_before = Malformed(name), builder.num_documents
-            try:
-                for index, document in enumerate(read_file(path, name, text_fields, bad)):
-                    builder.add(document)
-                    if index < 3 and len(first_documents) < 300:
-                        first_documents.append((index, document))
-            except Rejected as error:
-                num_kept = builder.num_documents - num_before
-                rejected.append(Reject(name, f"{error}; the {num_kept} documents before that are kept" if num_kept else str(error)))
-            if bad.count:
-                malformed.append(bad)
+        for named, path in files:
+            _read_into(builders[printable(named)], path, text_fields, rejected, malformed, first_documents)
             progress.update(1)
-    tables.append(builder.finish())
-    uses_stdlib = any(str(path) == STDLIB for path in paths)
-    if uses_stdlib:
-        tables.append(stdlib_documents())
-    table = pa.concat_tables(tables)
+    tables = {named: stdlib_documents() if named == STDLIB else builder.finish() for named, builder in builders.items()}
+    table = pa.concat_tables(tables.values())
     if len(table) == 0:
         raise UserError(_nothing_read(rejected))
     first_documents.sort(key=lambda item: item[0])  # stable: the first of each file before the second of any
     examples = [_example(*document[:3]) for _, document in first_documents[:3]] or [
         _example(row["text"], row["source"], row["kind"]) for row in _spread(table, 3)
     ]
-    return Intake(table, rejected, examples, _counts(table, files, rejected, malformed, uses_stdlib), malformed)
+    counts = _counts(table, len(files), rejected, malformed, STDLIB in tables)
+    return Intake(table, rejected, examples, counts, malformed, [_source_record(named, part) for named, part in tables.items()])
+
+
+def _read_into(
+    builder: TableBuilder,
+    path: Path,
+    text_fields: tuple[str, ...],
+    rejected: list[Reject],
+    malformed: list[Malformed],
+    first_documents: list[tuple[int, Document]],
+) -> None:
+    """Add the documents of one file to the table, or the file to the rejected ones."""
+    name = printable(path)
+    bad, num_before = Malformed(name), builder.num_documents
+    try:
+        for index, document in enumerate(read_file(path, name, text_fields, bad)):
+            builder.add(document)
+            if index < 3 and len(first_documents) < 300:
+                first_documents.append((index, document))
+    except Rejected as error:
+        num_kept = builder.num_documents - num_before
+        rejected.append(Reject(name, f"{error}; the {num_kept} documents before that are kept" if num_kept else str(error)))
+    if bad.count:
+        malformed.append(bad)
+
+
+def _source_record(named: str, table: pa.Table) -> dict[str, Any]:
+    """Return what one named path gave, with a hash over the sources and texts of its documents."""
+    digest = hashlib.sha256()
+    for source, text in zip(table["source"].to_pylist(), table["text"].to_pylist()):
+        data = text.encode("utf-8")
+        digest.update(f"{source}\0{len(data)}\0".encode())
+        digest.update(data)
+    num_bytes = pc.sum(pc.binary_length(table["text"])).as_py() or 0
+    return {"path": named, "documents": len(table), "bytes": num_bytes, "sha256": digest.hexdigest()}
 
 
 def _example(text: str, source: str, kind: str) -> dict[str, Any]:
@@ -99,9 +125,9 @@ def _spread(table: pa.Table, num: int) -> list[dict[str, Any]]:
     return table.take(sorted(first.values())[:num]).to_pylist()
 
 
-def _counts(table: pa.Table, files: list, rejected: list, malformed: list[Malformed], uses_stdlib: bool) -> dict[str, Any]:
+def _counts(table: pa.Table, num_files: int, rejected: list[Reject], malformed: list[Malformed], uses_stdlib: bool) -> dict[str, Any]:
     return {
-        "files": len(files),
+        "files": num_files,
         "files_rejected": len(rejected),
         "documents": len(table),
         "bytes": pc.sum(pc.binary_length(table["text"])).as_py(),
@@ -117,8 +143,8 @@ def _nothing_read(rejected: list[Reject]) -> str:
     return f"none of {len(rejected)} files could be used: {shown}{more}. Readable are {READABLE}."
 
 
-def _walk_all(paths: list[Path], rejected: list[Reject]) -> Iterator[Path]:
-    """Yield each file once, in order. Raises UserError for a path that is absent and a folder that holds no file."""
+def _walk_all(paths: list[Path], rejected: list[Reject]) -> Iterator[tuple[Path, Path]]:
+    """Yield (named path, file) for each file once, in order. Raises UserError for a path that is absent and a folder that holds no file."""
     seen: set[str] = set()
     for path in paths:
         if path.is_dir():
@@ -135,7 +161,7 @@ def _walk_all(paths: list[Path], rejected: list[Reject]) -> Iterator[Path]:
             identity = os.path.realpath(file)
             if identity not in seen:
                 seen.add(identity)
-                yield file
+                yield path, file
 
 
 def _walk(folder: Path, rejected: list[Reject]) -> Iterator[Path]:

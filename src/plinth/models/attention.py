@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from plinth.models.config import DecoderConfig
-from plinth.models.kv_cache import KVCache
+from plinth.models.kv_cache import KVCache, View
 from plinth.models.mlp import RMSNorm
 from plinth.ops.attention import plain_qk_norm_rope_attention, qk_norm_rope_attention
+from plinth.ops.linear import linear_rows
 from plinth.ops.rope import apply_rope
 
 
@@ -24,14 +26,6 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
 
-    def project(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        """Return q (..., H, E), k and v (..., K, E), the first two normalised and rotated; cos and sin are (..., E)."""
-        config = self.config
-        qkv = self.qkv(x).unflatten(-1, (-1, config.head_dim))
-        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
-        cos, sin = cos[..., None, :], sin[..., None, :]
-        return apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin), v
-
     def forward(self, x_BTD: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor) -> torch.Tensor:
         """Attend causally within each sequence; returns (B, T, D)."""
         config = self.config
@@ -42,18 +36,31 @@ class Attention(nn.Module):
             return self.out(plain_qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape, **scales))
         return self.out(qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape))
 
-    def forward_rows(self, x_ND, cos, sin, positions_N, slots_N, cache: KVCache, layer: int) -> torch.Tensor:
-        """Attend from N independent rows, each to positions 0..positions_N[i] of its slot.
+    def forward_rows(self, x_ND, cos_NE, sin_NE, positions_N, slots_N, cache: KVCache, layer: int, views: list[View]):
+        """Attend from N rows, each to positions 0..positions_N[i] of its slot; rows outside all views give zeros.
 
-        Every reduction runs over the whole window of the cache, so a row's result does not depend on its company.
+        A row's result does not depend on its company: projections run in fixed tiles, and every product of attention
+        belongs to one slot and one head alone.
         """
-        q_NHE, k_NKE, v_NKE = self.project(x_ND, cos, sin)
-        cache.write(layer, slots_N, positions_N, k_NKE, v_NKE)
-        keys_NSKE, values_NSKE = cache.keys[layer][slots_N], cache.values[layer][slots_N]
         config = self.config
-        q_NKGE = q_NHE.unflatten(1, (config.num_kv_heads, -1))
-        scores_NKGS = torch.matmul(q_NKGE, keys_NSKE.permute(0, 2, 3, 1)).float() * config.head_dim**-0.5
-        future_NS = torch.arange(cache.max_seq_len, device=x_ND.device) > positions_N[:, None]
-        weights_NKGS = scores_NKGS.masked_fill(future_NS[:, None, None], -torch.inf).softmax(-1).to(x_ND.dtype)
-        y_NKGE = torch.matmul(weights_NKGS, values_NSKE.transpose(1, 2))
-        return self.out(y_NKGE.flatten(1))
+        qkv = linear_rows(x_ND, self.qkv.weight).unflatten(-1, (-1, config.head_dim))
+        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
+        cos, sin = cos_NE[:, None], sin_NE[:, None]
+        q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+        cache.write(layer, slots_N, positions_N, k, v)
+        parts = [self._attend(q[view.rows], *cache.read(layer, view), view) for view in views]
+        padding = x_ND.shape[0] - sum(part.shape[0] for part in parts)
+        if padding:
+            parts.append(x_ND.new_zeros(padding, config.num_heads * config.head_dim))
+        return linear_rows(parts[0] if len(parts) == 1 else torch.cat(parts), self.out.weight)
+
+    def _attend(self, q_NHE, keys_AKWE, values_AKWE, view: View) -> torch.Tensor:
+        """Return (N, H * E); the queries that share a key head are stacked as rows of one product."""
+        K, E, R = self.config.num_kv_heads, self.config.head_dim, view.rows_per_slot
+        groups = self.config.num_heads // K
+        q = q_NHE.view(-1, R, K, groups, E).permute(0, 2, 3, 1, 4).flatten(2, 3)  # A K (groups R) E
+        mask = view.mask_A1RW if groups == 1 else view.mask_A1RW.repeat(1, 1, groups, 1)
+        if q.shape[0] * K == 1:  # a lone product may be split over threads and add in another order: never let it be lone
+            q, keys_AKWE, values_AKWE = (x.expand(2, -1, -1, -1) for x in (q, keys_AKWE, values_AKWE))
+        y = F.scaled_dot_product_attention(q, keys_AKWE, values_AKWE, attn_mask=mask)[: mask.shape[0]]
+        return y.unflatten(2, (groups, R)).permute(0, 3, 1, 2, 4).reshape(-1, K * groups * E)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from plinth.models.attention import Attention
 from plinth.models.config import DecoderConfig
-from plinth.models.kv_cache import KVCache
+from plinth.models.kv_cache import KVCache, Span
 from plinth.models.mlp import RMSNorm, SwiGLU
+from plinth.ops.linear import linear_rows
 from plinth.ops.rope import rope_table
 
 
@@ -82,21 +85,43 @@ class Transformer(nn.Module):
             x, delta = layer(x, delta, cos, sin)
         return self.final_norm.add(x, delta)[1]
 
+    def matrix_parts(self) -> dict[str, tuple[int, ...]]:
+        """Return the hidden matrices by parameter name, each with the row counts of the projections fused in it."""
+        config = self.config
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        parts = {}
+        for i in range(config.num_layers):
+            parts[f"layers.{i}.attention.qkv.weight"] = tuple(n * config.head_dim for n in heads)
+            parts[f"layers.{i}.attention.out.weight"] = (config.hidden_size,)
+            parts[f"layers.{i}.mlp.gate_up.weight"] = (config.intermediate_size,) * 2
+            parts[f"layers.{i}.mlp.down.weight"] = (config.hidden_size,)
+        return parts
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return next-token scores, shape (..., V)."""
         return nn.functional.linear(hidden, self.output_weight)
 
     @torch.no_grad()
-    def forward_rows(self, tokens_N, positions_N, slots_N, cache: KVCache) -> torch.Tensor:
-        """Run N independent rows of a ragged batch against the cache; returns hidden states (N, D).
+    def forward_rows(
+        self, tokens_N, positions_N, slots_N, cache: KVCache, spans: Sequence[Span] | None = None
+    ) -> torch.Tensor:
+        """Run N rows of a ragged batch against the cache; returns hidden states (N, D). N is a multiple of ROW_TILE.
 
         Row i is the token at position positions_N[i] of slot slots_N[i]. Keys and values of all rows are written
         before any row attends, so the rows of one prompt may come in one call, and it sees positions up to its own.
+        Spans tell which rows attend how, in order from row 0; rows behind the last one are padding.
         """
-        cos, sin = self.rotation(positions_N)
-        x = self.embed(tokens_N)
+        views = cache.views(slots_N, positions_N, spans)
+        cos_NE, sin_NE = cache.cos_SE[positions_N], cache.sin_SE[positions_N]
+        x, delta = self.embed(tokens_N), None
         for i, layer in enumerate(self.layers):
-            attended = layer.attention.forward_rows(layer.attention_norm(x), cos, sin, positions_N, slots_N, cache, i)
-            x = x + attended
-            x = x + layer.mlp(layer.mlp_norm(x))
-        return self.final_norm(x)
+            x, normed = layer.attention_norm.add(x, delta)
+            delta = layer.attention.forward_rows(normed, cos_NE, sin_NE, positions_N, slots_N, cache, i, views)
+            x, normed = layer.mlp_norm.add(x, delta)
+            delta = layer.mlp.forward_rows(normed)
+        return self.final_norm.add(x, delta)[1]
+
+    @torch.no_grad()
+    def logits_rows(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Return next-token scores of N rows, a multiple of ROW_TILE, each independent of its company bit for bit."""
+        return linear_rows(hidden_ND, self.output_weight)

@@ -34,8 +34,8 @@ from plinth.scaling.probe import probe_machine
 from plinth.tasks.facts import build_facts
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
-from plinth.training.pretrain import pretrain
-from plinth.training.step import measure_tokens_per_s
+from plinth.recipes.pretraining import pretrain
+from plinth.training.throughput import measure_tokens_per_s
 
 STDLIB = "stdlib"
 

@@ -10,7 +10,7 @@ from plinth.scaling.plan_record import Plan
 from plinth.tasks.facts import FactsConfig
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
-from plinth.training.pretrain import PretrainConfig
+from plinth.recipes.pretraining import PretrainConfig
 
 FACTS_PER_FUNCTION = 2.1  # kinds of fact that a function of the standard library has on average
 

@@ -10,6 +10,7 @@ from plinth.scaling.plan_record import Plan
 MANY_EPOCHS = 16.0
 FEW_STEPS = 500
 WIDE_MISFIT = 0.15
+BUSY_LOAD = 0.75
 
 
 def plan_sources(plan: Plan, law: ChinchillaLaw) -> dict[str, str]:
@@ -76,6 +77,11 @@ def doubts(plan: Plan) -> tuple[str, ...]:
         found.append(f"pretraining ends at max_epochs={plan.config.max_epochs:g} and leaves part of the budget unused.")
     if plan.steps < FEW_STEPS:
         found.append(f"{plan.steps} updates are few: loss laws describe runs of a thousand and more.")
+    if plan.probe.load_average > plan.probe.cores * BUSY_LOAD:
+        found.append(
+            f"the machine was busy at the probe (load {plan.probe.load_average:.1f} on {plan.probe.cores} cores): on a quiet one "
+            "training is faster, and a larger run would fit."
+        )
     if plan.probe.time_model.relative_rmse > WIDE_MISFIT:
         found.append(
             f"the time model misses its own measurements by {plan.probe.time_model.relative_rmse:.0%}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Throughput(Protocol):
 
 
 class MeasureTraining(Protocol):
-    """Runs a few real training steps, which another layer owns: `training.step.measure_tokens_per_s`."""
+    """Runs a few real training steps, which another layer owns: `training.throughput.measure_tokens_per_s`."""
 
     def __call__(
         self,
@@ -104,6 +105,8 @@ class Probe:
     """seconds of a step for any shape, fitted to train_points"""
     probe_s: float
     """how long the measurements took, seconds"""
+    load_average: float = 0.0
+    """processes that wanted a core in the minute before the probe; other work slows what is measured"""
 
 
 def probe_machine(
@@ -115,12 +118,13 @@ def probe_machine(
 ) -> Probe:
     """Measure the machine: at most `limit_s` seconds and one more training shape.
 
-    `measure_training` is `plinth.training.step.measure_tokens_per_s`. `on_progress` gets one line before each
+    `measure_training` is `plinth.training.throughput.measure_tokens_per_s`. `on_progress` gets one line before each
     measurement. A shape that would pass the limit is left out; the time
     model then leans on the matrix rate and the bandwidth.
     """
     say = on_progress or (lambda line: None)
     started = time.perf_counter()
+    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     say("matrix products")
     rates = {dtype: matmul_rate(dtype, seed=seed) for dtype in DTYPES}
     dtype = "bfloat16" if rates["bfloat16"] > BF16_ADVANTAGE * rates["float32"] else "float32"
@@ -139,6 +143,7 @@ def probe_machine(
         train_points=tuple(points),
         time_model=_time_model(points, rates[dtype], bandwidth),
         probe_s=time.perf_counter() - started,
+        load_average=load_average,
     )
 
 

@@ -72,7 +72,7 @@ def _stages(plan: Plan) -> Table:
 
 def _alternatives(plan: Plan) -> Table:
     table = Table(title="Near-best runs", title_justify="left")
-    for name in ("layers x width", "vocabulary", "parameters", "tokens", "epochs", "tokens/s", "bits a byte"):
+    for name in ("shape", "vocab", "params", "tokens", "epochs", "tok/s", "bits/byte"):
         table.add_column(name, justify="right")
     for row in plan.alternatives:
         table.add_row(

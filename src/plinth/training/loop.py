@@ -18,7 +18,8 @@ from plinth.training.checkpoint import load_checkpoint, save_checkpoint
 from plinth.training.optim import OptimizerConfig, build_optimizer
 from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
 from plinth.training.schedule import warmup_stable_decay
-from plinth.training.step import Batch, LossFunction, NonFiniteError, open_workers, peak_memory_bytes, train_step
+from plinth.training.step import Batch, LossFunction, NonFiniteError, open_workers, train_step
+from plinth.training.throughput import peak_memory_bytes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,139 @@
+"""Laws of the training step: splits do not matter, nothing non-finite passes, the updates are the published ones."""
+
+import pytest
+import torch
+
+from plinth.models.config import DecoderConfig
+from plinth.models.transformer import Transformer
+from plinth.training.objectives import causal_lm_loss
+from plinth.training.optim import OptimizerConfig, build_optimizer, orthogonalise
+from plinth.training.precision import MasterWeights
+from plinth.training.schedule import warmup_stable_decay
+from plinth.training.step import NonFiniteError, open_workers, split_gradients, train_step
+
+CONFIG = DecoderConfig(
+    vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48, max_seq_len=16
+)
+
+
+def make_masters(dtype=torch.float32):
+    model = Transformer(CONFIG).init_weights(torch.Generator().manual_seed(0))
+    for i, layer in enumerate(model.layers):  # the zero projections would hide half of the gradients
+        for weight in (layer.attention.out.weight, layer.mlp.down.weight):
+            torch.nn.init.normal_(weight, 0, 0.1, generator=torch.Generator().manual_seed(i))
+    return MasterWeights(model, dtype)
+
+
+def make_rows(rows=6, seed=1):
+    tokens = torch.randint(CONFIG.vocab_size, (rows, 13), generator=torch.Generator().manual_seed(seed))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < 0.3] = -1
+    return inputs, targets
+
+
+@pytest.mark.parametrize("sizes", [[1, 5], [2, 2, 2], [1, 1, 1, 3], [6]])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_split_of_a_batch_gives_the_same_gradient(sizes, threads):
+    inputs, targets = make_rows()
+    masters = make_masters()
+    with open_workers(threads) as workers:
+        whole = split_gradients(masters, causal_lm_loss, [(inputs, targets)], workers)
+        parts = list(zip(inputs.split(sizes), targets.split(sizes)))
+        split = split_gradients(masters, causal_lm_loss, parts, workers)
+    assert whole[1] == split[1] == int((targets >= 0).sum())
+    assert abs(whole[0] - split[0]) < 1e-3
+    for a, b in zip(whole[3], split[3]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_uncounted_targets_change_nothing():
+    inputs, targets = make_rows()
+    loss, count, _ = causal_lm_loss(make_masters().model, (inputs, targets))
+    logits = make_masters().model.logits(make_masters().model(inputs))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    assert count == int((targets >= 0).sum())
+
+
+def test_a_batch_without_a_supervised_token_is_an_error():
+    masters = make_masters()
+    optimizer = build_optimizer(masters, OptimizerConfig())
+    inputs, targets = make_rows()
+    with open_workers(1) as workers, pytest.raises(ValueError, match="no supervised token"):
+        train_step(masters, causal_lm_loss, [(inputs, torch.full_like(targets, -1))], optimizer, workers)
+
+
+def test_a_non_finite_gradient_stops_before_the_update():
+    masters = make_masters()
+    before = {name: tensor.clone() for name, tensor in masters.tensors.items()}
+    optimizer = build_optimizer(masters, OptimizerConfig())
+
+    def poisoned(model, batch):
+        loss, count, metrics = causal_lm_loss(model, batch)
+        return loss * float("nan"), count, metrics
+
+    with open_workers(1) as workers, pytest.raises(NonFiniteError):
+        train_step(masters, poisoned, [make_rows()], optimizer, workers)
+    assert all(torch.equal(before[name], tensor) for name, tensor in masters.tensors.items())
+
+
+@pytest.mark.oracle
+def test_adamw_equals_torch_optim():
+    masters = make_masters()
+    config = OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.0, eps=1e-8, beta1=0.9, beta2=0.95)
+    optimizer = build_optimizer(masters, config)
+    twins = {name: tensor.clone().requires_grad_() for name, tensor in masters.tensors.items()}
+    oracle = torch.optim.AdamW(twins.values(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    with open_workers(2) as workers:
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            grads = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in twins.items()}
+            for name, twin in twins.items():
+                twin.grad = grads[name].clone()
+            oracle.step()
+            optimizer.step(grads, 1.0, workers)
+    for name, twin in twins.items():
+        torch.testing.assert_close(masters.tensors[name], twin.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.oracle
+def test_muon_equals_torch_optim_on_an_unfused_matrix():
+    masters = make_masters()
+    config = OptimizerConfig(name="muon", muon_lr=0.02, weight_decay=0.1, momentum=0.95)
+    optimizer = build_optimizer(masters, config)
+    name = "layers.0.mlp.down.weight"
+    twin = masters.tensors[name].clone().requires_grad_()
+    oracle = torch.optim.Muon([twin], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="original")
+    with open_workers(2) as workers:
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            grads = {n: torch.randn(t.shape, generator=generator) for n, t in masters.tensors.items()}
+            twin.grad = grads[name].clone()
+            oracle.step()
+            optimizer.step(grads, 1.0, workers)
+    moved, expected = masters.tensors[name], twin.detach()
+    assert (moved - expected).norm() / expected.norm() < 2e-3  # Newton-Schulz runs in bf16 in both
+
+
+def test_orthogonalise_moves_singular_values_towards_one():
+    matrices = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices, steps=5))
+    assert values.min() > 0.5 and values.max() < 1.4
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_small_batch_is_learnt_by_heart(name):
+    masters = make_masters()
+    optimizer = build_optimizer(masters, OptimizerConfig(name=name, lr=0.01, muon_lr=0.02, weight_decay=0.0))
+    batch = [make_rows(rows=2)]
+    with open_workers(2) as workers:
+        losses = [train_step(masters, causal_lm_loss, batch, optimizer, workers).loss_nats for _ in range(60)]
+    assert losses[0] > 3.5 and losses[-1] < 0.1
+
+
+def test_the_schedule_rises_stays_and_falls():
+    factors = [warmup_stable_decay(step, steps=20, warmup_steps=4, decay_steps=8) for step in range(20)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[11] == 1.0 and factors[12] < 1.0
+    assert factors[12:] == sorted(factors[12:], reverse=True)
+    assert 0 < factors[-1] < 0.1
