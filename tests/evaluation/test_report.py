@@ -26,6 +26,7 @@ from plinth.run import file_sha256, tree_sha256
 from plinth.tokenizer.train import train_tokenizer
 
 HOSTILE = "</style><script>alert('x')</script><img src=https://evil.example/x.png onerror=alert(1)>\"'&{{ 7 * 7 }}"
+METER = "estimate: 2 cores x 10 W, no counter read"
 TEXT = "Copy data from src to dst in the most efficient way possible. If follow_symlinks is not set, a new symbolic link is created. "
 
 
@@ -127,7 +128,7 @@ def write_stage(build: Path, stage: str, steps: int, first: float, last: float, 
     write(build / stage / "model/config.json", {"model_type": "qwen3"})
     (build / stage / "model/model.safetensors").write_bytes(stage.encode() * 10)
     summary = {"steps": steps, "tokens": steps * 8192, "time_s": steps * 0.54, "loss_nats": last}
-    summary |= {"peak_memory_bytes": 1_720_000_000, "energy_j": steps * 11.0, "energy_source": "estimate: 2 cores x 10 W, no counter read"}
+    summary |= {"peak_memory_bytes": 1_720_000_000, "num_params": 6_312_448}
     write(build / stage / "DONE", summary)
 
 
@@ -191,10 +192,11 @@ def make_build(build: Path) -> Path:
     fewer_false = Score(0.17, 600, 0.016, (0.139, 0.201), {}).to_dict()
     write(build / "evals/differences.json", {"dpo - sft": {"invented_refusal": fewer_false, "known_exact": score(0.004, 2400, 0.01)}})
     shutil.copy(build / "pretrain/provenance.json", build / "provenance.json")
-    write(build / "config.json", {"source": ["stdlib"], "budget": "5m", "seed": 7})
+    write(build / "config.json", {"text": ["stdlib"], "budget": "5m", "sft": None, "pairs": None, "seed": 7})
     times = {"curate": 21.4, "tokenizer": 4.8, "pack": 6.1, "probe": 9.7, "pretrain": 191.2, "sft": 44.0, "dpo": 25.3, "evaluate": 31.9}
-    write(build / "metrics.jsonl", "".join(json.dumps({"stage": k, "time_s": v}) + "\n" for k, v in times.items()))
-    write(build / "DONE", {"time_s": 336.2})
+    lines = [{"stage": name, "time_s": seconds, "energy_j": 20 * seconds, "energy_source": METER} for name, seconds in times.items()]
+    write(build / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write(build / "DONE", {"time_s": 336.2, "energy_j": 6724.0, "energy_source": METER})
     return build
 
 
@@ -270,8 +272,8 @@ def test_page_shows_every_part(finished):
         "describe higher is better 2.1 %",
         "Invented names: refused, DPO against SFT +17.0 +13.9 to +20.1, n = 600",
         "Held-out loss, nats per token 2.61 2.66 1.02 bpb x 3.503 bytes a token, measured on this text",
-        "Time of all training 7 min 10 s 4 min 48 s 0.67 time model on 4 measured training speeds",
-        "Energy of pretraining 3.8 kJ (1.06 Wh) 3.89 kJ (1.08 Wh) 1.02 estimate: 2 cores x 10 W, no counter read; actual: estimate:",
+        "Time of all training 7 min 10 s 4 min 20 s 0.61 time model on 4 measured training speeds",
+        "Energy of pretraining 3.8 kJ (1.06 Wh) 3.82 kJ (1.06 Wh) 1.01 estimate: 2 cores x 10 W, no counter read; actual: estimate:",
         "354 updates are few",
         "besiroglu a paper 1.07 4,100,000 yes",
         "No price an hour was given, so no cost is stated.",
@@ -339,15 +341,20 @@ def test_hostile_text_stays_text(build):
     write(
         build / "provenance.json", {"argv": [HOSTILE], "created": HOSTILE, "versions": {HOSTILE: HOSTILE}, "hardware": {HOSTILE: HOSTILE}}
     )
-    write(build / "metrics.jsonl", json.dumps({"stage": HOSTILE, "time_s": 1.0}) + "\n")
+    write(build / "metrics.jsonl", json.dumps({"stage": HOSTILE, "time_s": 1.0, "energy_j": 1.0, "energy_source": HOSTILE}) + "\n")
     write(build / "FAILED.txt", HOSTILE)
-    done = json.loads((build / "dpo/DONE").read_text()) | {"energy_source": HOSTILE}
-    write(build / "dpo/DONE", done)
     page = page_of(build)
     assert not {"script", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count("<script>alert('x')</script>") >= 20
     assert "{{ 7 * 7 }}" in page.text
+
+
+def test_a_build_without_pairs_says_so(build):
+    for name in ("facts", "dpo"):
+        shutil.rmtree(build / name)
+    write(build / "config.json", {"text": ["texts"], "sft": "messages.jsonl", "pairs": None})
+    assert "DPO: There were no preference pairs (--pairs was not given), so the build stopped after SFT." in words(page_of(build))
 
 
 def test_a_build_without_instruction_data_says_so(build):
@@ -507,14 +514,30 @@ def test_segmentation_covers_the_passage(finished):
     assert all(len(pair) == 2 and "Ġ" not in "".join(pair) for pair in section["first_merges"])
 
 
-def test_energy_falls_back_to_the_plan_and_says_so(build):
-    for stage in ("pretrain", "sft", "dpo"):
-        summary = json.loads((build / stage / "DONE").read_text())
-        write(build / stage / "DONE", {key: value for key, value in summary.items() if not key.startswith("energy")})
-    entries = report_data(build)["energy"]["entries"]
-    assert [(entry["energy_j"], entry["source"]) for entry in entries] == [
-        (3800.0, "not measured; predicted: estimate: 2 cores x 10 W, no counter read")
-    ]
+def test_time_energy_and_cost_by_stage(build):
+    spent = report_data(build)["spent"]
+    assert (spent["total_s"], spent["total_j"], spent["total_cost"], spent["price_per_hour"]) == (336.2, 6724.0, None, None)
+    assert spent["sources"] == [METER]
+    plan = json.loads((build / "plan.json").read_text())
+    plan["config"]["price_per_hour"] = 1.8
+    write(build / "plan.json", plan)
+    (build / "DONE").unlink()
+    resumed = {"stage": "pretrain", "time_s": 100.0, "energy_j": 10.0, "energy_source": "measured: RAPL package-0"}
+    with (build / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(resumed) + "\n")
+    spent = report_data(build)["spent"]
+    entry = next(entry for entry in spent["stages"] if entry["name"] == "pretrain")
+    assert entry["time_s"] == pytest.approx(291.2) and entry["cost"] == pytest.approx(0.1456)
+    assert spent["total_s"] == pytest.approx(434.4) and spent["total_cost"] == pytest.approx(0.2172)
+    assert spent["sources"] == [METER, "measured: RAPL package-0"]
+
+
+def test_energy_that_was_not_recorded_is_said_to_be_predicted(build):
+    lines = [json.loads(line) for line in (build / "metrics.jsonl").read_text().splitlines()]
+    write(build / "metrics.jsonl", "".join(json.dumps({k: v for k, v in line.items() if "energy" not in k}) + "\n" for line in lines))
+    write(build / "DONE", {"time_s": 336.2})
+    text = words(page_of(build))
+    assert "Energy was not recorded. The plan predicted 8.6 kJ (2.39 Wh) for all training (estimate: 2 cores x 10 W" in text
 
 
 def test_report_card_fits_a_terminal(finished):

@@ -26,7 +26,9 @@ QUANTITIES = (
 ALIASES = {"total_time_s": "time_s", "total_energy_j": "energy_j"}  # whose law these share
 
 
-def plan_section(plan: Mapping[str, Any], stages: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def plan_section(
+    plan: Mapping[str, Any], stages: Mapping[str, Any], evaluation: Mapping[str, Any], spent: Mapping[str, Any]
+) -> dict[str, Any]:
     """Predicted against actual, the choices, what every law says, the alternatives and the doubts; {} without a plan.
 
     A quantity that is neither predicted nor measured is left out, and so is a cost when no price was given.
@@ -34,15 +36,15 @@ def plan_section(plan: Mapping[str, Any], stages: Mapping[str, Any], evaluation:
     if not plan:
         return {}
     predicted, sources, config = table(plan.get("predicted")), table(plan.get("sources")), table(plan.get("config"))
-    measured = _measured(stages, evaluation)
+    came = _actual(stages, evaluation, spent)
     found = []
     for key, label, unit in QUANTITIES:
-        expected, actual = number(predicted.get(key, plan.get(key))), measured[key]
+        expected, actual = number(predicted.get(key, plan.get(key))), came[key]
         if (expected is None and actual is None) or (key == "cost" and not config.get("price_per_hour")):
             continue
         ratio = actual / expected if actual is not None and expected else None
         law = str(sources.get(key) or sources.get(ALIASES.get(key, "")) or "")
-        how = str(stages["pretrain"]["summary"].get("energy_source") or "") if unit == "J" and actual is not None else ""
+        how = "; ".join(spent["sources"]) if unit == "J" and actual is not None else ""
         found.append(
             {"key": key, "label": label, "unit": unit, "predicted": expected, "actual": actual, "ratio": ratio, "law": law, "how": how}
         )
@@ -63,10 +65,11 @@ def plan_section(plan: Mapping[str, Any], stages: Mapping[str, Any], evaluation:
     }
 
 
-def _measured(stages: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+def _actual(stages: Mapping[str, Any], evaluation: Mapping[str, Any], spent: Mapping[str, Any]) -> dict[str, float | None]:
     """What came of each quantity. Losses are those of held-out documents only: the training loss is no substitute."""
     pretrain = stages["pretrain"]["summary"]
     tokens, seconds = number(pretrain.get("tokens")), number(pretrain.get("time_s"))
+    by_stage = {entry["name"]: entry for entry in spent["stages"]}
     loss, bits = (cells_of(evaluation, key).get("pretrain") for key in ("loss_nats", "bits_per_byte"))
     return {
         "loss_nats": loss["value"] if loss else None,
@@ -77,16 +80,16 @@ def _measured(stages: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[
         "tokens_per_s": tokens / seconds if tokens and seconds else None,
         "mfu": median_of(stages["pretrain"]["metrics"], "mfu"),
         "memory_bytes": number(pretrain.get("peak_memory_bytes")),
-        "energy_j": number(pretrain.get("energy_j")),
-        "cost": number(pretrain.get("cost")),
-        "total_time_s": _total(stages, "time_s"),
-        "total_energy_j": _total(stages, "energy_j"),
+        "energy_j": by_stage.get("pretrain", {}).get("energy_j"),
+        "cost": by_stage.get("pretrain", {}).get("cost"),
+        "total_time_s": _total(stages, by_stage, "time_s"),
+        "total_energy_j": _total(stages, by_stage, "energy_j"),
     }
 
 
-def _total(stages: Mapping[str, Any], key: str) -> float | None:
-    """The sum over the stages that ran; None when one of them did not record it."""
-    values = [number(stage["summary"].get(key)) for stage in stages.values() if stage["state"] != "not run"]
+def _total(stages: Mapping[str, Any], by_stage: Mapping[str, Any], key: str) -> float | None:
+    """The sum over the training stages that ran; None when one of them did not record it."""
+    values = [by_stage.get(name, {}).get(key) for name, stage in stages.items() if stage["state"] != "not run"]
     return sum(value for value in values if value is not None) if values and None not in values else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from plinth.evaluation.corpus_section import composition, funnel
 from plinth.evaluation.lineage import lineage
 from plinth.evaluation.plan_section import median_of, plan_section
 from plinth.evaluation.segmentation import describe_tokenizer
+from plinth.evaluation.spending import spending
 
 
 def report_data(build_dir: Path) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def report_data(build_dir: Path) -> dict[str, Any]:
     differences = verdict.paired_differences(files)
     plan = files.json("plan.json", "plan")
     done = files.json("DONE", "summary of the build", quiet=True)
-    times = stage_times(files, stages, done)
-    _say_missing_stages(files, stages)
+    spent = spending(files, stages, plan, done)
+    _say_missing_stages(files, stages, config)
     records = {"build": provenance, **{name: stage["provenance"] for name, stage in stages.items()}}
     data = {
         "name": build_dir.resolve().name,
@@ -46,7 +46,7 @@ def report_data(build_dir: Path) -> dict[str, Any]:
         "state": _build_state(build_dir),
         "served": served,
         "model": _model(plan, stages, served),
-        "total_s": times["total_s"],
+        "total_s": spent["total_s"],
         "evaluation": evaluation,
         "goals": found,
         "improvements": verdict.improvements(evaluation, differences),
@@ -55,11 +55,10 @@ def report_data(build_dir: Path) -> dict[str, Any]:
         "funnel": funnel(corpus),
         "composition": composition(corpus, files.json("shards/manifest.json", "token counts")),
         "tokenizer": describe_tokenizer(files),
-        "plan": plan_section(plan, stages, evaluation),
+        "plan": plan_section(plan, stages, evaluation, spent),
         "stages": {name: _stage_section(stage) for name, stage in stages.items()},
         "curves": {name: curve(stage["metrics"]) for name, stage in stages.items()},
-        "time": times,
-        "energy": energy(stages, plan, done),
+        "spent": spent,
         "lineage": lineage(files, stages, corpus),
         "provenance": {name: _provenance(record) for name, record in records.items() if record},
         "config": config,
@@ -84,14 +83,17 @@ def _build_state(build_dir: Path) -> str:
     return "done"
 
 
-def _say_missing_stages(files: BuildFiles, stages: Mapping[str, Any]) -> None:
+def _say_missing_stages(files: BuildFiles, stages: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     for name, stage in stages.items():
         if stage["state"] == "not run":
             why = "Pretraining has not run." if name == "pretrain" else "The stage has not run."
-            if name == "sft" and not (files.path / "facts").exists():
+            own_facts = (files.path / "facts").exists()
+            if name == "sft" and not own_facts and not config.get("sft"):
                 why = "There was no instruction data (--sft was not given), so the build stopped after pretraining."
             if name == "dpo" and stages["sft"]["state"] == "not run":
                 why = "Preference tuning starts from an SFT model, and there is none."
+            elif name == "dpo" and not own_facts and not config.get("pairs"):
+                why = "There were no preference pairs (--pairs was not given), so the build stopped after SFT."
             files.say(NAMES[name], why)
         elif stage["state"] != "done":
             files.say(NAMES[name], f"The stage did not finish: {stage['state']}.")
@@ -137,41 +139,3 @@ def curve(metrics: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
             x, y = thin([x for x, _ in points], [y for _, y in points])
             found[key] = {"x": x, "y": y}
     return found
-
-
-def stage_times(files: BuildFiles, stages: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds by stage, from the build's metrics.jsonl ({stage, time_s} a line), else from the summaries of the training stages."""
-    found: dict[str, float] = {}
-    for record in files.json_lines("metrics.jsonl"):
-        seconds = number(record.get("time_s"))
-        if record.get("stage") and seconds is not None:
-            found[str(record["stage"])] = found.get(str(record["stage"]), 0.0) + seconds
-    complete = bool(found)
-    if not complete:
-        found = {name: number(stage["summary"].get("time_s")) or 0.0 for name, stage in stages.items() if stage["summary"].get("time_s")}
-        files.say("time of the other stages", "metrics.jsonl of the build names no stages; only the training stages' own times are known.")
-    total = number(done.get("time_s")) or (math.fsum(found.values()) if complete else None)
-    return {"stages": [{"name": name, "time_s": value} for name, value in found.items()], "total_s": total, "complete": complete}
-
-
-def energy(stages: Mapping[str, Any], plan: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-    """Joules and cost of each training stage, with how each number was come by: a meter, an estimate, or the plan's prediction."""
-    entries = []
-    for name, stage in stages.items():
-        joules = number(stage["summary"].get("energy_j"))
-        if joules is not None:
-            source = str(stage["summary"].get("energy_source") or "source not recorded")
-            entries.append({"name": NAMES[name], "energy_j": joules, "source": source, "cost": number(stage["summary"].get("cost"))})
-    joules = number(done.get("energy_j"))
-    if joules is not None:
-        source = str(done.get("energy_source") or "source not recorded")
-        entries.append({"name": "The whole build", "energy_j": joules, "source": source, "cost": number(done.get("cost"))})
-    predicted = table(plan.get("predicted"))
-    if not entries and number(predicted.get("energy_j")) is not None:
-        law = str(table(plan.get("sources")).get("energy_j") or "the plan")
-        entries.append(
-            {"name": "Pretraining", "energy_j": number(predicted["energy_j"]), "source": f"not measured; predicted: {law}"}
-            | {"cost": number(predicted.get("cost"))}
-        )
-    priced = number(table(plan.get("config")).get("price_per_hour"))
-    return {"entries": entries, "price_per_hour": priced}
