@@ -22,6 +22,7 @@ from plinth.data.shards import pack_corpus
 from plinth.data.stdlib import stdlib_documents
 from plinth.evaluation.likelihood import score_corpus
 from plinth.models.hub import load_model
+from plinth.recipes.pretraining import PretrainConfig, pretrain
 from plinth.run import describe_hardware, installed_versions, usable_cores
 from plinth.scaling.candidates import choose_optimizer, choose_tokens_per_step, decoder_config
 from plinth.scaling.fit import LawPoint, fit_chinchilla
@@ -32,7 +33,6 @@ from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
-from plinth.training.pretrain import PretrainConfig, pretrain
 
 SEQ_LEN = 256
 SHAPES = ((2, 64), (3, 128), (4, 192), (6, 256))
@@ -50,7 +50,8 @@ def main() -> int:
     limit = MAX_RUN_FLOPS / 4 if arguments.quick else MAX_RUN_FLOPS
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), arguments.vocab_size, limit)
-    points = [LawPoint(row["params"], row["effective_bytes"], row["bpb"] * math.log(2)) for row in rows]
+    gains = [PlanConfig().muon_gain if row["optimizer"] == "muon" else 1.0 for row in rows]  # the law counts in AdamW's bytes
+    points = [LawPoint(row["params"], row["effective_bytes"] * gain, row["bpb"] * math.log(2)) for row, gain in zip(rows, gains)]
     exponents = {} if arguments.free_exponents else {"param_exponent": 0.3478, "token_exponent": 0.3658}
     fitted = fit_chinchilla(points, name="own runs", source="benchmarks/scaling_law.py on the standard library", **exponents)
     if arguments.law_out:

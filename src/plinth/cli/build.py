@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     data = build(out, config, resume=options.resume, argv=["plinth", "build", *argv], say=say, show_plan=draw_plan)
 
     def render(console) -> None:
-        console.print(report_card(out))
+        console.print(report_card(out, data=data))
         console.print(f"\nreport  {out / 'report.html'}", markup=False)
         console.print(f"chat    plinth serve {out}   then open http://127.0.0.1:8000", markup=False)
 

@@ -28,6 +28,7 @@ def html_to_text(html: str) -> str:
 
     A page that never closes its navigation would lose its text with it; such a page is read again with navigation kept.
     """
+    html = html.replace("<![", "<!-[")  # a comment as browsers read it; the parser's own handling of marked sections can fail
     reader = _PageReader(NEVER_TEXT | AROUND_TEXT)
     reader.feed(html)
     reader.close()

@@ -128,8 +128,9 @@ def build(
     with stage("evaluate"):
         evaluate_build(out, config.evaluation)
     run.finish(stage.totals())
-    write_report(out)
-    return report_data(out)
+    data = report_data(out)
+    write_report(out, data=data)
+    return data
 
 
 class Stages:

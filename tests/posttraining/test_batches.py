@@ -1,0 +1,47 @@
+"""Laws of bucketing and padding."""
+
+import numpy as np
+import torch
+
+from plinth.posttraining.batches import UNCOUNTED, LengthBuckets, pad_rows
+
+
+def test_every_epoch_shows_every_example_once_in_an_order_of_its_own():
+    lengths = np.random.default_rng(0).integers(3, 40, 101)
+    buckets = LengthBuckets(lengths, examples_per_step=16, micro_batch_size=8, seed=3)
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * buckets.steps_per_epoch, (epoch + 1) * buckets.steps_per_epoch)
+        epochs.append([int(i) for step in steps for part in buckets.indices(step) for i in part])
+        assert sorted(epochs[-1]) == list(range(101))
+    assert epochs[0] != epochs[1]
+
+
+def test_a_step_is_a_function_of_seed_and_step_alone():
+    lengths = list(range(5, 60))
+    straight = LengthBuckets(lengths, 8, 4, seed=1)
+    forward = [straight.indices(step) for step in range(20)]
+    jumping = LengthBuckets(lengths, 8, 4, seed=1)
+    for step in (17, 2, 9):
+        assert all(np.array_equal(a, b) for a, b in zip(jumping.indices(step), forward[step]))
+
+
+def test_like_lengths_lie_together():
+    lengths = np.random.default_rng(0).integers(3, 100, 4096)
+    buckets = LengthBuckets(lengths, 128, 64, seed=0)
+    padded = sum(len(part) * lengths[part].max() for step in range(buckets.steps_per_epoch) for part in buckets.indices(step))
+    assert padded < 1.1 * lengths.sum()
+
+
+def test_padding_shifts_by_one_and_counts_only_the_mask():
+    inputs, targets = pad_rows([[5, 6, 7, 8], [9, 4]], [[False, False, True, True], [False, True]], pad_id=1)
+    assert inputs.tolist() == [[5, 6, 7], [9, 1, 1]]
+    assert targets.tolist() == [[UNCOUNTED, 7, 8], [4, UNCOUNTED, UNCOUNTED]]
+    assert inputs.dtype == torch.int64
+
+
+def test_steps_follow_epochs_or_tokens():
+    buckets = LengthBuckets([20] * 100, 10, 5, seed=0)
+    assert buckets.steps_for(3.0, None) == 30
+    assert buckets.steps_for(3.0, 2100) == 10
+    assert buckets.steps_for(3.0, 1) == 1
