@@ -1,0 +1,245 @@
+"""Text in, text out, over the engine's tokens: stop strings, whole characters, chat."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from plinth.config import UserError
+from plinth.inference.engine import Engine, Event, each_params
+from plinth.inference.sampling import SamplingParams
+from plinth.models.hub import load_model
+from plinth.run import find_model
+from plinth.tokenizer.chat import Message, render
+from plinth.tokenizer.encode import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class TextCompletion:
+    """What the model wrote for one prompt, as text and as tokens."""
+
+    text: str
+    """text before the first stop string; bytes that are no UTF-8 show as U+FFFD"""
+    tokens: list[int]
+    """ids of the tokens whose text begins before the end of the text"""
+    logprobs: list[float]
+    """log-probability in nats of each token, raw model distribution"""
+    top_logprobs: list[list[tuple[int, float]]]
+    """the most probable tokens at each place, as many as were asked for"""
+    finish_reason: str
+    """'stop' (an end token or a stop string) or 'length'"""
+    prompt_tokens: int
+    """length of the prompt in tokens"""
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """What one token adds to a stream; `text` may be empty while a character or a possible stop string is held back."""
+
+    text: str
+    """text that is certain"""
+    tokens: list[int]
+    """ids of the tokens that came since the last delta"""
+    logprobs: list[float]
+    """their log-probabilities in nats"""
+    top_logprobs: list[list[tuple[int, float]]]
+    """the most probable tokens at each place"""
+    finish_reason: str | None
+    """'stop' or 'length' on the last delta, else None"""
+
+
+class TextAssembler:
+    """Turns tokens into text that is certain: whole characters, nothing that may become part of a stop string.
+
+    What has been returned is never taken back, and the returned pieces joined are the text up to the first stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stopped = False
+        """whether a stop string was met; nothing more comes then"""
+
+    def push(self, token: int) -> str:
+        """Take one token and return the text that became certain."""
+        return "" if self.stopped else self._take(self._decoder.decode(self._tokenizer.token_bytes(token)), final=False)
+
+    def flush(self) -> str:
+        """End the text: return what was held back; an unfinished character becomes U+FFFD."""
+        return "" if self.stopped else self._take(self._decoder.decode(b"", final=True), final=True)
+
+    def _take(self, text: str, final: bool) -> str:
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            certain, self._held = self._held[: min(found)], ""
+            return certain
+        keep = 0 if final else self._uncertain()
+        certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return certain
+
+    def _uncertain(self) -> int:
+        """Return how many characters at the end may be the beginning of a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+
+@dataclass
+class _Answer:
+    """One completion as it grows."""
+
+    assembler: TextAssembler
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace"))
+    starts: list[int] = field(default_factory=list)
+    num_characters: int = 0
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def push(self, event: Event, tokenizer: Tokenizer) -> TextDelta:
+        """Take one event; sets finish_reason when the text ends here."""
+        added = ""
+        ended = event.finish_reason
+        if ended != "stop":
+            self.starts.append(self.num_characters)
+            self.num_characters += len(self.decoder.decode(tokenizer.token_bytes(event.token)))
+            self.tokens.append(event.token)
+            self.logprobs.append(event.logprob)
+            self.top_logprobs.append(event.top_logprobs)
+            added = self.assembler.push(event.token)
+        if ended is not None:
+            added += self.assembler.flush()
+        self.finish_reason = "stop" if self.assembler.stopped else ended
+        self.text += added
+        fresh = slice(len(self.tokens) - 1, None) if ended != "stop" else slice(len(self.tokens), None)
+        return TextDelta(added, self.tokens[fresh], self.logprobs[fresh], self.top_logprobs[fresh], self.finish_reason)
+
+    def finished(self, prompt_tokens: int) -> TextCompletion:
+        """Return the completion without the tokens that lie wholly in or behind a stop string."""
+        count = len(self.tokens)
+        if self.assembler.stopped:
+            count = sum(start < len(self.text) for start in self.starts)
+        assert self.finish_reason is not None
+        return TextCompletion(
+            self.text, self.tokens[:count], self.logprobs[:count], self.top_logprobs[:count], self.finish_reason, prompt_tokens
+        )
+
+
+class TextEngine:
+    """An engine and its tokenizer."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer):
+        if tokenizer.vocab_size > engine.model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model only {engine.model.config.vocab_size}. "
+                "They do not belong together: use the tokenizer in the model's own folder."
+            )
+        self.engine = engine
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        dtype: torch.dtype | None = None,
+        *,
+        max_batch: int = 32,
+        max_seq_len: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> TextEngine:
+        """Load a run, a build or a model folder; dtype None = fp32, as the weights are stored.
+
+        Completions end at <|endoftext|> and, where the tokenizer has it, at <|end|>.
+        """
+        folder = find_model(Path(path))
+        tokenizer = Tokenizer.load(folder)
+        model = load_model(folder, dtype=dtype or torch.float32).to(device).eval()
+        return cls(Engine(model, max_batch=max_batch, max_seq_len=max_seq_len, eos_ids=end_ids(tokenizer)), tokenizer)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt; an empty text becomes <|endoftext|>, behind which every document begins."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not tokens and isinstance(prompt, str) and self.tokenizer.end_of_text_id is not None:
+            return [self.tokenizer.end_of_text_id]
+        return tokens
+
+    def complete(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[TextCompletion]:
+        """Continue each prompt, a text or token ids; `params` is one for all (seed + i for prompt i) or one each."""
+        if isinstance(prompts, str):
+            raise UserError("prompts is one text; give a list of prompts.")
+        encoded = [self.encode(prompt) for prompt in prompts]
+        each = each_params(params, len(encoded))
+        answers: dict[int, _Answer] = {}
+        try:
+            for tokens, wanted in zip(encoded, each):
+                answers[self.engine.add(tokens, wanted)] = _Answer(TextAssembler(self.tokenizer, wanted.stop))
+            while any(answer.finish_reason is None for answer in answers.values()):
+                self._step(answers)
+        finally:
+            for request_id in answers:
+                self.engine.cancel(request_id)
+        return [answer.finished(len(tokens)) for answer, tokens in zip(answers.values(), encoded)]
+
+    def _step(self, answers: dict[int, _Answer]) -> None:
+        for event in self.engine.step():
+            answer = answers.get(event.id)
+            if answer is not None and answer.finish_reason is None:
+                answer.push(event, self.tokenizer)
+                if answer.finish_reason is not None:
+                    self.engine.cancel(event.id)
+
+    def render(self, messages: list[Message]) -> list[int]:
+        """Return the tokens of a conversation with the assistant's header behind it."""
+        return render(self.tokenizer, messages, add_generation_prompt=True).tokens
+
+    def chat(
+        self, conversations: Sequence[list[Message]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[TextCompletion]:
+        """Answer each conversation, a list of {role, content}; an answer ends at <|end|> or <|endoftext|>."""
+        each = each_params(params, len(conversations))
+        prompts = [self.render(messages) for messages in conversations]
+        return self.complete(prompts, [replace(p, stop_token_ids=self._chat_ends(p)) for p in each])
+
+    def _chat_ends(self, params: SamplingParams) -> tuple[int, ...]:
+        return tuple({*params.stop_token_ids, *end_ids(self.tokenizer)})
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+        """Yield the completion of one prompt as it grows. Closing the iterator frees its slot at once."""
+        params = params or SamplingParams()
+        answer = _Answer(TextAssembler(self.tokenizer, params.stop))
+        request_id = self.engine.add(self.encode(prompt), params)
+        try:
+            while answer.finish_reason is None:
+                for event in self.engine.step():
+                    if event.id == request_id:
+                        yield answer.push(event, self.tokenizer)
+        finally:
+            self.engine.cancel(request_id)
+
+    def stream_chat(self, messages: list[Message], params: SamplingParams | None = None) -> Iterator[TextDelta]:
+        """Yield the answer to a conversation as it grows."""
+        params = params or SamplingParams()
+        return self.stream(self.render(messages), replace(params, stop_token_ids=self._chat_ends(params)))
+
+
+def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end a completion: <|endoftext|> and <|end|>, where the tokenizer has them."""
+    return tuple(i for i in (tokenizer.end_of_text_id, tokenizer.end_id) if i is not None)
