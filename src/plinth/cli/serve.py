@@ -45,7 +45,8 @@ class ServeConfig:
     json: bool = False
     """print one JSON object on standard output when the server is ready"""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise UserError for a number that is out of range."""
         if not 0 <= self.port <= 65535:
             raise UserError(f"port={self.port} is not a TCP port. Use 0 to 65535.")
         for name in ("max_batch", "max_queue"):
@@ -56,6 +57,7 @@ class ServeConfig:
 def main(argv: list[str]) -> int:
     """Serve until Ctrl-C; returns 0. Raises UserError when there is no model or the port is taken."""
     config = tyro.cli(ServeConfig, args=argv, prog="plinth serve")
+    config.check()
     model_dir = find_model(config.run)
     listener = listen(config.host, config.port)
     try:
@@ -103,7 +105,7 @@ def why_not_bound(error: OSError, host: str, port: int) -> str:
 
 def make_app(config: ServeConfig, model_dir: Path) -> tuple[Any, dict[str, Any]]:
     """Load the model; return the application and what there is to say about it."""
-    text_engine = TextEngine.load(model_dir)
+    text_engine = TextEngine.load(model_dir, max_batch=config.max_batch)
     is_chat = speaks_chat(model_dir, text_engine)
     is_loopback = config.host in LOOPBACK_NAMES
     name = config.name or model_name(config.run)

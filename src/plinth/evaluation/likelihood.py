@@ -51,8 +51,8 @@ def score_corpus(
     seq_len: int | None = None,
     stride: int | None = None,
     max_documents: int | None = 256,
-    max_tokens: int | None = 65_536,
-    batch_tokens: int = 8192,
+    max_tokens: int | None = 40_000,
+    batch_tokens: int = 4096,
     seed: int = 0,
 ) -> dict[str, Score]:
     """Score the held-out documents of a shards folder; returns loss_nats, perplexity, bits_per_byte and bits_per_char.
@@ -129,7 +129,7 @@ def read_heldout(
 
 
 def document_sums(
-    model: Transformer, documents: list[np.ndarray], tokenizer: Tokenizer, seq_len: int, stride: int, batch_tokens: int = 8192
+    model: Transformer, documents: list[np.ndarray], tokenizer: Tokenizer, seq_len: int, stride: int, batch_tokens: int = 4096
 ) -> DocumentSums:
     """Return negative log-likelihood, tokens, bytes and characters of each document."""
     nll_nats = np.zeros(len(documents))

@@ -32,13 +32,13 @@ class EvaluationConfig:
     """questions asked of each group (known, heldout, invented); None = all"""
     max_documents: int | None = 256
     """held-out documents scored; None = all"""
-    max_tokens: int | None = 65_536
+    max_tokens: int | None = 40_000
     """tokens scored over all documents; None = all"""
     seq_len: int | None = None
     """tokens of a window; None = the model's max_seq_len"""
     stride: int | None = None
     """tokens by which windows move on; None = half of seq_len"""
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     """tokens of a forward pass"""
     max_batch: int = 64
     """questions answered at a time"""

@@ -35,7 +35,6 @@ from plinth.serving.protocol import (
     fit_context,
 )
 from plinth.serving.stream import EventStream, chat_chunks, completion_chunks
-from plinth.tokenizer.chat import render
 
 T = TypeVar("T")
 CLIENT_LEFT = 499  # a status that nobody reads: the client is gone
@@ -45,8 +44,7 @@ class Server:
     """What the routes share: the engine, its thread, and the name that the model is served under."""
 
     def __init__(self, text_engine: TextEngine, model_name: str, max_queue: int, is_chat: bool):
-        self.tokenizer = text_engine.tokenizer
-        self.engine = text_engine.engine
+        self.text_engine, self.tokenizer, self.engine = text_engine, text_engine.tokenizer, text_engine.engine
         self.model_name, self.is_chat = model_name, is_chat
         self.batcher = Batcher(text_engine, max_queue)
         self.created = int(time.time())
@@ -65,25 +63,20 @@ class Server:
     def prompt_tokens(self, request: CompletionRequest) -> list[list[int]]:
         """Return the tokens of each prompt of a completion; an empty text stands for the start of a document."""
         try:
-            prompts = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts()]
+            prompts = [self.text_engine.encode(prompt) for prompt in request.prompts()]
         except UserError as error:
             raise bad_request(str(error), param="prompt") from None
         vocab_size = self.engine.model.config.vocab_size
-        for prompt in prompts:
-            if any(not 0 <= token < vocab_size for token in prompt):
-                raise bad_request(f"prompt holds a token id outside 0 to {vocab_size - 1}.", param="prompt")
-        return [prompt or self.start_tokens() for prompt in prompts]
-
-    def start_tokens(self) -> list[int]:
-        """Return the tokens before the first one of a document."""
-        if self.tokenizer.end_of_text_id is None:
+        if any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
+            raise bad_request(f"prompt holds a token id outside 0 to {vocab_size - 1}.", param="prompt")
+        if not all(prompts):
             raise bad_request("prompt is empty, and this model has no token that starts a text. Give one.", param="prompt")
-        return [self.tokenizer.end_of_text_id]
+        return prompts
 
     def chat_tokens(self, request: ChatRequest) -> list[int]:
         """Return the tokens of a conversation, up to where the answer starts."""
         try:
-            return render(self.tokenizer, request.plain_messages(), add_generation_prompt=True).tokens
+            return self.text_engine.render(request.plain_messages())
         except UserError as error:
             raise bad_request(str(error), param="messages") from None
 

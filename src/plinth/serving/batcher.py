@@ -183,6 +183,9 @@ class Batcher:
                 self._admit()
                 if self._active:
                     self._step()
+            except UserError as error:  # the model itself is at fault, such as scores that are not numbers
+                LOG.error("%s", error)
+                self._fail_active(ApiError(500, str(error), code="model_error"))
             except Exception:
                 LOG.exception("the engine failed; its %d sequences are answered with an error", len(self._active))
                 self._fail_active(internal_error())

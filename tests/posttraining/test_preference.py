@@ -1,0 +1,156 @@
+"""DPO: the published loss, the masks, and the reference that is computed once."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from plinth.config import UserError
+from plinth.models.config import DecoderConfig
+from plinth.models.hub import load_model, save_model
+from plinth.models.transformer import Transformer
+from plinth.posttraining.preference import DpoConfig, dpo_loss, pad_pairs, read_pairs, sequence_log_probs, train_dpo
+from plinth.posttraining.sft import SftConfig, render_examples, train_sft
+from plinth.tokenizer.train import train_tokenizer
+from plinth.training.loop import TrainConfig
+from plinth.training.optim import OptimizerConfig
+
+SUBJECTS = ["copy", "move", "read", "write", "open", "close", "seek", "flush"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([f"What does {name} do? It does {name} things." for name in SUBJECTS] * 3, 300)
+
+
+@pytest.fixture
+def model_dir(tmp_path, tokenizer):
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
+        intermediate_size=64, max_seq_len=64,
+    )  # fmt: skip
+    save_model(Transformer(config).init_weights(torch.Generator().manual_seed(0)), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write_lines(path, records):
+    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
+    return path
+
+
+def conversation(name):
+    return {"messages": [{"role": "user", "content": f"What does {name} do?"}, {"role": "assistant", "content": f"It does {name}."}]}
+
+
+def pair(name, other):
+    return {"prompt": [{"role": "user", "content": f"What does {name} do?"}], "chosen": f"It does {name}.", "rejected": f"It does {other}."}
+
+
+def quick(steps, **optimizer):
+    return TrainConfig(
+        steps=steps, warmup_steps=2, dtype="float32", num_threads=2, optimizer=OptimizerConfig(**{"lr": 0.01, "muon_lr": 0.02, **optimizer})
+    )
+
+
+def test_dpo_loss_worked_by_hand():
+    chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([x], dtype=torch.float64) for x in (-10.0, -12.0, -11.0, -11.5))
+    loss, count, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.5)
+    margin = 0.5 * ((-10 + 11) - (-12 + 11.5))
+    assert count == 1 and metrics == {"accuracy": 1.0, "margin": margin}
+    assert math.isclose(loss.item(), -math.log(1 / (1 + math.exp(-margin))), rel_tol=1e-12)
+    with pytest.raises(ValueError, match="shapes differ"):
+        dpo_loss(chosen, rejected, ref_chosen, torch.zeros(2))
+
+
+def test_dpo_gradient_equals_finite_differences():
+    inputs = [torch.randn(4, dtype=torch.float64, requires_grad=i < 2) for i in range(4)]
+    assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, beta=0.3)[0], inputs)
+
+
+def test_sequence_log_probs_count_the_answer_only(tmp_path, tokenizer, model_dir):
+    pairs, rejected = read_pairs(write_lines(tmp_path / "pairs.jsonl", [pair("copy", "seek"), pair("open", "move")]), tokenizer, 64)
+    assert not rejected
+    model = load_model(model_dir)
+    inputs, targets = pad_pairs(pairs, [0, 1], pad_id=1)
+    log_probs = sequence_log_probs(model, inputs, targets)
+    for row, rendered in enumerate([pairs[0].chosen, pairs[1].chosen, pairs[0].rejected, pairs[1].rejected]):
+        ids = torch.tensor(rendered.tokens)
+        table = model.logits(model(ids[None]))[0].log_softmax(-1)
+        expected = sum(table[i - 1, ids[i]] for i in range(1, len(ids)) if rendered.loss_mask[i])
+        torch.testing.assert_close(log_probs[row], expected, rtol=1e-4, atol=1e-4)
+        answer = tokenizer.decode([t for t, counted in zip(rendered.tokens, rendered.loss_mask) if counted])
+        assert answer.startswith("It does")
+
+
+def test_dpo_moves_preferences_and_computes_the_reference_once(tmp_path, tokenizer, model_dir):
+    records = [pair(name, other) for name, other in zip(SUBJECTS, SUBJECTS[1:] + SUBJECTS[:1])]
+    file = write_lines(tmp_path / "pairs.jsonl", records)
+    config = DpoConfig(train=quick(12), pairs_per_step=8, micro_batch_size=4, chosen_nll_coef=0.0)
+    run = train_dpo(tmp_path / "dpo", model_dir, file, config)
+    metrics = run.metrics()
+    assert abs(metrics[0]["margin"]) < 1e-3 and metrics[0]["loss_nats"] == pytest.approx(math.log(2), abs=1e-3)
+    assert metrics[-1]["accuracy"] == 1.0 and metrics[-1]["margin"] > 0.5
+    assert (run.path / "reference_log_probs.npy").exists()
+    assert run.summary["pairs"] == 8 and run.summary["steps"] == 12
+
+
+def test_bad_pairs_are_counted_and_good_ones_kept(tmp_path, tokenizer):
+    lines = [pair("copy", "move"), "{broken", {"prompt": "x", "chosen": "y"}, {"prompt": "x", "chosen": 3, "rejected": "z"}]
+    pairs, rejected = read_pairs(write_lines(tmp_path / "pairs.jsonl", lines), tokenizer, 64)
+    assert len(pairs) == 1
+    assert [line.split(":")[0] for line in rejected] == ["line 2", "line 3", "line 4"]
+    assert "no 'rejected'" in rejected[1]
+    with pytest.raises(UserError, match="no valid pair: line 1"):
+        read_pairs(write_lines(tmp_path / "bad.jsonl", ["{"]), tokenizer, 64)
+
+
+def test_sft_learns_its_answers_and_says_what_it_left_out(tmp_path, tokenizer, model_dir):
+    file = write_lines(tmp_path / "sft.jsonl", [conversation(name) for name in SUBJECTS] + ["{broken", {"messages": [{"role": "user"}]}])
+    told = []
+    config = SftConfig(train=quick(60), conversations_per_step=8, micro_batch_size=4)
+    run = train_sft(tmp_path / "sft", model_dir, file, config, warn=told.append)
+    assert "2 rejected" in told[0] and "line 9" in told[0]
+    assert run.summary["conversations"] == 8 and run.summary["rejected"] == 2
+    assert run.metrics()[-1]["loss_nats"] < 0.2 < run.metrics()[0]["loss_nats"]
+    examples = render_examples(tokenizer, [conversation("copy")["messages"]], 64)
+    assert run.metrics()[0]["tokens"] == sum(sum(e.loss_mask) for e in render_examples(
+        tokenizer, [conversation(name)["messages"] for name in SUBJECTS], 64))  # fmt: skip
+    ids = torch.tensor(examples[0].tokens)
+    model = load_model(run.model_dir)
+    predicted = model.logits(model(ids[None]))[0].argmax(-1)
+    counted = torch.tensor(examples[0].loss_mask)[1:]
+    assert torch.equal(predicted[:-1][counted], ids[1:][counted])
+
+
+def test_sft_refuses_a_conversation_that_does_not_fit(tokenizer):
+    with pytest.raises(UserError, match="conversation 1 has .* more than max_seq_len=4"):
+        render_examples(tokenizer, [conversation("copy")["messages"]], 4)
+
+
+def test_sft_resumes_to_the_same_weights(tmp_path, tokenizer, model_dir, monkeypatch):
+    file = write_lines(tmp_path / "sft.jsonl", [conversation(name) for name in SUBJECTS])
+    train = TrainConfig(steps=6, warmup_steps=2, dtype="bfloat16", num_threads=2, checkpoint_every_s=0.0)
+    config = SftConfig(train=train, conversations_per_step=4, micro_batch_size=2)
+    whole = load_model(train_sft(tmp_path / "whole", model_dir, file, config).model_dir)
+
+    class Killed(BaseException):
+        pass
+
+    from plinth.posttraining import sft
+
+    seen = []
+
+    def killing_pad(*arguments):
+        seen.append(1)
+        if len(seen) == 7:
+            raise Killed
+        return pad_rows(*arguments)
+
+    pad_rows = sft.pad_rows
+    monkeypatch.setattr(sft, "pad_rows", killing_pad)
+    with pytest.raises(Killed):
+        train_sft(tmp_path / "cut", model_dir, file, config)
+    monkeypatch.undo()
+    resumed = load_model(train_sft(tmp_path / "cut", model_dir, file, config, resume=True).model_dir)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
