@@ -53,7 +53,11 @@ def build(tmp_path_factory):
                 parameter.normal_(0.0, 0.2, generator=generator)
         save_model(model, tokenizer, run.model_dir)
         run.finish({})
-    groups = [("known", "m.f{}", "Copy file number {}."), ("heldout", "m.h{}", "Move file number {}."), ("invented", "invented:m.g{}", REFUSAL)]
+    groups = [
+        ("known", "m.f{}", "Copy file number {}."),
+        ("heldout", "m.h{}", "Move file number {}."),
+        ("invented", "invented:m.g{}", REFUSAL),
+    ]
     questions = [
         {"id": f"{name.format(i)}#describe/{p}", "group": group, "fact_id": f"{name.format(i)}#describe", "kind": "describe", "phrasing": p,
          "question": f"{word} {name.format(i)}?", "answers": [answer.format(i)], "source": f"m.py:{i}"}
@@ -100,6 +104,17 @@ def test_the_number_answered_at_a_time_changes_nothing(build):
         evaluate_model(build / "sft", facts=build / "facts", config=EvaluationConfig(max_batch=size, max_questions=6)) for size in (1, 32)
     )
     assert one["samples"] == many["samples"]
+
+
+def test_a_question_longer_than_the_context_counts_as_unanswered(build, tmp_path):
+    questions = [json.loads(line) for line in (build / "facts" / "questions.jsonl").read_text().splitlines()][:4]
+    questions[0]["question"] = "why " * 200
+    write_lines(tmp_path / "questions.jsonl", questions)
+    for style in ("chat", "few_shot"):
+        write_lines(tmp_path / "sft.jsonl", [json.loads(line) for line in (build / "facts" / "sft.jsonl").read_text().splitlines()])
+        found = evaluate_model(build / "sft", facts=tmp_path, config=EvaluationConfig(style=style))
+        assert found["protocol"]["questions"]["too_long"] == 1
+        assert [s["answer"] for s in found["samples"] if s["question"].startswith("why why")] == [""]
 
 
 def test_nothing_to_evaluate_on_is_said(build):

@@ -62,8 +62,8 @@ def test_unusable_descriptions(doc):
 
 @pytest.mark.parametrize(
     ("name", "words", "joiner"),
-    [("get_size", ["get", "size"], "_"), ("getSize", ["get", "Size"], ""), ("getsize", ["get", "size"], ""), ("HTTPServer", ["HTTP", "Server"], ""),
-     ("walk", ["walk"], "")],
+    [("get_size", ["get", "size"], "_"), ("getSize", ["get", "Size"], ""), ("getsize", ["get", "size"], ""),
+     ("HTTPServer", ["HTTP", "Server"], ""), ("walk", ["walk"], "")],
 )  # fmt: skip
 def test_split_name(name, words, joiner):
     assert split_name(name, {"get", "size"}) == (words, joiner)

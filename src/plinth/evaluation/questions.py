@@ -6,7 +6,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,59 +151,52 @@ def score_questions(
     style: Style = "chat",
     shots: Sequence[Shot] = (),
     max_questions: int | None = 200,
-    max_seq_len: int | None = None,
     seed: int = 0,
 ) -> QuestionScores:
     """Ask a seeded sample of the questions, greedily, and score the answers with the tasks' own verifier.
 
-    `style` is chat (the question is a user's message) or few_shot (plain text behind four worked examples out of `shots`).
-    `max_seq_len` (default: no limit) drops worked examples that leave no room for question and answer.
+    `style` is chat (the question is a user's message) or few_shot (plain text behind four worked examples out of `shots`, fewer where
+    the context has no room). A question that does not fit the context by itself counts as answered by nothing; the protocol says how many.
     """
     asked = sample_questions(questions, max_questions, seed)
-    tokenizer = text_engine.tokenizer
+    tokenizer, limit = text_engine.tokenizer, text_engine.engine.max_seq_len
     longest = max(len(ids) for ids in tokenizer.encode_batch([str(answer) for q in asked for answer in q["answers"]]))
     max_tokens = longest + SPARE_TOKENS
     protocol: dict[str, Any] = {"style": style, "temperature": 0, "max_tokens": max_tokens, "questions": len(asked), "seed": seed}
     protocol |= {"max_questions_per_group": max_questions, "sample": "whole facts, all phrasings", "interval": "Wilson, clustered by fact"}
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     if style == "few_shot":
-        chosen = _fitting(choose_shots(shots, asked, seed), asked, tokenizer, max_tokens, max_seq_len)
-        prompts = [few_shot_prompt(chosen, question["question"]) for question in asked]
+        chosen = fitting_shots(choose_shots(shots, asked, seed), asked, tokenizer, limit - 1 - max_tokens)
+        prefix = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]  # every document begins behind it
+        prompts = [prefix + ids for ids in tokenizer.encode_batch([few_shot_prompt(chosen, question["question"]) for question in asked])]
         protocol |= {"num_shots": len(chosen), "shots": [shot.fact_id for shot in chosen], "prompt": few_shot_prompt(chosen, "{question}")}
-        answers = _complete(text_engine, prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=("\n",)))
+        params = replace(params, stop=("\n",))
     else:
-        messages = [[{"role": "user", "content": question["question"]}] for question in asked]
-        answers = _chat(text_engine, messages, SamplingParams(temperature=0.0, max_tokens=max_tokens))
-    samples = [judge(question, answer.strip()) for question, answer in zip(asked, answers)]
-    return score_samples(samples, protocol)
+        prompts = [text_engine.render([{"role": "user", "content": question["question"]}]) for question in asked]
+    protocol["too_long"] = sum(len(prompt) >= limit for prompt in prompts)
+    answers = complete_all(text_engine, prompts, params, limit)
+    return score_samples([judge(question, answer.strip()) for question, answer in zip(asked, answers)], protocol)
 
 
-def _fitting(shots: list[Shot], asked: Sequence[Question], tokenizer: Any, max_tokens: int, max_seq_len: int | None) -> list[Shot]:
+def fitting_shots(shots: list[Shot], asked: Sequence[Question], tokenizer: Any, max_prompt_tokens: int) -> list[Shot]:
     """Drop worked examples, the refusal last, until the longest prompt leaves room for an answer."""
     kept = sorted(shots, key=lambda shot: not is_refusal(shot.answer))
     longest = max((question["question"] for question in asked), key=len)
-    while kept and max_seq_len and len(tokenizer.encode(few_shot_prompt(kept, longest))) + 1 + max_tokens > max_seq_len:
+    while kept and len(tokenizer.encode(few_shot_prompt(kept, longest))) > max_prompt_tokens:
         kept.pop()
     return [shot for shot in shots if shot in kept]
 
 
-def _complete(text_engine: TextEngine, prompts: list[str], params: SamplingParams) -> list[str]:
-    tokenizer = text_engine.tokenizer
-    prefix = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
-    tokens = [prefix + ids for ids in tokenizer.encode_batch(prompts)]
-    texts: list[str] = []
-    with Progress(len(tokens), "questions", "questions") as progress:
-        for start in range(0, len(tokens), CHUNK):
-            texts += [completion.text for completion in text_engine.complete(tokens[start : start + CHUNK], params)]
-            progress.update(len(texts) - start)
-    return texts
-
-
-def _chat(text_engine: TextEngine, messages: list[list[dict[str, str]]], params: SamplingParams) -> list[str]:
-    texts: list[str] = []
-    with Progress(len(messages), "questions", "questions") as progress:
-        for start in range(0, len(messages), CHUNK):
-            texts += [completion.text for completion in text_engine.chat(messages[start : start + CHUNK], params)]
-            progress.update(len(texts) - start)
+def complete_all(text_engine: TextEngine, prompts: Sequence[list[int]], params: SamplingParams, limit: int) -> list[str]:
+    """Return a completion of each prompt, an empty one where the prompt has `limit` tokens or more."""
+    texts = [""] * len(prompts)
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < limit]
+    with Progress(len(fitting), "questions", "questions") as progress:
+        for start in range(0, len(fitting), CHUNK):
+            chunk = fitting[start : start + CHUNK]
+            for i, completion in zip(chunk, text_engine.complete([prompts[i] for i in chunk], params)):
+                texts[i] = completion.text
+            progress.update(len(chunk))
     return texts
 
 

@@ -15,7 +15,7 @@ from plinth.evaluation.likelihood import score_corpus
 from plinth.evaluation.questions import Style, read_questions, read_shots, score_questions
 from plinth.evaluation.statistics import Score, paired_difference
 from plinth.inference.engine import Engine
-from plinth.inference.text import TextEngine
+from plinth.inference.text import TextEngine, end_ids
 from plinth.models.hub import load_model
 from plinth.run import MODEL_STAGES, find_model, tree_sha256
 from plinth.tokenizer.encode import Tokenizer
@@ -111,15 +111,13 @@ def _corpus(model: Any, tokenizer: Tokenizer, shards: Path, config: EvaluationCo
 
 
 def _questions(model: Any, tokenizer: Tokenizer, facts: Path, style: Style, config: EvaluationConfig) -> Any:
-    ends = tuple(i for i in (tokenizer.end_of_text_id, tokenizer.end_id) if i is not None)
-    engine = TextEngine(Engine(model, max_batch=config.max_batch, eos_ids=ends), tokenizer)
+    engine = TextEngine(Engine(model, max_batch=config.max_batch, eos_ids=end_ids(tokenizer)), tokenizer)
     return score_questions(
         engine,
         read_questions(facts / "questions.jsonl"),
         style=style,
         shots=read_shots(facts / "sft.jsonl") if style == "few_shot" else (),
         max_questions=config.max_questions,
-        max_seq_len=model.config.max_seq_len,
         seed=config.seed,
     )
 
