@@ -148,7 +148,7 @@ def run_gates(table: pa.Table, config: CurateConfig) -> Funnel:
         keepers = dedup.near_duplicates(
             [texts[index] for index in left], [preferences[index] for index in left], config.near_duplicate_threshold
         )
-        funnel.gate("near_duplicate", {index: why.replace("the same as", "nearly the same as") for index, why in kept_instead(keepers).items()})
+        funnel.gate("near_duplicate", {index: f"nearly {why}" for index, why in kept_instead(keepers).items()})
     if len(funnel.left) < 2:
         raise UserError(_too_little(funnel, len(texts)))
     return funnel
@@ -245,9 +245,8 @@ def _warnings(rules: list[dict[str, Any]], num_documents: int) -> list[str]:
 def _too_little(funnel: Funnel, num_documents: int) -> str:
     dropped = ", ".join(f"{rule['rule']} {rule['dropped']}" for rule in funnel.rules if rule["dropped"])
     example = next((f" ({e['source']}: {e['reason']})" for rule in funnel.rules for e in rule["examples"]), "")
-    return (
-        f"{len(funnel.left)} of {num_documents} documents are left after curation, and at least 2 are needed, one to hold out. "
-        + (f"Dropped: {dropped}{example}. Add text, or pass --skip-rules." if dropped else "Add more text.")
+    return f"{len(funnel.left)} of {num_documents} documents are left after curation, and at least 2 are needed, one to hold out. " + (
+        f"Dropped: {dropped}{example}. Add text, or pass --skip-rules." if dropped else "Add more text."
     )
 
 
@@ -264,4 +263,6 @@ def _write(out: Path, parts: dict[str, pa.Table], manifest: dict[str, Any]) -> N
         if error.errno != errno.ENOSPC:
             raise
         needed = sum(part.nbytes for part in parts.values()) >> 20
-        raise UserError(f"the disk of {out} is full; the corpus needs up to {needed + 1} MiB. Nothing was left behind; free some space.") from None
+        raise UserError(
+            f"the disk of {out} is full; the corpus needs up to {needed + 1} MiB. Nothing was left behind; free some space."
+        ) from None

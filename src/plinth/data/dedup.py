@@ -81,9 +81,7 @@ def signatures(forms: Sequence[str]) -> np.ndarray:
 
     result = np.empty((len(forms), NUM_HASHES), dtype=np.uint32)
     for start, stop in _chunks(forms):
-        column = daft.col("form").minhash(
-            num_hashes=NUM_HASHES, ngram_size=SHINGLE_WORDS, seed=MINHASH_SEED, hash_function="xxhash3_64"
-        )
+        column = daft.col("form").minhash(num_hashes=NUM_HASHES, ngram_size=SHINGLE_WORDS, seed=MINHASH_SEED, hash_function="xxhash3_64")
         table = daft.from_pydict({"form": list(forms[start:stop])}).select(column).to_arrow()
         values = table.column(0).combine_chunks().flatten().to_numpy()
         result[start:stop] = values.reshape(stop - start, NUM_HASHES)

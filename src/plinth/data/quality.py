@@ -132,7 +132,8 @@ def repeated_lines(measures: Measures, limits: Limits) -> str | None:
 def repeated_ngrams(measures: Measures, limits: Limits) -> str | None:
     """Drop loops of words: a word counts as repeated when it lies in a run of ten words that has occurred before."""
     share = repeated_ngram_share(measures.text.split())
-    return f"{share:.1%} of its words in repeated runs, over {limits.max_repeated_ngrams:.0%}" if share > limits.max_repeated_ngrams else None
+    limit = limits.max_repeated_ngrams
+    return f"{share:.1%} of its words in repeated runs, over {limit:.0%}" if share > limit else None
 
 
 def compressible(measures: Measures, limits: Limits) -> str | None:
