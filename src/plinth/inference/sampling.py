@@ -144,7 +144,7 @@ def sample_tokens(logits_NV: torch.Tensor, columns: SamplingColumns, noise_N: to
         return greedy_N
     cumulative_NV = sampling_weights(logits_NV, columns).cumsum(-1, dtype=torch.float64)
     targets_N1 = (noise_N * cumulative_NV[:, -1])[:, None]
-    drawn_N = torch.searchsorted(cumulative_NV, targets_N1, right=True)[:, 0]
+    drawn_N = torch.searchsorted(cumulative_NV, targets_N1, right=True)[:, 0].clamp_max(logits_NV.shape[-1] - 1)  # past the end only where a row is not numbers
     return torch.where(columns.temperature > 0, drawn_N, greedy_N)
 
 
@@ -211,6 +211,8 @@ def largest_mask(values_NV: torch.Tensor, threshold_N: torch.Tensor, count_N: to
     above_NV = values_NV > threshold_N[:, None]
     equal_NV = values_NV == threshold_N[:, None]
     room_N1 = (count_N - above_NV.sum(-1))[:, None]
+    if bool((equal_NV.sum(-1, keepdim=True) <= room_N1).all()):  # no tie to break
+        return above_NV | equal_NV
     return above_NV | (equal_NV & (equal_NV.cumsum(-1, dtype=torch.int32) <= room_N1))
 
 

@@ -57,7 +57,8 @@ class TextDelta:
 class TextAssembler:
     """Turns tokens into text that is certain: whole characters, nothing that may become part of a stop string.
 
-    What has been returned is never taken back, and the returned pieces joined are the text up to the first stop string.
+    What has been returned is never taken back, and the pieces joined are the text up to the stop string that is complete
+    first (of two that are so at once, the one that begins first).
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -78,10 +79,11 @@ class TextAssembler:
 
     def _take(self, text: str, final: bool) -> str:
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        # The match that is complete first counts, so the answer is the same however the text is cut into tokens.
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            certain, self._held = self._held[: min(found)], ""
+            certain, self._held = self._held[: min(found)[1]], ""
             return certain
         keep = 0 if final else self._uncertain()
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -1,0 +1,136 @@
+"""`plinth generate`: text from a model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from plinth.cli.output import emit
+from plinth.config import UserError
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Continue a prompt, or answer it as a chat message, with a trained model."""
+
+    run: tyro.conf.Positional[Path]
+    """a run, a build, or a model folder in Hugging Face's format"""
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ()
+    """texts to go on from, all at once in one batch; none: standard input is the prompt"""
+    chat: bool = False
+    """send each prompt as a user's message and print the answer"""
+    system: str | None = None
+    """with --chat: a system message before it"""
+    max_tokens: int = 128
+    """tokens to generate at most, for each prompt"""
+    temperature: float = 1.0
+    """divisor of the scores; 0 = always the most probable token"""
+    top_k: int | None = None
+    """choose among this many most probable tokens only"""
+    top_p: float | None = None
+    """choose among the most probable tokens that together have this probability, 0 to 1"""
+    min_p: float | None = None
+    """choose among tokens at least this many times as probable as the first one, 0 to 1"""
+    seed: int | None = None
+    """seed; prompt i gets seed + i. None = a fresh one"""
+    stop: tuple[str, ...] = ()
+    """texts that end the answer; they are left out"""
+    logprobs: int | None = None
+    """show each token's log-probability (nats, of the raw model) and this many alternatives"""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """precision of the weights while running"""
+    json: bool = False
+    """print one JSON object"""
+
+
+def main(argv: list[str]) -> int:
+    """Generate and print; exit code 0 on success."""
+    command = tyro.cli(GenerateCommand, args=argv, prog="plinth generate", description=GenerateCommand.__doc__)
+    if command.system is not None and not command.chat:
+        raise UserError("--system needs --chat: a plain continuation has no system message.")
+    prompts = command.prompt or (_read_stdin(),)
+    result = generate(command, prompts)
+    emit(result, command.json, lambda console: _show(console, result, command.logprobs is not None))
+    return 0
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        raise UserError('no prompt. Give one: plinth generate RUN --prompt "text", or pipe it to standard input.')
+    return sys.stdin.read()
+
+
+def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, Any]:
+    """Run the prompts in one batch; returns what is printed with --json."""
+    from plinth.inference.sampling import SamplingParams
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
+    params = SamplingParams(**{name: getattr(command, name) for name in names})  # a mistake here should not wait for the model
+    engine = load_engine(command.run, command.dtype, max_batch=min(64, len(prompts)))
+    started = time.perf_counter()
+    if command.chat:
+        system = [{"role": "system", "content": command.system}] if command.system is not None else []
+        completions = engine.chat([[*system, {"role": "user", "content": prompt}] for prompt in prompts], params)
+    else:
+        completions = engine.complete(prompts, params)
+    elapsed_s = time.perf_counter() - started
+    count = sum(len(completion.tokens) for completion in completions)
+    return {
+        "model": str(command.run),
+        "completions": [_plain(engine, prompt, completion) for prompt, completion in zip(prompts, completions)],
+        "completion_tokens": count,
+        "time_s": elapsed_s,
+        "tokens_per_s": count / elapsed_s,
+    }
+
+
+def load_engine(run: Path, dtype: str, max_batch: int = 1):
+    """Load a run for generation in `dtype`, 'fp32' or 'bf16'."""
+    import torch
+
+    from plinth.inference.text import TextEngine
+
+    return TextEngine.load(run, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], max_batch=max_batch)
+
+
+def _plain(engine, prompt: str, completion) -> dict[str, Any]:
+    def name(token: int) -> str:
+        return engine.tokenizer.decode([token], skip_special=False)
+
+    return {
+        "prompt": prompt,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "tokens": [
+            {
+                "id": token,
+                "text": name(token),
+                "logprob": logprob,
+                "top_logprobs": [{"id": other, "text": name(other), "logprob": value} for other, value in top],
+            }
+            for token, logprob, top in zip(completion.tokens, completion.logprobs, completion.top_logprobs)
+        ],
+    }
+
+
+def _show(console, result: dict[str, Any], with_logprobs: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    several = len(result["completions"]) > 1
+    for completion in result["completions"]:
+        if several:
+            console.print(Text(f"> {completion['prompt']}", style="bold"))
+        console.print(Text(completion["text"]), soft_wrap=True)
+        if with_logprobs:
+            table = Table("token", "logprob, nats", "alternatives", box=None)
+            for token in completion["tokens"]:
+                others = "  ".join(f"{top['text']!r} {top['logprob']:.2f}" for top in token["top_logprobs"])
+                table.add_row(Text(repr(token["text"])), f"{token['logprob']:.3f}", Text(others))
+            console.print(table)

@@ -1,0 +1,99 @@
+"""`plinth generate` and `plinth chat` through the real command line."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from plinth.cli.main import main
+from plinth.models.hub import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(make_model, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "model"
+    save_model(make_model(vocab_size=tokenizer.vocab_size, max_seq_len=96), tokenizer, path)
+    return path
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_generate_json_is_one_object_and_seeded(folder, capsys):
+    argv = ("generate", str(folder), "--prompt", "def", "café", "--max-tokens", "9", "--seed", "3", "--logprobs", "2", "--json")
+    code, out, err = run(capsys, *argv)
+    result = json.loads(out)
+    assert code == 0 and len(result["completions"]) == 2
+    first = result["completions"][0]
+    assert first["prompt"] == "def" and len(first["tokens"]) <= 9
+    assert all(len(token["top_logprobs"]) == 2 and token["logprob"] <= 0 for token in first["tokens"])
+    assert json.loads(run(capsys, *argv)[1])["completions"] == result["completions"]
+    alone = json.loads(run(capsys, *argv[:3], "def", *argv[5:])[1])["completions"]
+    assert alone == [first]
+
+
+def test_generate_prints_text_and_table(folder, capsys):
+    argv = ("generate", str(folder), "--prompt", "def", "--max-tokens", "5", "--temperature", "0")
+    code, out, _ = run(capsys, *argv)
+    text = json.loads(run(capsys, *argv, "--json")[1])["completions"][0]["text"]
+    assert code == 0 and out.rstrip("\n") == text.rstrip("\n")
+    assert "alternatives" in run(capsys, *argv, "--logprobs", "2")[1]
+    assert "alternatives" in run(capsys, *argv, "--logprobs", "2", "--chat", "--system", "[bold]")[1]
+
+
+def test_generate_reads_a_pipe(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("café"))
+    code, out, _ = run(capsys, "generate", str(folder), "--max-tokens", "4", "--seed", "1", "--json")
+    assert code == 0 and json.loads(out)["completions"][0]["prompt"] == "café"
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (("--prompt", "x", "--top-p", "2"), "top_p=2"),
+        (("--prompt", "x", "--system", "y"), "--system needs --chat"),
+        (("--prompt", "long " * 100), "tokens; the context of 96 tokens"),
+    ],
+)
+def test_generate_names_mistakes_in_one_line(folder, capsys, argv, says):
+    code, out, err = run(capsys, "generate", str(folder), *argv)
+    assert code == 1 and says in err and err.count("\n") == 1 and out == ""
+
+
+def test_generate_without_a_model(tmp_path, capsys):
+    code, _, err = run(capsys, "generate", str(tmp_path / "none"), "--prompt", "x")
+    assert code == 1 and "none" in err and err.count("\n") == 1
+
+
+def chat(folder, capsys, monkeypatch, lines: str, *argv: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return run(capsys, "chat", str(folder), "--max-tokens", "8", "--seed", "5", *argv)
+
+
+def test_chat_streams_answers_of_piped_messages(folder, capsys, monkeypatch):
+    code, out, _ = chat(folder, capsys, monkeypatch, "hello\n\nagain\n")
+    code_json, conversation, _ = chat(folder, capsys, monkeypatch, "hello\n\nagain\n", "--json")
+    messages = json.loads(conversation)["messages"]
+    assert code == code_json == 0
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert out == "".join(message["content"] + "\n" for message in messages if message["role"] == "assistant")
+
+
+def test_chat_reset_and_quit(folder, capsys, monkeypatch):
+    code, out, err = chat(folder, capsys, monkeypatch, "hello\n/reset\nagain\n/quit\nunread\n", "--json", "--system", "s")
+    messages = json.loads(out)["messages"]
+    assert code == 0 and "(forgotten)" in err
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["again"]
+    assert messages[0] == {"role": "system", "content": "s"}
+    assert "/nonsense is no command" in chat(folder, capsys, monkeypatch, "/nonsense\n")[2]
+
+
+def test_chat_forgets_the_oldest_when_the_context_is_full(folder, capsys, monkeypatch):
+    code, out, err = chat(folder, capsys, monkeypatch, "some text\n" * 6 + "x " * 200 + "\nlast\n", "--json")
+    messages = json.loads(out)["messages"]
+    assert code == 0 and "oldest exchange is forgotten" in err and "Shorten it" in err
+    assert messages[-2]["content"] == "last" and len(messages) < 14
