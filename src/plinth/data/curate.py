@@ -25,7 +25,8 @@ from plinth.run import Progress, file_sha256, publish_dir
 
 NUM_EXAMPLES = 3
 MIN_PART_BYTES = 4096
-MAX_PART_SHARE = 0.02  # no document makes up more of a corpus, so that a corpus of one long file can be split too
+FEW_DOCUMENTS = 200  # with fewer, none makes up more than a 200th of the text, so that a corpus of one long file can be split too
+MIN_HELDOUT_GROUPS = 8  # where there are four times as many: an interval over fewer documents says little
 ROW_GROUP_DOCUMENTS = 1024
 WARN_DROPPED_SHARE = 0.3
 
@@ -50,7 +51,7 @@ class CurateConfig:
             raise UserError(f"heldout_fraction={self.heldout_fraction} is not above 0 and at most 0.5. Use 0.05, or 0.1 for little text.")
         threshold = self.near_duplicate_threshold
         if threshold is not None and not 0.5 <= threshold <= 1:
-            raise UserError(f"near_duplicate_threshold={threshold} is not between 0.5 and 1. Use 0.8, or none to keep near duplicates.")
+            raise UserError(f"near_duplicate_threshold={threshold} is not between 0.5 and 1. Use 0.8, or None to keep near duplicates.")
         if self.max_document_bytes < MIN_PART_BYTES:
             raise UserError(f"max_document_bytes={self.max_document_bytes} is under {MIN_PART_BYTES}. Use {MIN_PART_BYTES} or more.")
         for name in self.skip_rules:
@@ -157,10 +158,13 @@ def run_gates(table: pa.Table, config: CurateConfig) -> Funnel:
 def cut_long(table: pa.Table, max_document_bytes: int) -> tuple[pa.Table, int]:
     """Return the table with long documents cut at blank lines (else at line ends), and how many were cut.
 
-    The limit is `max_document_bytes`, or 2 % of all text where that is less (never under 4 KiB): so a corpus that is one book
-    has parts to hold out. The parts joined give back the document; part k of a source is "source#k".
+    The limit is `max_document_bytes`; in a table of fewer than 200 documents it is at most a 200th of all text (never under
+    4 KiB), so that a corpus that is one book has parts to hold out. The parts joined give back the document; part k of a source
+    is "source#k".
     """
-    limit = max(MIN_PART_BYTES, min(max_document_bytes, int(MAX_PART_SHARE * _num_bytes(table))))
+    limit = max_document_bytes
+    if len(table) < FEW_DOCUMENTS:
+        limit = max(MIN_PART_BYTES, min(limit, _num_bytes(table) // FEW_DOCUMENTS))
     lengths = [len(text.encode("utf-8")) for text in table["text"].to_pylist()]
     long = {index for index, length in enumerate(lengths) if length > limit}
     if not long:
@@ -176,32 +180,33 @@ def cut_long(table: pa.Table, max_document_bytes: int) -> tuple[pa.Table, int]:
 
 def cut_text(text: str, limit: int) -> list[str]:
     """Return pieces of at most `limit` bytes that joined give `text`, cut behind a blank line, a line, a space, or anywhere."""
-    pieces = []
-    while len(text.encode("utf-8")) > limit:
-        window = text.encode("utf-8")[:limit].decode("utf-8", "ignore")
-        at = max(window.rfind("\n\n") + 2 if "\n\n" in window[len(window) // 2 :] else 0, 0)
-        at = at or (window.rfind("\n") + 1 if "\n" in window[len(window) // 2 :] else 0)
-        at = at or (window.rfind(" ") + 1 if " " in window[len(window) // 2 :] else 0) or len(window)
-        pieces.append(text[:at])
-        text = text[at:]
-    return [*pieces, text] if text else pieces
+    data = text.encode("utf-8")
+    pieces, start = [], 0
+    while len(data) - start > limit:
+        middle, end = start + limit // 2, start + limit
+        found = ((data.rfind(mark, middle, end), len(mark)) for mark in (b"\n\n", b"\n", b" "))
+        at = next((place + length for place, length in found if place >= 0), end)
+        while data[at] & 0xC0 == 0x80:  # never inside a character
+            at -= 1
+        pieces.append(data[start:at].decode("utf-8"))
+        start = at
+    return [*pieces, data[start:].decode("utf-8")] if start < len(data) else pieces
 
 
 def split_heldout(ids: list[str], groups: list[str | None], config: CurateConfig) -> np.ndarray:
     """Return which documents are held out: bool, shape (documents,).
 
     A document is held out when the hash of the seed and its group (its own id where it has none) lies below the fraction, so
-    adding documents moves none from one side to the other. At least one group is on each side.
+    adding documents moves none from one side to the other. Where that gives fewer than 8 groups, or a quarter of them if that is
+    less, those of the smallest hashes make up the number. Raises UserError when there is one group only.
     """
     hashes = np.array([_unit_hash(f"{config.seed}:{group or doc_id}") for group, doc_id in zip(groups, ids)])
-    heldout = hashes < config.heldout_fraction
-    if not heldout.any():
-        heldout = hashes == hashes.min()
-    if heldout.all():
-        heldout = hashes != hashes.max()
-    if not heldout.any():
+    distinct = np.unique(hashes)
+    if len(distinct) < 2:
         raise UserError("all text is one document, so none can be held out. Add more text, or save it as several files.")
-    return heldout
+    at_least = max(1, min(MIN_HELDOUT_GROUPS, len(distinct) // 4))
+    num_heldout = max(at_least, int(np.searchsorted(distinct, config.heldout_fraction)))
+    return hashes <= distinct[min(num_heldout, len(distinct) - 1) - 1]
 
 
 def _unit_hash(key: str) -> float:
