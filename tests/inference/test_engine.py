@@ -166,7 +166,9 @@ def test_context_bounds_the_completion(make_model, make_prompts):
     assert engine.num_active == 0
 
 
-@pytest.mark.parametrize("prompt, says", [([], "prompt is empty"), ([211], "token id 211; the vocabulary has ids 0 to 210"), ([-1], "id -1")])
+@pytest.mark.parametrize(
+    "prompt, says", [([], "prompt is empty"), ([211], "token id 211; the vocabulary has ids 0 to 210"), ([-1], "id -1")]
+)
 def test_wrong_prompts_are_named(make_model, prompt, says):
     engine = Engine(make_model())
     with pytest.raises(UserError, match=says):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,7 @@ class Conversation:
         """Forget everything but the system message."""
         self.messages = []
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """Yield the answer to one message piece by piece, and remember both.
 
         Raises UserError when the message alone does not fit the context; it is not remembered then. An answer that is

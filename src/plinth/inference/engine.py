@@ -205,9 +205,7 @@ class Engine:
         self._admit()
         decoding = [request for request in self._running.values() if request.decodes]
         batch = RowBatch()
-        sources = batch.add_decode(
-            [(r.last_token, len(r.prompt) + r.num_generated - 1, r.slot) for r in decoding], self.cache
-        )
+        sources = batch.add_decode([(r.last_token, len(r.prompt) + r.num_generated - 1, r.slot) for r in decoding], self.cache)
         ready, ready_rows = self._add_prompts(batch)
         if not len(batch):
             return []
@@ -305,15 +303,22 @@ class Engine:
 
         Works beside running requests. Raises UserError when a sequence does not fit the context.
         """
+        return [[logprob for logprob, _ in places] for places in self.score_alternatives(sequences, 0)]
+
+    @torch.inference_mode()
+    def score_alternatives(
+        self, sequences: Sequence[Sequence[int]], count: int
+    ) -> list[list[tuple[float, list[tuple[int, float]]]]]:
+        """Return, as `score` does, each log-probability with the `count` most probable (token id, log-probability) there."""
         checked = [self._checked(sequence, self.max_seq_len, "sequence") for sequence in sequences]
         slots = [self._score_slot, *sorted(self._free)]
-        scores: list[list[float]] = []
+        scores: list[list[tuple[float, list[tuple[int, float]]]]] = []
         for start in range(0, len(checked), len(slots)):
-            scores += self._score_group(checked[start : start + len(slots)], slots)
+            scores += self._score_group(checked[start : start + len(slots)], slots, count)
         return scores
 
-    def _score_group(self, sequences: list[list[int]], slots: list[int]) -> list[list[float]]:
-        scores = [[0.0] * max(0, len(sequence) - 1) for sequence in sequences]
+    def _score_group(self, sequences: list[list[int]], slots: list[int], count: int) -> list[list[tuple[float, list[tuple[int, float]]]]]:
+        scores = [[(0.0, [])] * max(0, len(sequence) - 1) for sequence in sequences]
         pieces = sorted((start, i) for i, tokens in enumerate(sequences) for start in chunk_starts(0, len(tokens) - 1))
         per_call = PREFILL_ROWS // PREFILL_CHUNK
         for begin in range(0, len(pieces), per_call):
@@ -332,8 +337,9 @@ class Engine:
                 targets = torch.tensor([sequences[i][position + 1] for _, i, position in rows], device=self.device)
                 logprobs_NV = torch.log_softmax(self._logits(hidden_ND, [row for row, _, _ in rows]), -1)
                 values = logprobs_NV[: len(rows)].gather(-1, targets[:, None])[:, 0].tolist()
-                for value, (_, i, position) in zip(values, rows):
-                    scores[i][position] = value
+                alternatives = top_logprobs(logprobs_NV[: len(rows)], count)
+                for value, top, (_, i, position) in zip(values, alternatives, rows):
+                    scores[i][position] = (value, top)
         return scores
 
 

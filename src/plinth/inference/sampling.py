@@ -144,7 +144,8 @@ def sample_tokens(logits_NV: torch.Tensor, columns: SamplingColumns, noise_N: to
         return greedy_N
     cumulative_NV = sampling_weights(logits_NV, columns).cumsum(-1, dtype=torch.float64)
     targets_N1 = (noise_N * cumulative_NV[:, -1])[:, None]
-    drawn_N = torch.searchsorted(cumulative_NV, targets_N1, right=True)[:, 0].clamp_max(logits_NV.shape[-1] - 1)  # past the end only where a row is not numbers
+    drawn_N = torch.searchsorted(cumulative_NV, targets_N1, right=True)[:, 0]
+    drawn_N = drawn_N.clamp_max(logits_NV.shape[-1] - 1)  # past the end only in a row of NaN
     return torch.where(columns.temperature > 0, drawn_N, greedy_N)
 
 
@@ -176,9 +177,7 @@ def truncate(logits_NV: torch.Tensor, weights_NV: torch.Tensor, columns: Samplin
     return weights_NV * (weights_NV >= floor_N1)
 
 
-def nucleus_counts(
-    logits_NV: torch.Tensor, weights_NV: torch.Tensor, columns: SamplingColumns
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nucleus_counts(logits_NV: torch.Tensor, weights_NV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how many of its most probable tokens a row keeps by top-k and top-p, and the last kept logit.
 
     Sums run in float64 from the most probable token on, so the answer is the same however many columns were sorted.

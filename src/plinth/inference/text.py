@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -181,9 +181,7 @@ class TextEngine:
             return [self.tokenizer.end_of_text_id]
         return tokens
 
-    def complete(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[TextCompletion]:
+    def complete(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[TextCompletion]:
         """Continue each prompt, a text or token ids; `params` is one for all (seed + i for prompt i) or one each."""
         if isinstance(prompts, str):
             raise UserError("prompts is one text; give a list of prompts.")
@@ -223,7 +221,7 @@ class TextEngine:
     def _chat_ends(self, params: SamplingParams) -> tuple[int, ...]:
         return tuple({*params.stop_token_ids, *end_ids(self.tokenizer)})
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[TextDelta, None, None]:
         """Yield the completion of one prompt as it grows. Closing the iterator frees its slot at once."""
         params = params or SamplingParams()
         answer = _Answer(TextAssembler(self.tokenizer, params.stop))
@@ -236,7 +234,7 @@ class TextEngine:
         finally:
             self.engine.cancel(request_id)
 
-    def stream_chat(self, messages: list[Message], params: SamplingParams | None = None) -> Iterator[TextDelta]:
+    def stream_chat(self, messages: list[Message], params: SamplingParams | None = None) -> Generator[TextDelta, None, None]:
         """Yield the answer to a conversation as it grows."""
         params = params or SamplingParams()
         return self.stream(self.render(messages), replace(params, stop_token_ids=self._chat_ends(params)))
