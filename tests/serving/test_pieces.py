@@ -53,7 +53,7 @@ def test_pieces_join_to_the_text_before_the_first_stop(tokenizer, seed):
     ids = [rng.randrange(6, tokenizer.vocab_size) for _ in range(40)]
     stop = tuple(rng.sample(["stop", "京", "o", "öß", "and o", "zz"], k=2))
     whole = tokenizer.decode(ids)
-    cut = min((i for s in stop if (i := whole.find(s)) >= 0), default=len(whole))
+    cut = min((i + len(s), i) for s in (*stop, "") if (i := (whole.find(s) if s else len(whole))) >= 0)[1]  # first complete one
     assembly, text, tokens = Assembly(tokenizer, stop), "", []
     for number, token in enumerate(ids):
         piece = assembly.push(Event(0, token, -1.0, [], "length" if number == len(ids) - 1 else None))

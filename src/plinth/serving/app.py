@@ -89,7 +89,7 @@ class Server:
         """Return a prompt as the first piece of its completion, with its own log-probabilities when they are asked for."""
         tokens = [Token(token, None, []) for token in prompt]
         if logprobs is not None and len(prompt) > 1:
-            scored = await self.batcher.call(lambda: self.engine.score([prompt], logprobs)[0])
+            scored = await self.batcher.call(lambda: self.engine.score_alternatives([prompt], logprobs)[0])
             tokens[1:] = [Token(token, *entry) for token, entry in zip(prompt[1:], scored)]
         return Piece(self.tokenizer.decode(prompt), tuple(tokens), 0, "length" if is_all else None)
 
