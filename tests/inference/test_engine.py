@@ -237,14 +237,3 @@ def test_weights_that_are_not_numbers_are_named(make_model):
     with pytest.raises(UserError, match="not numbers"):
         engine.generate([[1, 2]])
     assert engine.num_active == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_laws_hold_on_a_gpu(make_model, make_prompts):
-    model = make_model("real", torch.bfloat16).cuda()
-    prompts = make_prompts(LENGTHS)
-    params = [MIXED[i % len(MIXED)] for i in range(len(prompts))]
-    together = Engine(model, max_batch=len(prompts)).generate(prompts, params)
-    single = Engine(model, max_batch=1)
-    assert together == [single.generate([prompt], [wanted])[0] for prompt, wanted in zip(prompts, params)]

@@ -306,9 +306,7 @@ class Engine:
         return [[logprob for logprob, _ in places] for places in self.score_alternatives(sequences, 0)]
 
     @torch.inference_mode()
-    def score_alternatives(
-        self, sequences: Sequence[Sequence[int]], count: int
-    ) -> list[list[tuple[float, list[tuple[int, float]]]]]:
+    def score_alternatives(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[tuple[float, list[tuple[int, float]]]]]:
         """Return, as `score` does, each log-probability with the `count` most probable (token id, log-probability) there."""
         checked = [self._checked(sequence, self.max_seq_len, "sequence") for sequence in sequences]
         slots = [self._score_slot, *sorted(self._free)]

@@ -20,7 +20,8 @@ import torch
 
 from plinth.config import UserError
 
-NUCLEUS_COLUMNS = 512  # sorted columns tried first for top-p; a row whose nucleus is wider is sorted whole
+NUCLEUS_COLUMNS = 64  # sorted columns tried first for top-p; while some nucleus is wider, NUCLEUS_GROWTH times as many
+NUCLEUS_GROWTH = 8
 SMALLEST_TEMPERATURE = 1e-30  # below it a division would overflow; such a row is as good as greedy
 
 
@@ -112,6 +113,7 @@ class SamplingColumns:
     top_k: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
+    any_greedy: bool
     any_sampled: bool
     any_truncated: bool
 
@@ -124,6 +126,7 @@ class SamplingColumns:
             torch.tensor([p.top_k or no_limit for p in params], dtype=torch.int64, device=device),
             torch.tensor([1.0 if p.top_p is None else p.top_p for p in params], dtype=torch.float64, device=device),
             torch.tensor([p.min_p or 0.0 for p in params], dtype=torch.float32, device=device),
+            any(p.temperature == 0 for p in params),
             any(p.temperature > 0 for p in params),
             any(p.temperature > 0 and (p.top_k or p.min_p or (p.top_p or 1.0) < 1.0) for p in params),
         )
@@ -139,14 +142,13 @@ def sample_tokens(logits_NV: torch.Tensor, columns: SamplingColumns, noise_N: to
 
     logits_NV is float32; noise_N is float64 in [0, 1), unused by greedy rows.
     """
-    greedy_N = logits_NV.argmax(-1)
     if not columns.any_sampled:
-        return greedy_N
+        return logits_NV.argmax(-1)
     cumulative_NV = sampling_weights(logits_NV, columns).cumsum(-1, dtype=torch.float64)
     targets_N1 = (noise_N * cumulative_NV[:, -1])[:, None]
     drawn_N = torch.searchsorted(cumulative_NV, targets_N1, right=True)[:, 0]
     drawn_N = drawn_N.clamp_max(logits_NV.shape[-1] - 1)  # past the end only in a row of NaN
-    return torch.where(columns.temperature > 0, drawn_N, greedy_N)
+    return torch.where(columns.temperature > 0, drawn_N, logits_NV.argmax(-1)) if columns.any_greedy else drawn_N
 
 
 def sampling_weights(logits_NV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
@@ -198,7 +200,7 @@ def nucleus_counts(logits_NV: torch.Tensor, weights_NV: torch.Tensor, columns: S
         reached_N = (cumulative_NC < (columns.top_p * total_N)[:, None]).sum(-1) + 1
         if width == vocab_size or not bool((nucleus_N & ~limited_N & (reached_N > width)).any()):
             break
-        width = vocab_size
+        width *= NUCLEUS_GROWTH
     count_N = torch.where(nucleus_N, torch.minimum(reached_N, top_k_N), top_k_N).clamp_max(vocab_size)
     last_N = sorted_NC.gather(-1, (count_N.clamp_max(width) - 1)[:, None])[:, 0]
     everything_N = count_N >= vocab_size  # rows cut by min-p only; their last logit may lie outside the sorted columns
