@@ -4,8 +4,8 @@ import codecs
 import random
 
 import pytest
-from plinth.inference.engine import Event
 
+from plinth.inference.engine import Event
 from plinth.serving.pieces import Assembly, CharacterCount
 from plinth.tokenizer.train import train_tokenizer
 
