@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from plinth.training.memory import keep_freed_memory
 from plinth.training.optim import Optimizer
 from plinth.training.precision import MasterWeights
 
@@ -56,6 +57,7 @@ class Workers:
 @contextlib.contextmanager
 def open_workers(num_threads: int) -> Iterator[Workers]:
     """Give worker threads; meanwhile the calling thread's own operations use one core."""
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

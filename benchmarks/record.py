@@ -1,0 +1,37 @@
+"""One JSON record a benchmark: question, rows, machine, versions, commit. Tables in the README and docs come from these."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from plinth.run import describe_hardware, installed_versions
+
+RECORDS = Path(__file__).parent / "records"
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return median, smallest, largest and number of the values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def write_record(name: str, question: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Write benchmarks/records/NAME.json and return its path."""
+    RECORDS.mkdir(exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RECORDS).stdout.strip()
+    record = {
+        "question": question,
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": rows,
+        **more,
+        "hardware": describe_hardware(),
+        "versions": installed_versions(),
+        "commit": commit,
+    }
+    path = RECORDS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
