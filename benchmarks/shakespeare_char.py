@@ -50,8 +50,7 @@ def validate(logits, data: torch.Tensor, length: int) -> float:
     rows = (len(data) - 1) // length
     inputs, targets = data[: rows * length].view(rows, length), data[1 : rows * length + 1].view(rows, length)
     total = sum(
-        F.cross_entropy(logits(x).flatten(0, 1), y.flatten(), reduction="sum").item()
-        for x, y in zip(inputs.split(256), targets.split(256))
+        F.cross_entropy(logits(x).flatten(0, 1), y.flatten(), reduction="sum").item() for x, y in zip(inputs.split(256), targets.split(256))
     )
     return total / targets.numel()
 

@@ -74,9 +74,7 @@ class Run:
             raise UserError(f"{self.path} is a file. Pass --out with the name of a new directory.")
         if (self.path / "config.json").exists():
             state = "finished" if self.is_done else f"step {self.last_step}"
-            raise UserError(
-                f"{self.path} already holds a run ({state}). Pass --resume to continue it, or --out with a new name."
-            )
+            raise UserError(f"{self.path} already holds a run ({state}). Pass --resume to continue it, or --out with a new name.")
         if self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run. Pass --out with the name of a new directory.")
 
@@ -108,6 +106,11 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None while the run is unfinished."""
         return read_json(self.path / "DONE") if self.is_done else None
+
+    @property
+    def duration_s(self) -> float:
+        """Return the seconds that a finished run took."""
+        return (self.summary or {}).get("time_s", 0.0)
 
     @property
     def last_step(self) -> int:

@@ -35,13 +35,15 @@ def test_like_lengths_lie_together():
 
 def test_padding_shifts_by_one_and_counts_only_the_mask():
     inputs, targets = pad_rows([[5, 6, 7, 8], [9, 4]], [[False, False, True, True], [False, True]], pad_id=1)
-    assert inputs.tolist() == [[5, 6, 7], [9, 1, 1]]
-    assert targets.tolist() == [[UNCOUNTED, 7, 8], [4, UNCOUNTED, UNCOUNTED]]
+    assert inputs.tolist() == [[5, 6, 7, 1, 1, 1, 1, 1], [9, 1, 1, 1, 1, 1, 1, 1]]
+    assert targets[:, :3].tolist() == [[UNCOUNTED, 7, 8], [4, UNCOUNTED, UNCOUNTED]]
+    assert (targets[:, 3:] == UNCOUNTED).all()
     assert inputs.dtype == torch.int64
 
 
 def test_steps_follow_epochs_or_tokens():
     buckets = LengthBuckets([20] * 100, 10, 5, seed=0)
     assert buckets.steps_for(3.0, None) == 30
-    assert buckets.steps_for(3.0, 2100) == 10
+    assert buckets.padded_tokens() == 100 * 24  # 19 inputs, padded to a multiple of 8
+    assert buckets.steps_for(3.0, 2400) == 10
     assert buckets.steps_for(3.0, 1) == 1

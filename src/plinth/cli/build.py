@@ -6,7 +6,6 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -48,7 +47,8 @@ def main(argv: list[str]) -> int:
     if options.resume and options.out is None:
         raise UserError("--resume needs --out with the directory of the build to go on with.")
     from plinth.evaluation.report import report_card
-    from plinth.recipes.lifecycle import BuildConfig, build
+    from plinth.recipes.build_run import BuildConfig
+    from plinth.recipes.lifecycle import build
 
     config = BuildConfig(
         text=options.text, budget=options.budget, sft=options.sft, pairs=options.pairs, plan=options.plan, seed=options.seed

@@ -10,10 +10,10 @@ import tyro
 
 from plinth.cli.output import emit, say
 from plinth.models.config import DecoderConfig
+from plinth.recipes.pretraining import PretrainConfig, pretrain
 from plinth.recipes.stages import pretrain_config
 from plinth.scaling.plan_record import load_plan
 from plinth.tokenizer.encode import Tokenizer
-from plinth.recipes.pretraining import PretrainConfig, pretrain
 
 
 @dataclass(frozen=True)

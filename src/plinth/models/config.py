@@ -81,9 +81,7 @@ class DecoderConfig:
     def from_hf(cls, values: dict[str, Any]) -> DecoderConfig:
         """Read config.json. Raises UserError when it describes an architecture other than Qwen3's."""
         if values.get("model_type") != "qwen3":
-            raise UserError(
-                f"model_type={values.get('model_type')!r} is not supported. Supported: qwen3 (the default decoder)."
-            )
+            raise UserError(f"model_type={values.get('model_type')!r} is not supported. Supported: qwen3 (the default decoder).")
         try:
             rope = values.get("rope_parameters") or {}
             heads = values["num_attention_heads"]

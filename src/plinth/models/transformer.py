@@ -102,9 +102,7 @@ class Transformer(nn.Module):
         return nn.functional.linear(hidden, self.output_weight)
 
     @torch.no_grad()
-    def forward_rows(
-        self, tokens_N, positions_N, slots_N, cache: KVCache, spans: Sequence[Span] | None = None
-    ) -> torch.Tensor:
+    def forward_rows(self, tokens_N, positions_N, slots_N, cache: KVCache, spans: Sequence[Span] | None = None) -> torch.Tensor:
         """Run N rows of a ragged batch against the cache; returns hidden states (N, D). N is a multiple of ROW_TILE.
 
         Row i is the token at position positions_N[i] of slot slots_N[i]. Keys and values of all rows are written

@@ -85,9 +85,7 @@ def qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_h
     return _FusedAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
 
 
-def plain_qk_norm_rope_attention(
-    qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, eps: float, q_weight=None, k_weight=None
-):
+def plain_qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, eps: float, q_weight=None, k_weight=None):
     """Do what `qk_norm_rope_attention` does with PyTorch's attention; takes the learnt scales of QK-norm."""
     q, k, v = qkv_BTGE.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
     cos, sin = cos_TE[:, None], sin_TE[:, None]

@@ -39,9 +39,7 @@ def linear_rows(x_ND: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1024)
-def gives_same_bits(
-    rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, num_threads: int
-) -> bool:
+def gives_same_bits(rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, num_threads: int) -> bool:
     """Try whether one call with `rows` rows equals calls with ROW_TILE rows, bit for bit, on random numbers.
 
     Which kernel runs depends on the shape, the dtype and the threads, never on the numbers; a kernel that adds in

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-PADDING = 1.05  # tokens of a batch with padding, over those without, as LengthBuckets leaves it
+WIDTH_STEP = 8  # widths of padded batches are multiples of it: few shapes, so kernels and memory are used again
 UNCOUNTED = -1  # a target that no loss counts
 
 
@@ -32,8 +32,12 @@ class LengthBuckets:
     def steps_for(self, epochs: float, tokens: int | None) -> int:
         """Return the steps of so many epochs, or of so many tokens with padding, at least one."""
         if tokens is not None:
-            epochs = tokens / (float(self.lengths.mean()) * PADDING * len(self.lengths))
+            epochs = tokens / self.padded_tokens()
         return max(1, round(self.steps_per_epoch * epochs))
+
+    def padded_tokens(self) -> int:
+        """Return the tokens of the first epoch with padding."""
+        return sum(len(part) * padded_width(int(self.lengths[part].max()) - 1) for part in self._deal(0))
 
     @property
     def _num_micro_batches(self) -> int:
@@ -57,12 +61,18 @@ class LengthBuckets:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def padded_width(width: int) -> int:
+    """Return the width that rows of `width` inputs are padded to."""
+    return -(-width // WIDTH_STEP) * WIDTH_STEP
+
+
 def pad_rows(tokens: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (inputs (B, T), targets (B, T)): each row shifted by one, padded on the right, uncounted targets -1.
 
-    T is the longest row's length minus one. With causal attention padding on the right changes nothing before it.
+    T is the longest row's length minus one, rounded up to a multiple of WIDTH_STEP. With causal attention, padding on the right
+    changes nothing before it.
     """
-    width = max(len(row) for row in tokens) - 1
+    width = padded_width(max(len(row) for row in tokens) - 1)
     inputs = torch.full((len(tokens), width), pad_id)
     targets = torch.full((len(tokens), width), UNCOUNTED)
     for i, (row, mask) in enumerate(zip(tokens, masks)):

@@ -32,9 +32,7 @@ REFERENCE_FILE = "reference_log_probs.npy"
 class DpoConfig:
     """Loss, batches and schedule of preference tuning."""
 
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(warmup_steps=5, optimizer=OptimizerConfig(lr=0.0003, muon_lr=0.002))
-    )
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(warmup_steps=5, optimizer=OptimizerConfig(lr=0.0003, muon_lr=0.002)))
     """optimizer and schedule"""
     epochs: float = 1.0
     """passes over the pairs"""
@@ -51,7 +49,9 @@ class DpoConfig:
 
     def __post_init__(self) -> None:
         if self.beta <= 0 or self.epochs <= 0 or self.chosen_nll_coef < 0:
-            raise UserError(f"beta={self.beta} and epochs={self.epochs} must be positive, chosen_nll_coef={self.chosen_nll_coef} not negative.")
+            raise UserError(
+                f"beta={self.beta} and epochs={self.epochs} must be positive, chosen_nll_coef={self.chosen_nll_coef} 0 or more."
+            )
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,11 @@ def train_dpo(
     pairs, rejected = read_pairs(pairs_file, tokenizer, model.config.max_seq_len)
     if rejected:
         warn(f"{pairs_file}: {len(rejected)} lines rejected ({'; '.join(rejected[:3])})")
-    lengths = [2 * max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]  # of two padded rows
+    lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]
+    row_tokens = None if config.tokens is None else config.tokens // 2  # a pair is two rows
     buckets = LengthBuckets(lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
     if not resume:
-        config = replace(config, train=config.train.resolved(buckets.steps_for(config.epochs, config.tokens)))
+        config = replace(config, train=config.train.resolved(buckets.steps_for(config.epochs, row_tokens)))
         run = Run.create(out, "dpo", to_dict(config), [model_run, pairs_file], argv, config.train.seed)
     pad_id = tokenizer.pad_id or 0
     reference = reference_log_probs(run, model, pairs, config, pad_id)
@@ -154,14 +155,14 @@ def reference_log_probs(run: Run, model: Transformer, pairs: list[Pair], config:
         return np.load(path)
     order = np.argsort([len(pair.chosen.tokens) for pair in pairs], kind="stable")
     parts = np.array_split(order, max(1, len(order) // config.micro_batch_size))
-    frozen = copy.deepcopy(model).to(DTYPES[config.train.dtype])
+    frozen = copy.deepcopy(model).to(DTYPES[config.train.dtype or "float32"])
 
     def score(part: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             return sequence_log_probs(frozen, *pad_pairs(pairs, part, pad_id)).view(2, -1).T.numpy()
 
     result = np.zeros((len(pairs), 2), dtype=np.float32)
-    with open_workers(config.train.num_threads) as workers:
+    with open_workers(config.train.num_threads or 1) as workers:
         _fill(result, parts, workers, score)
     np.save(path, result)
     return result

@@ -21,9 +21,7 @@ from plinth.training.optim import OptimizerConfig
 class SftConfig:
     """Batches and schedule of supervised finetuning."""
 
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(warmup_steps=10, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01))
-    )
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(warmup_steps=10, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01)))
     """optimizer and schedule"""
     epochs: float = 3.0
     """passes over the conversations"""
@@ -77,8 +75,7 @@ def train_sft(
 
     def batches_at(step: int):
         return [
-            pad_rows([examples[i].tokens for i in part], [examples[i].loss_mask for i in part], pad_id)
-            for part in buckets.indices(step)
+            pad_rows([examples[i].tokens for i in part], [examples[i].loss_mask for i in part], pad_id) for part in buckets.indices(step)
         ]
 
     summary = train(

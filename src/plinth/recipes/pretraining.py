@@ -43,9 +43,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         if self.seq_len > self.model.max_seq_len:
-            raise UserError(
-                f"seq_len={self.seq_len} exceeds max_seq_len={self.model.max_seq_len}. Lower it, or raise model.max-seq-len."
-            )
+            raise UserError(f"seq_len={self.seq_len} exceeds max_seq_len={self.model.max_seq_len}. Lower it, or raise model.max-seq-len.")
         if self.sequences_per_step < 1 or self.micro_batch_size < 1:
             raise UserError("sequences_per_step and micro_batch_size must be at least 1.")
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from plinth.posttraining.preference import DpoConfig
 from plinth.posttraining.sft import SftConfig
+from plinth.recipes.pretraining import PretrainConfig
 from plinth.scaling.plan_record import Plan
 from plinth.tasks.facts import FactsConfig
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
-from plinth.recipes.pretraining import PretrainConfig
 
 FACTS_PER_FUNCTION = 2.1  # kinds of fact that a function of the standard library has on average
 

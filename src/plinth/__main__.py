@@ -1,0 +1,5 @@
+"""`python -m plinth` is the command `plinth`."""
+
+from plinth.cli.main import entry
+
+entry()
