@@ -1,9 +1,9 @@
 """How many tokens a second does the engine give, and what does its batch invariance cost?
 
 A random 6-layer decoder, 256 wide, vocabulary 4096: greedy and sampled decoding at batches of 1, 16 and 64 behind
-20-token prompts, reading prompts, and a stand-in for an evaluation (600 prompts of 20 tokens, 20 tokens each). Each
+20-token prompts, reading prompts, and a stand-in for an evaluation (200 prompts of 20 tokens, 20 tokens each). Each
 figure alternates between the engine as it is and the same engine with plain linear layers, whose results depend on the
-batch. Prints one JSON record; takes about a minute. --cpu-time counts the process's CPU time, for a busy machine; use
+batch. Prints one JSON record; takes one to three minutes. --cpu-time counts the process's CPU time, for a busy machine; use
 it with one thread.
 """
 
@@ -86,7 +86,7 @@ def workloads():
     yield "decode 64 top_p", prompts(64, PROMPT_TOKENS), SamplingParams(seed=1, top_p=0.9, max_tokens=COMPLETION_TOKENS)
     yield "prefill 20", prompts(64, 20), SamplingParams(temperature=0, max_tokens=1)
     yield "prefill 256", prompts(16, 256), SamplingParams(temperature=0, max_tokens=1)
-    yield "evaluation", prompts(600, PROMPT_TOKENS), SamplingParams(temperature=0, max_tokens=20)
+    yield "evaluation", prompts(200, PROMPT_TOKENS), SamplingParams(temperature=0, max_tokens=20)
 
 
 def measure(name: str, dtype: torch.dtype, engine: Engine, prompts, params, repeats: int, clock) -> dict:

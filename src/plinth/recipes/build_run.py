@@ -17,6 +17,7 @@ from plinth.run import Run
 from plinth.scaling.budget import parse_budget
 from plinth.scaling.energy import EnergyMeter
 from plinth.scaling.plan_config import PlanConfig
+from plinth.training.throughput import peak_memory_bytes
 
 STDLIB = "stdlib"
 
@@ -84,7 +85,7 @@ class Stages:
             self._fail(name, error)
             raise
         energy, seconds = meter.read(), time.perf_counter() - started
-        self.run.log(stage=name, time_s=seconds, energy_j=energy.joules, energy_source=energy.source)
+        self.run.log(stage=name, time_s=seconds, energy_j=energy.joules, energy_source=energy.source, peak_memory_bytes=peak_memory_bytes())
         self.say(f"{name} done in {seconds:.1f} s")
 
     def _fail(self, name: str, error: BaseException) -> None:
@@ -103,4 +104,4 @@ class Stages:
         """Mark the build as done, with seconds and joules over all its stages."""
         records = self.run.metrics()
         totals = {key: sum(record[key] for record in records) for key in ("time_s", "energy_j")}
-        self.run.finish({**totals, "energy_source": records[-1]["energy_source"]})
+        self.run.finish({**totals, "peak_memory_bytes": peak_memory_bytes(), "energy_source": records[-1]["energy_source"]})

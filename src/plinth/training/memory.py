@@ -7,6 +7,7 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 HOLD_BYTES = (1 << 31) - 1
+USUAL_BYTES = 128 * 1024  # glibc's own threshold for both
 
 
 def keep_freed_memory() -> bool:
@@ -16,10 +17,19 @@ def keep_freed_memory() -> bool:
     touch of a page is a fault; measured, that costs more than many of the operations on the blocks themselves.
     Other C libraries are left alone.
     """
+    return _mallopt((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, HOLD_BYTES))
+
+
+def release_freed_memory() -> bool:
+    """Undo `keep_freed_memory` and give what is free back to the system; True when glibc obeyed."""
+    if not _mallopt((M_MMAP_THRESHOLD, USUAL_BYTES), (M_TRIM_THRESHOLD, USUAL_BYTES)):
+        return False
+    ctypes.CDLL(None).malloc_trim(0)
+    return True
+
+
+def _mallopt(*settings: tuple[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    settings = ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, HOLD_BYTES))
-    return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+    return mallopt is not None and all(mallopt(parameter, value) == 1 for parameter, value in settings)

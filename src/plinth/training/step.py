@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from plinth.training.memory import keep_freed_memory
+from plinth.training.memory import keep_freed_memory, release_freed_memory
 from plinth.training.optim import Optimizer
 from plinth.training.precision import MasterWeights
 
@@ -67,6 +67,7 @@ def open_workers(num_threads: int) -> Iterator[Workers]:
     finally:
         workers.close()
         torch.set_num_threads(before)
+        release_freed_memory()
 
 
 def split_gradients(
