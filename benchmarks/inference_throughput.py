@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 
 import torch
@@ -48,6 +49,7 @@ def main() -> int:
         for name, prompts, params in workloads():
             engine = Engine(model, max_batch=min(64, len(prompts)))
             rows.append(measure(name, dtype, engine, prompts, params, arguments.repeats, clock))
+            print(rows[-1], file=sys.stderr, flush=True)
     record = {
         "question": "How many tokens a second does the engine give, and what does its batch invariance cost?",
         "value": {f"{row['dtype']} {row['workload']}": row["tokens_per_s"] for row in rows},
