@@ -32,7 +32,7 @@ REFERENCE_FILE = "reference_log_probs.npy"
 class DpoConfig:
     """Loss, batches and schedule of preference tuning."""
 
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(warmup_steps=5, optimizer=OptimizerConfig(lr=0.0003, muon_lr=0.002)))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(warmup_steps=5, optimizer=OptimizerConfig(lr=3e-5, muon_lr=2e-4)))
     """optimizer and schedule"""
     epochs: float = 1.0
     """passes over the pairs"""

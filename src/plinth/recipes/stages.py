@@ -54,9 +54,10 @@ def facts_config(plan: Plan, seed: int) -> FactsConfig:
     functions = max(50, min(1000, round(plan.num_facts / FACTS_PER_FUNCTION)))
     return FactsConfig(
         num_known=functions,
-        num_invented_train=round(1.5 * functions),
+        num_invented_train=4 * functions,  # many names once teach what is unknown better than few names often
+        phrasings_per_invented=1,
         num_invented_pairs=functions // 2,
         num_counterfactual_pairs=functions // 2,
-        num_over_refusal_pairs=functions // 2,
+        num_over_refusal_pairs=functions,  # as many pairs against refusing as for it
         seed=seed,
     )

@@ -38,9 +38,9 @@ class PlanConfig:
     """scaling law: small-code, besiroglu, hoffmann, muennighoff, or a .json file of your own; unset: the one fitted nearest"""
     pretrain_share: float = 0.45
     """share of the budget for pretraining when instruction data follows; without it pretraining gets all"""
-    sft_share: float = 0.40
+    sft_share: float = 0.50
     """share of the budget for supervised finetuning"""
-    dpo_share: float = 0.15
+    dpo_share: float = 0.05
     """share of the budget for preference tuning"""
     overhead_share: float = 0.05
     """share of a time budget kept for checkpoints, validation and a machine busier than at the probe"""
