@@ -4,7 +4,8 @@ import os
 import shutil
 
 import pytest
-from conftest import SMALL, plinth, write_jsonl
+
+from e2e.command import SMALL, plinth, write_jsonl
 
 
 def complain(*arguments, code=1, env=None):

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from conftest import SMALL, last_json, plinth
 
+from e2e.command import SMALL, last_json, plinth
 from plinth.models.hub import load_model
 
 

@@ -10,6 +10,7 @@ import torch
 
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
+from plinth.models.tensor_file import save_tensors
 from plinth.models.transformer import Transformer
 from plinth.run import Run
 from plinth.training.checkpoint import STATE_FILE, list_checkpoints
@@ -121,11 +122,9 @@ def test_an_unfinished_checkpoint_is_never_read(tmp_path, monkeypatch):
         if len(calls) == 3:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device", str(path))
-        return save_file(tensors, path)
+        return save_tensors(tensors, path)
 
-    from plinth.training.checkpoint import save_file
-
-    monkeypatch.setattr("plinth.training.checkpoint.save_file", failing_save)
+    monkeypatch.setattr("plinth.training.checkpoint.save_tensors", failing_save)
     with pytest.raises(OSError, match="No space left"):
         run_training(tmp_path / "full")
     checkpoints = tmp_path / "full" / "checkpoints"

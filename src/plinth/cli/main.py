@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -63,7 +64,11 @@ def run_verb(module: str, argv: list[str]) -> int:
 def describe_os_error(error: OSError) -> str:
     """Return one line for a failed file operation: which file, why, and what to do about a full disk."""
     place = f"{error.filename}: " if error.filename else ""
-    advice = " Free some space and pass --resume; nothing already published was touched." if error.errno == 28 else ""
+    advice = (
+        " Free some space and pass --resume; nothing already published was touched."
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        else ""
+    )
     return f"{place}{error.strerror or error}.{advice}"
 
 

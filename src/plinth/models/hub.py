@@ -18,6 +18,7 @@ import torch
 from plinth import __version__
 from plinth.config import UserError, nearest, read_json, save_json
 from plinth.models.config import DecoderConfig
+from plinth.models.tensor_file import save_tensors
 from plinth.models.transformer import Transformer
 from plinth.run import file_sha256, publish_dir
 
@@ -81,7 +82,7 @@ def save_model(model: Transformer, tokenizer: TokenizerFiles | None, out_dir: Pa
             "Save the model with the tokenizer that it was trained with."
         )
     with publish_dir(out_dir) as folder:
-        safetensors.torch.save_file(export_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(export_tensors(model), folder / WEIGHTS, {"format": "pt"})
         special = _special_ids(tokenizer)
         save_json(folder / "config.json", model.config.to_hf() | special)
         save_json(folder / "generation_config.json", special | {"max_length": model.config.max_seq_len})

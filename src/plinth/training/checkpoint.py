@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from plinth.config import UserError, read_json, save_json
+from plinth.models.tensor_file import save_tensors
 from plinth.run import Run, file_sha256, publish_dir
 from plinth.training.optim import Optimizer
 from plinth.training.precision import MasterWeights
@@ -28,7 +29,7 @@ def save_checkpoint(run: Run, step: int, masters: MasterWeights, optimizer: Opti
     tensors = {f"weight/{name}": tensor for name, tensor in masters.tensors.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.state.items()}
     with publish_dir(path) as folder:
-        save_file(tensors, folder / STATE_FILE)
+        save_tensors(tensors, folder / STATE_FILE)
         digest = file_sha256(folder / STATE_FILE)
         save_json(folder / "state.json", {"step": step, "num_updates": optimizer.num_updates, "sha256": digest})
     for old in list_checkpoints(run)[:-keep]:
