@@ -52,7 +52,7 @@ def run_trainer(kind: str, steps: int, bf16: bool = False) -> float:
     data = [{"input_ids": row, "labels": row} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         options = transformers.TrainingArguments(
-            folder, max_steps=steps + 1, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=bf16
+            folder, max_steps=steps + 1, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=bf16, use_cpu=True
         )
         trainer = transformers.Trainer(model=model, args=options, train_dataset=data, callbacks=[Clock()])
         trainer.train()
