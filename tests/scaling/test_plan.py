@@ -25,7 +25,7 @@ def test_time_budget_is_kept_and_used(corpus, probe):
     assert plan.tokens == plan.steps * plan.tokens_per_step
     assert plan.predicted.tokens_per_s * plan.predicted.time_s == pytest.approx(plan.tokens)
     assert [stage.stage for stage in plan.stages] == ["pretrain", "sft", "dpo"]
-    assert plan.stage("sft").time_s == pytest.approx(0.40 * 228) and plan.stage("absent").tokens == 0
+    assert plan.stage("sft").time_s == pytest.approx(0.50 * 228) and plan.stage("absent").tokens == 0
 
 
 def test_step_time_is_the_time_model_s(corpus, probe):
@@ -210,7 +210,7 @@ def test_compare(corpus, probe):
     ("fields", "message"),
     [
         ({"pretrain_share": 0.5}, "add up to 1"),
-        ({"pretrain_share": 0.0, "sft_share": 0.85}, "leaves nothing to finetune"),
+        ({"pretrain_share": 0.0, "sft_share": 0.95}, "leaves nothing to finetune"),
         ({"warmup_share": 0.7, "decay_share": 0.4}, "exceed 1"),
         ({"min_steps": 0}, "min_steps=0 must be positive"),
         ({"tokens_per_step": 1000, "seq_len": 256}, "not a multiple of seq_len=256"),

@@ -44,7 +44,7 @@ class Workers:
 
     def __init__(self, num_threads: int):
         self.num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(num_threads, initializer=_start_worker)
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """Apply `function` to each item, one item a thread at a time, results in order."""
@@ -54,13 +54,17 @@ class Workers:
         self._pool.shutdown()
 
 
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # numbers below 1e-38 count as zero: processors take long over them
+
+
 @contextlib.contextmanager
 def open_workers(num_threads: int) -> Iterator[Workers]:
     """Give worker threads; meanwhile the calling thread's own operations use one core."""
     keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     workers = Workers(num_threads)
     try:
         yield workers

@@ -1,0 +1,75 @@
+"""Write the tables of the README from benchmarks/records, between its markers; `--check` only says whether they are current."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- results: written by benchmarks/tables.py -->", "<!-- end of results -->"
+
+
+def load(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "records" / f"{name}.json").read_text())
+
+
+def percent(score: dict) -> str:
+    low, high = score["ci95"]
+    return f"{100 * score['value']:.0f} % ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def build_table() -> str:
+    record = load("build_default")
+    row = record["rows"][0]
+    stages = {"BASE": row["scores_pretrain"], "SFT": row["scores_sft"], "DPO": row["scores_dpo"]}
+    labels = {
+        "known_exact": "known facts right, unseen phrasing",
+        "consistency": "same answer to every phrasing",
+        "over_refusal": "known facts refused",
+        "invented_false": "invented names answered as if they existed",
+        "heldout_exact": "facts never taught, right",
+    }
+    lines = [
+        f"`make demo` took {row['wall_s'] / 60:.1f} minutes and {row['peak_memory_bytes'] / 1e9:.1f} GB here "
+        f"(2 cores, {record['hardware']['cpu']}), of which {row['pretrain']['time_s']:.0f} s were pretraining: "
+        f"{row['model']['num_params'] / 1e6:.2f} M parameters, {row['pretrain']['tokens'] / 1e6:.1f} M tokens, "
+        f"{row['scores_pretrain']['bits_per_byte']['value']:.2f} bits a byte on held-out text, facts of {row['functions']:,} functions.",
+        "",
+        "| share of questions (95 % interval) | " + " | ".join(stages) + " |",
+        "|---|" + "---|" * len(stages),
+    ]
+    for key, label in labels.items():
+        lines.append(f"| {label} | " + " | ".join(percent(scores[key]) for scores in stages.values()) + " |")
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    throughput, shakespeare = load("train_throughput"), load("shakespeare_char")
+    lines = ["| measured in one run, alternating, two cores | median | Plinth against it |", "|---|---|---|"]
+    for row in throughput["rows"]:
+        ratio = row["ours_over_this"]
+        against = "" if row["name"].startswith("plinth") else f"{ratio['median']:.1f}× ({ratio['min']:.1f}–{ratio['max']:.1f})"
+        lines.append(f"| pretraining 6 × 256, context 256: {row['name']} | {row['tokens_per_s']['median']:,.0f} tokens/s | {against} |")
+    ratio = shakespeare["ratio_plain_over_ours"]
+    for row in shakespeare["rows"]:
+        against = f"{ratio['median']:.1f}× ({ratio['min']:.1f}–{ratio['max']:.1f})" if row["name"].startswith("plain") else ""
+        loss = row["loss_nats"]["median"]
+        lines.append(f"| Shakespeare's characters to {loss:.2f} nats: {row['name']} | {row['time_s']['median']:.0f} s | {against} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    current = f"{before}{START}\n{build_table()}\n\n{speed_table()}\n{END}{after}"
+    if "--check" in sys.argv:
+        return int(current != text)
+    readme.write_text(current)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
