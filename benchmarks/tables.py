@@ -1,9 +1,10 @@
-"""Write the tables of the README from benchmarks/records, between its markers; `--check` only says whether they are current."""
+"""Write the README's tables from benchmarks/records and its quotation of the recipe; `--check` only says whether they are current."""
 
 from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -59,12 +60,24 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def lifecycle() -> str:
+    """Return the body of the build from the recipe, as the README quotes it."""
+    source = (ROOT / "src" / "plinth" / "recipes" / "lifecycle.py").read_text()
+    body = source.split("    config, stage = open_build(", 1)[1]
+    return "```python\n" + textwrap.dedent("    config, stage = open_build(" + body).rstrip() + "\n```"
+
+
+def put(text: str, start: str, end: str, content: str) -> str:
+    """Replace what stands between two markers."""
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
-    current = f"{before}{START}\n{build_table()}\n\n{speed_table()}\n{END}{after}"
+    current = put(text, START, END, f"{build_table()}\n\n{speed_table()}")
+    current = put(current, "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle())
     if "--check" in sys.argv:
         return int(current != text)
     readme.write_text(current)

@@ -45,3 +45,8 @@ def test_examples_run(document, tmp_path):
 def test_links_lead_to_files(document):
     missing = [target for target in LINK.findall(document.read_text(encoding="utf-8")) if not (document.parent / target).exists()]
     assert not missing
+
+
+def test_the_readme_quotes_the_records_and_the_recipe_as_they_are():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, f"run python benchmarks/tables.py\n{done.stderr}"

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 
 from plinth.posttraining.batches import UNCOUNTED, LengthBuckets, pad_rows
+from plinth.posttraining.sft import join_examples
+from plinth.tokenizer.chat import Rendered
 
 
 def test_every_epoch_shows_every_example_once_in_an_order_of_its_own():
@@ -47,3 +49,13 @@ def test_steps_follow_epochs_or_tokens():
     assert buckets.padded_tokens() == 100 * 24  # 19 inputs, padded to a multiple of 8
     assert buckets.steps_for(3.0, 2400) == 10
     assert buckets.steps_for(3.0, 1) == 1
+
+
+def test_joining_keeps_every_conversation_once_a_round_and_every_mask():
+    examples = [Rendered([100 + i] * (1 + i % 5) + [1], [False] * (1 + i % 5) + [True]) for i in range(50)]
+    joined = join_examples(examples, turns=4, rounds=3, max_seq_len=12, seed=0)
+    assert sorted(t for e in joined for t in e.tokens) == sorted(3 * [t for e in examples for t in e.tokens])
+    assert all(mask == (token == 1) for e in joined for token, mask in zip(e.tokens, e.loss_mask))
+    assert max(len(e.tokens) for e in joined) <= 12
+    turns = [sum(e.loss_mask) for e in joined]
+    assert set(turns) == {1, 2, 3, 4} and turns.count(1) > len(turns) / 3

@@ -117,8 +117,20 @@ def report_card(build_dir: Path, data: Mapping[str, Any] | None = None) -> Group
         parts.append(Padding(_card_table(data["evaluation"]), (1, 0)))
     parts += [_goal_line(goal) for goal in data["goals"] if goal["met"] is not None]
     parts += [_improvement_line(entry) for entry in data["improvements"]]
+    if data["plan"] and data["plan"]["rows"]:
+        parts.append(Padding(_plan_table(data["plan"]["rows"]), (1, 0)))
     parts += [Text(f"missing: {gap['what']}: {gap['why']}", style="yellow") for gap in data["missing"]]
     return Group(*parts)
+
+
+def _plan_table(rows: list[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, title="plan against actual", title_justify="left")
+    for name in ("", "predicted", "actual", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows:
+        values = [formats.quantity(row[key], row["unit"]) if row[key] is not None else "–" for key in ("predicted", "actual")]
+        table.add_row(row["label"], *values, f"{row['ratio']:.2f}" if row["ratio"] else "")
+    return table
 
 
 def _card_table(evaluation: Mapping[str, Any]) -> Table:
@@ -157,7 +169,7 @@ def _goal_line(goal: Mapping[str, Any]) -> Text:
 
 
 def _improvement_line(entry: Mapping[str, Any]) -> Text:
-    yes = entry["outcome"] == "better"
+    yes = entry["shown"]
     text = Text("✓ yes    " if yes else "✗ no     ", style="green" if yes else "red")
     numbers = f"{formats.share(entry['before'])} → {formats.share(entry['value'])}"
     beyond = {"better": "beyond the intervals", "worse": "worse, beyond the intervals", "unclear": "within the intervals"}[entry["outcome"]]

@@ -169,7 +169,10 @@ def _paired(differences: list[dict[str, Any]], stage: str, other: str, key: str)
 
 
 def improvements(evaluation: Mapping[str, Any], differences: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The comparisons that alignment is for: known facts against BASE, and false answers from SFT to DPO."""
+    """The comparisons that alignment is for: known facts against BASE, and false answers from SFT to DPO.
+
+    `outcome` compares the two intervals; `shown` is also true where they overlap and the difference on the same questions is clear.
+    """
     wanted = [
         ("known_exact", "more known facts right than BASE", "sft", "pretrain", UP),
         ("known_exact", "more known facts right than BASE", "dpo", "pretrain", UP),
@@ -180,12 +183,18 @@ def improvements(evaluation: Mapping[str, Any], differences: list[dict[str, Any]
         cells = cells_of(evaluation, key)
         outcome = compare(cells.get(stage), cells.get(other), direction)
         if outcome:
+            paired = _paired(differences, stage, other, key)
             found.append(
                 {"key": key, "label": label, "stage": stage, "other": other, "outcome": outcome}
-                | {"value": cells[stage]["value"], "before": cells[other]["value"]}
-                | {"paired": _paired(differences, stage, other, key)}
+                | {"shown": outcome == "better" or _is_gain(paired, direction)}
+                | {"value": cells[stage]["value"], "before": cells[other]["value"], "paired": paired}
             )
     return found
+
+
+def _is_gain(paired: dict[str, Any] | None, direction: str) -> bool:
+    """Whether a paired difference lies on the good side of zero with its whole interval."""
+    return paired is not None and (paired["ci95"][0] > 0 if direction == UP else paired["ci95"][1] < 0)
 
 
 def sentence(evaluation: Mapping[str, Any], goals_found: list[dict[str, Any]], size: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from plinth.config import UserError, from_dict, to_dict
 from plinth.models.hub import load_model, save_model
 from plinth.posttraining.batches import LengthBuckets, pad_rows
@@ -15,6 +17,9 @@ from plinth.tokenizer.encode import Tokenizer
 from plinth.training.loop import TrainConfig, train
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig
+
+JOIN_ROUNDS = 4  # each conversation is joined anew so often before a grouping comes again
+ALONE_SHARE = 0.5  # groups of one conversation
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,16 @@ class SftConfig:
     """conversations an update"""
     micro_batch_size: int = 64
     """conversations a forward pass"""
+    join_turns: int = 1
+    """join up to this many conversations into one, at random, so that a model taught single turns answers later ones too"""
     max_seq_len: int | None = None
     """longest conversation in tokens (default: the model's context); a longer one is an error, never cut"""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise UserError(f"epochs={self.epochs} must be positive.")
+        if self.join_turns < 1:
+            raise UserError(f"join_turns={self.join_turns} must be at least 1.")
 
 
 def train_sft(
@@ -66,10 +75,13 @@ def train_sft(
     model = load_model(source)
     limit = config.max_seq_len or model.config.max_seq_len
     examples = render_examples(tokenizer, conversations, limit)
+    rounds = 1 if config.join_turns == 1 else JOIN_ROUNDS
+    if rounds > 1:
+        examples = join_examples(examples, config.join_turns, rounds, limit, config.train.seed)
     lengths = [len(example.tokens) for example in examples]
     buckets = LengthBuckets(lengths, config.conversations_per_step, config.micro_batch_size, config.train.seed)
     if not resume:
-        config = replace(config, train=config.train.resolved(buckets.steps_for(config.epochs, config.tokens)))
+        config = replace(config, train=config.train.resolved(buckets.steps_for(config.epochs / rounds, config.tokens)))
         run = Run.create(out, "sft", to_dict(config), [model_run, messages], argv, config.train.seed)
     pad_id = tokenizer.pad_id or 0
 
@@ -93,7 +105,7 @@ def train_sft(
     summary |= {
         "conversations": len(conversations),
         "rejected": rejects.count,
-        "epochs": summary["steps"] / buckets.steps_per_epoch,
+        "epochs": rounds * summary["steps"] / buckets.steps_per_epoch,
         "supervised_share": supervised / sum(lengths),
     }
     run.finish(summary)
@@ -117,3 +129,25 @@ def render_examples(tokenizer: Tokenizer, conversations: list[list[Message]], ma
             raise UserError(f"conversation {number} has no supervised token: no text of the assistant.")
         examples.append(rendered)
     return examples
+
+
+def join_examples(examples: list[Rendered], turns: int, rounds: int, max_seq_len: int, seed: int) -> list[Rendered]:
+    """Join conversations at random: half stay alone, the others come in groups of 2 to `turns`, every answer supervised.
+
+    A conversation is its turns end to end, so joining is concatenation. Each of `rounds` rounds holds every conversation once, in
+    groups of its own; a group ends before it exceeds `max_seq_len` tokens.
+    """
+    rng = np.random.Generator(np.random.PCG64([seed, turns]))
+    joined: list[Rendered] = []
+    for _ in range(rounds):
+        room = 0
+        for i in rng.permutation(len(examples)):
+            example = examples[i]
+            if room > 0 and len(joined[-1].tokens) + len(example.tokens) <= max_seq_len:
+                last = joined[-1]
+                joined[-1] = Rendered(last.tokens + example.tokens, last.loss_mask + example.loss_mask)
+                room -= 1
+            else:
+                joined.append(example)
+                room = 0 if rng.random() < ALONE_SHARE else int(rng.integers(1, turns))
+    return joined

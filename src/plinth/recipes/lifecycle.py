@@ -71,12 +71,12 @@ def build(
         if needed(shards):
             pack_corpus(corpus, Tokenizer.load(tokenizer), shards)
 
-    sft, pairs = config.sft, config.pairs
+    sft, pairs, join_turns = config.sft, config.pairs, 1
     if config.own_facts:
         with stage("facts") as needed:
             if needed(facts):
                 build_facts(facts, facts_config(plan, config.seed))
-        sft, pairs = facts / "sft.jsonl", pairs or facts / "pairs.jsonl"
+        sft, pairs, join_turns = facts / "sft.jsonl", pairs or facts / "pairs.jsonl", 4  # its questions stand alone
 
     with stage("pretrain"):
         base = pretrain(out / "pretrain", shards, tokenizer, pretrain_config(plan, config.seed), **stage.options("pretrain"))
@@ -86,7 +86,7 @@ def build(
         say("no instruction data (--sft): the build stops after pretraining.")
     else:
         with stage("sft"):
-            train_sft(out / "sft", out / "pretrain", sft, sft_config(plan, config.seed, speed), **stage.options("sft"))
+            train_sft(out / "sft", out / "pretrain", sft, sft_config(plan, config.seed, speed, join_turns), **stage.options("sft"))
         if pairs is not None:
             with stage("dpo"):
                 train_dpo(out / "dpo", out / "sft", pairs, dpo_config(plan, config.seed, speed), **stage.options("dpo"))

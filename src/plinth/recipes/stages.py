@@ -37,9 +37,9 @@ def pretrain_config(plan: Plan, seed: int) -> PretrainConfig:
     )
 
 
-def sft_config(plan: Plan, seed: int, speed: float = 1.0) -> SftConfig:
+def sft_config(plan: Plan, seed: int, speed: float = 1.0, join_turns: int = 1) -> SftConfig:
     """Return finetuning within its share of the budget; `speed` is the pretraining's measured over its predicted speed."""
-    config = SftConfig(tokens=int(plan.stage("sft").tokens * speed))
+    config = SftConfig(tokens=int(plan.stage("sft").tokens * speed), join_turns=join_turns)
     return replace(config, train=replace(config.train, seed=seed, dtype=plan.dtype))
 
 
