@@ -2,6 +2,7 @@
 #   make demo      install, then build a model end to end on the embedded default text
 #   make test      install with the development tools, lint, run all tests
 # Variables:  PYTHON=/path/to/python3   VENV=.venv   OUT=runs/demo   BUDGET=3m   ARGS='more options of plinth build'
+#             SHAKESPEARE=tinyshakespeare.txt  (for make bench: the text of the character benchmark, left out without it)
 #             TORCH_INDEX=https://download.pytorch.org/whl/cpu  (where the registry's own torch is a CUDA build that you do not want)
 
 SHELL := /bin/bash
@@ -34,7 +35,11 @@ oracle: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m oracle $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python benchmarks/inference_throughput.py
+	$(BIN)/python benchmarks/build_default.py
+	$(if $(SHAKESPEARE),$(BIN)/python benchmarks/shakespeare_char.py --data $(SHAKESPEARE))
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
