@@ -21,11 +21,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
-            hidden, targets = hidden_ND[part], targets_N[part, None]
+            hidden, counted = hidden_ND[part], targets_N[part] >= 0
+            targets = targets_N[part, None].clamp_min(0)
             grad = torch.softmax(F.linear(hidden, weight_VD), -1)  # the probabilities, soon minus the one-hot targets
-            losses_N[part] = -grad.gather(1, targets)[:, 0].float().clamp_min(SMALLEST).log()
+            losses_N[part] = -grad.gather(1, targets)[:, 0].float().clamp_min(SMALLEST).log() * counted
             if wanted:
                 grad.scatter_add_(1, targets, torch.full(targets.shape, -1.0, dtype=grad.dtype))
+                if not counted.all():
+                    grad.mul_(counted[:, None])
                 torch.mm(grad, weight_VD, out=grad_hidden[part])
                 grad_weight += grad.t() @ hidden
         if wanted:
@@ -43,13 +46,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Return the summed cross-entropy in nats of `targets_N` under softmax(hidden · weightᵀ), a fp32 scalar.
 
+    Targets below zero do not count.
+
     In bf16 a token's loss carries the rounding of its probability, one part in 512, without bias; a loss above
-    87 nats is cut there.  The slow twin is `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`.
+    87 nats is cut there.  The slow twin is `F.cross_entropy(hidden @ weight.T, targets, ignore_index=-1, reduction="sum")`.
     """
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
 
 
 def token_log_probs(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Return log-probabilities in nats of `targets_N`, fp32, shape (N,); differentiable, for preference losses."""
+    """Return log-probabilities in nats of `targets_N`, fp32, shape (N,); differentiable, for preference losses.
+
+    A target below zero gets 0.
+    """
     logits = F.linear(hidden_ND, weight_VD).float()
-    return -F.cross_entropy(logits, targets_N, reduction="none")
+    return -F.cross_entropy(logits, targets_N, ignore_index=-1, reduction="none")

@@ -21,6 +21,7 @@ from plinth.run import Run, find_model
 from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.loop import TrainConfig, train
+from plinth.training.objectives import select_rows
 from plinth.training.optim import OptimizerConfig
 from plinth.training.precision import DTYPES
 from plinth.training.step import Workers, open_workers
@@ -82,9 +83,10 @@ def sequence_log_probs(model: Transformer, inputs_BT: torch.Tensor, targets_BT: 
     """Return the summed log-probability in nats of each row's counted targets, shape (B,)."""
     hidden_ND = model(inputs_BT).flatten(0, 1)
     targets_N = targets_BT.flatten()
-    counted = (targets_N >= 0).nonzero()[:, 0]
-    log_probs = token_log_probs(hidden_ND[counted], model.output_weight, targets_N[counted])
-    return torch.zeros(inputs_BT.shape[0]).index_add(0, counted // inputs_BT.shape[1], log_probs)
+    counted_N = targets_N >= 0
+    rows = select_rows(counted_N, int(counted_N.sum()))
+    log_probs = token_log_probs(hidden_ND[rows], model.output_weight, targets_N[rows])
+    return torch.zeros(inputs_BT.shape[0]).index_add(0, rows // inputs_BT.shape[1], log_probs)
 
 
 def train_dpo(

@@ -8,17 +8,31 @@ from torch import nn
 from plinth.ops.loss import linear_cross_entropy
 
 
+ROW_STEP = 128  # the head runs on multiples of it: few shapes, so kernels and memory are used again
+
+
+def padded_rows(count: int) -> int:
+    """Return the smallest multiple of ROW_STEP that holds `count` rows."""
+    return -(-count // ROW_STEP) * ROW_STEP
+
+
+def select_rows(counted_N: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the positions that are counted, filled up with uncounted ones to a multiple of ROW_STEP."""
+    order = torch.argsort(counted_N.to(torch.int8), descending=True, stable=True)
+    return order[: padded_rows(count)]
+
+
 def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]):
     """Return the next-token cross-entropy; the batch is (inputs (B, T), targets (B, T)), targets of -1 do not count.
 
-    The output head runs on counted positions only.
+    The output head runs on counted positions only, but for the filling up to a multiple of ROW_STEP.
     """
     inputs_BT, targets_BT = batch
     hidden_ND = model(inputs_BT).flatten(0, 1)
     targets_N = targets_BT.flatten()
     counted_N = targets_N >= 0
     count = int(counted_N.sum())
-    if count < targets_N.numel():
-        rows = counted_N.nonzero()[:, 0]
+    if padded_rows(count) < targets_N.numel():
+        rows = select_rows(counted_N, count)
         hidden_ND, targets_N = hidden_ND[rows], targets_N[rows]
     return linear_cross_entropy(hidden_ND, model.output_weight, targets_N), count, {}
