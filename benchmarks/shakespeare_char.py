@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import spread, write_record
 from torch import nn
 
 from plinth.models.config import DecoderConfig
@@ -27,6 +26,7 @@ from plinth.training.optim import OptimizerConfig, build_optimizer
 from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
 from plinth.training.schedule import warmup_stable_decay
 from plinth.training.step import open_workers, train_step
+from record import spread, write_record
 
 
 def read_characters(path: Path) -> tuple[torch.Tensor, torch.Tensor, int]:

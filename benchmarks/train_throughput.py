@@ -16,13 +16,13 @@ import tempfile
 import time
 
 import torch
-from record import spread, write_record
 
 from plinth.models.config import DecoderConfig
 from plinth.models.cost import count_params
 from plinth.run import usable_cores
 from plinth.training.precision import fastest_dtype
 from plinth.training.throughput import measure_tokens_per_s
+from record import spread, write_record
 
 LAYERS, WIDTH, HEADS, CONTEXT, VOCAB = 6, 256, 4, 256, 4096
 

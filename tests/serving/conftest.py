@@ -9,9 +9,9 @@ import httpx
 import pytest
 import torch
 import uvicorn
+
 from plinth.inference.engine import Engine
 from plinth.inference.text import TextEngine
-
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.serving.app import create_app

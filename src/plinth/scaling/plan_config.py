@@ -57,7 +57,7 @@ class PlanConfig:
     max_epochs: float = 40.0
     """passes over the text after which more are worth nothing"""
     tolerance: float = 0.02
-    """plans whose predicted bits per byte differ by less than this share count as equally good: half of what the law misses its own runs by"""
+    """plans whose predicted bits per byte differ by less than this share count as equal: half of what the law misses its own runs by"""
     memory_share: float = 0.6
     """share of the machine's memory that training may take"""
     max_memory_bytes: int | None = None

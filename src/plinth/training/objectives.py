@@ -7,7 +7,6 @@ from torch import nn
 
 from plinth.ops.loss import linear_cross_entropy
 
-
 ROW_STEP = 128  # the head runs on multiples of it: few shapes, so kernels and memory are used again
 
 
