@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the text, one file")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
     parser.add_argument("--only-ours", action="store_true", help="leave the peer out, for tuning")
-    for name, value in {"layers": 4, "width": 128, "context": 64, "rows": 64, "steps": 300, "lr": 0.006, "muon_lr": 0.03}.items():
+    for name, value in {"layers": 4, "width": 128, "context": 64, "rows": 32, "steps": 180, "lr": 0.006, "muon_lr": 0.03}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args()
     train_data, val_data, vocab = read_characters(options.data)
