@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -61,10 +64,15 @@ def main(argv: list[str]) -> int:
     def render(console) -> None:
         console.print(report_card(out, data=data))
         console.print(f"\nreport  {out / 'report.html'}", markup=False)
-        console.print(f"chat    plinth serve {out}   then open http://127.0.0.1:8000", markup=False)
+        console.print(f"chat    {own_command()} serve {out}   then open http://127.0.0.1:8000", markup=False)
 
     emit(data, options.json, render)
     return 0
+
+
+def own_command() -> str:
+    """Return how this command is called from here: by its name if the shell finds it, else by its path."""
+    return "plinth" if shutil.which("plinth") or not sys.argv[0].endswith("plinth") else os.path.relpath(sys.argv[0])
 
 
 def show_plan_only(config, argv: list[str], as_json: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from plinth.config import UserError, from_dict, to_dict
+from plinth.config import UserError, from_dict, to_dict, write_atomic
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
@@ -166,7 +167,9 @@ def reference_log_probs(run: Run, model: Transformer, pairs: list[Pair], config:
     result = np.zeros((len(pairs), 2), dtype=np.float32)
     with open_workers(config.train.num_threads or 1) as workers:
         _fill(result, parts, workers, score)
-    np.save(path, result)
+    buffer = io.BytesIO()
+    np.save(buffer, result)
+    write_atomic(path, buffer.getvalue())
     return result
 
 
