@@ -111,7 +111,7 @@ class Optimizer:
                 buffer.lerp_(grad, 1.0 - config.momentum)
                 direction = torch.lerp(grad, buffer, config.momentum)
                 directions.append(direction.T if direction.shape[0] > direction.shape[1] else direction)
-            updates = orthogonalise(torch.stack(directions), config.newton_schulz_steps)
+            updates = orthogonalise(torch.stack(directions), config.newton_schulz_steps, self.masters.parameters[0].dtype)
             for (name, a, b), update in zip(share, updates):
                 weight = self.masters.tensors[name][a:b]
                 rows, columns = weight.shape
@@ -129,13 +129,15 @@ class Optimizer:
         self.num_updates = num_updates
 
 
-def orthogonalise(matrices: torch.Tensor, steps: int) -> torch.Tensor:
-    """Move the singular values of a stack (N, rows <= columns) towards 1 by Newton-Schulz iterations, in bf16.
+def orthogonalise(matrices: torch.Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Move the singular values of a stack (N, rows <= columns) towards 1 by Newton-Schulz iterations in `dtype`.
+
+    bf16 is enough where it is fast; a processor without units for it is many times faster in fp32.
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (quintic coefficients).
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(dtype)
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = torch.bmm(x, x.transpose(1, 2))
