@@ -3,7 +3,7 @@
 import pytest
 
 from plinth.config import from_dict, to_dict
-from plinth.scaling.probe import Probe, cgroup_limit_files, mfu, probe_machine, usable_memory
+from plinth.scaling.probe import Probe, cgroup_limit_files, mfu, probe_machine, resident_bytes, usable_memory
 from plinth.training.throughput import measure_tokens_per_s
 
 
@@ -46,3 +46,10 @@ def test_the_groups_of_this_process(tmp_path, line, expected):
     membership.write_text(line + "\n")
     found = {str(path.relative_to(tmp_path)) for path in cgroup_limit_files(tmp_path, membership)}
     assert {"memory.max", "memory/memory.limit_in_bytes", *expected} == found
+
+
+def test_memory_that_the_process_holds_is_counted_in_the_plan(tmp_path):
+    held = resident_bytes()
+    block = bytearray(b"x" * 50_000_000)
+    assert held == 0 or resident_bytes() - held > 40_000_000
+    assert resident_bytes(tmp_path / "absent") == 0 and len(block) == 50_000_000

@@ -47,7 +47,7 @@ def plan_sources(plan: Plan, law: ChinchillaLaw) -> dict[str, str]:
         "tokens_per_s": timing,
         "mfu": "FLOPs over time, against the measured matrix rate",
         "flops": "counted from the shape, head included, causal attention",
-        "memory_bytes": "counted from the shape: weights, gradients, optimizer; activations as an upper estimate",
+        "memory_bytes": "counted from the shape: weights, gradients, optimizer, activations (upper estimate); plus what the process held",
         "energy_j": energy,
         "cost": price,
         "num_facts": f"finetuning tokens at {options.exposures_per_fact} exposures a fact",

@@ -257,7 +257,7 @@ def predict(chosen: Candidate, stages: tuple[StageBudget, ...], corpus: CorpusSt
         tokens_per_s=chosen.tokens_per_step / chosen.step_s,
         mfu=chosen.flops / time_s / probe.matmul_flops_per_s[probe.dtype],
         flops=chosen.flops,
-        memory_bytes=chosen.memory_bytes,
+        memory_bytes=chosen.memory_bytes + probe.process_bytes,
         energy_j=estimate_energy(time_s, probe.cores, options.watts_per_core).joules,
         cost=time_s / 3600.0 * options.price_per_hour,
         total_time_s=total_time_s,

@@ -107,6 +107,8 @@ class Probe:
     """how long the measurements took, seconds"""
     load_average: float = 0.0
     """processes that wanted a core in the minute before the probe; other work slows what is measured"""
+    process_bytes: int = 0
+    """memory that this process held after the probe, before training"""
 
 
 def probe_machine(
@@ -144,7 +146,16 @@ def probe_machine(
         time_model=_time_model(points, rates[dtype], bandwidth),
         probe_s=time.perf_counter() - started,
         load_average=load_average,
+        process_bytes=resident_bytes(),
     )
+
+
+def resident_bytes(statm: Path = Path("/proc/self/statm")) -> int:
+    """Return the memory that this process holds, 0 where the system does not tell."""
+    try:
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def matmul_rate(dtype: str, *, seed: int = 0, tokens: int = 2048, width: int = 512, limit_s: float = 0.4) -> float:
