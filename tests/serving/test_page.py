@@ -34,7 +34,7 @@ def open_page(browser):
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("request", lambda request: None if request.url.startswith((url, "data:")) else problems.append(request.url))
         page.goto(url)
-        page.wait_for_function("document.getElementById('model').textContent.includes('tiny')")
+        page.locator("#model", has_text="tiny").wait_for()
         return page
 
     yield open_page
@@ -127,7 +127,7 @@ def test_errors_are_shown_and_the_text_is_kept(make_text_engine, start, browser)
     with start(make_text_engine(max_seq_len=64)) as url:
         page = browser.new_page()
         page.goto(url)
-        page.wait_for_function("document.getElementById('model').textContent.includes('tiny')")
+        page.locator("#model", has_text="tiny").wait_for()
         page.fill("#prompt", "word " * 200)
         page.press("#prompt", "Enter")
         alert = page.get_by_role("alert")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import nn
 
 from plinth.training.memory import keep_freed_memory, release_freed_memory
 from plinth.training.optim import Optimizer
-from plinth.training.precision import MasterWeights
+from plinth.training.precision import DTYPES, MasterWeights
 
 Batch = Any
 LossFunction = Callable[[nn.Module, Batch], tuple[torch.Tensor, float, dict[str, float]]]
@@ -45,6 +46,9 @@ class Workers:
     def __init__(self, num_threads: int):
         self.num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, initializer=_start_worker)
+        # All threads are set up before any computes: setting a thread's number of cores also clears caches that all share.
+        everyone = threading.Barrier(num_threads)
+        self.map(lambda _: everyone.wait(), range(num_threads))
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """Apply `function` to each item, one item a thread at a time, results in order."""
@@ -59,12 +63,20 @@ def _start_worker() -> None:
     torch.set_flush_denormal(True)  # numbers below 1e-38 count as zero: processors take long over them
 
 
+def _wake_matrix_library() -> None:
+    """Let the first matrix products run in one thread, so that what they set up once is set up before several threads need it."""
+    for dtype in DTYPES.values():
+        block = torch.ones(64, 64, dtype=dtype)
+        torch.bmm(block[None], torch.mm(block, block)[None])
+
+
 @contextlib.contextmanager
 def open_workers(num_threads: int) -> Iterator[Workers]:
     """Give worker threads; meanwhile the calling thread's own operations use one core."""
     keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    _wake_matrix_library()
     workers = Workers(num_threads)
     try:
         yield workers
