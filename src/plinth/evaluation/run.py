@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from plinth.config import UserError, read_json, save_json
 from plinth.evaluation.likelihood import score_corpus
 from plinth.evaluation.questions import Style, read_questions, read_shots, score_questions
@@ -19,8 +17,8 @@ from plinth.inference.text import TextEngine, end_ids
 from plinth.models.hub import load_model
 from plinth.run import MODEL_STAGES, find_model, tree_sha256
 from plinth.tokenizer.encode import Tokenizer
+from plinth.training.precision import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COMPARED = {"known": "exact", "heldout": "exact", "invented": "refusal"}
 
 

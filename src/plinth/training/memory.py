@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed blocks for the next step instead of returning them to the system; True when it obeyed.
 
     A training step frees and takes the same large blocks every time. By default glibc maps each anew, and every first
-    touch of a page is a fault; measured, that costs more than many of the operations on the blocks themselves.
+    touch of a page is a fault.
     Other C libraries are left alone.
     """
     return _mallopt((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, HOLD_BYTES))
