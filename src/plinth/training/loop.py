@@ -15,7 +15,7 @@ from torch import nn
 from plinth.config import UserError
 from plinth.run import Progress, Run, usable_cores
 from plinth.training.checkpoint import load_checkpoint, save_checkpoint
-from plinth.training.optim import OptimizerConfig, build_optimizer
+from plinth.training.optim import OptimizerConfig, Scale, build_optimizer
 from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
 from plinth.training.schedule import warmup_stable_decay
 from plinth.training.step import Batch, LossFunction, NonFiniteError, open_workers, train_step
@@ -85,18 +85,19 @@ def train(
     description: str,
     flops_per_token: float | None = None,
     matmul_flops_per_s: float | None = None,
+    scales: dict[str, Scale] | None = None,
     resume: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Train `model` in place for config.steps updates and return a summary; the model ends in float32.
 
     `batches_at(step)` gives the micro-batches of a step and must depend on nothing but the step: that makes a
-    resumed run equal an uninterrupted one bit for bit. Metrics go to run.log, checkpoints to run.checkpoints_dir.
+    resumed run equal an uninterrupted one bit for bit. `scales` are the optimizer's factors by parameter. Metrics go to run.log, checkpoints to run.checkpoints_dir.
     Raises Stopped after Ctrl-C or SIGTERM, and UserError on a loss or gradient that is not finite, before the update.
     """
     assert config.steps and config.dtype and config.num_threads, "train() takes a resolved configuration"
     masters = MasterWeights(model, DTYPES[config.dtype])
-    optimizer = build_optimizer(masters, config.optimizer)
+    optimizer = build_optimizer(masters, config.optimizer, scales)
     start_step = 0
     if resume:
         start_step, warnings = load_checkpoint(run, masters, optimizer)

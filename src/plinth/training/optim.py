@@ -44,11 +44,23 @@ class OptimizerConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be positive.")
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Factors on the configured learning rate (AdamW's or Muon's), weight decay and eps, for one parameter."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+
 class Optimizer:
     """AdamW on some tensors and Muon on others; all state is a flat dictionary of tensors."""
 
-    def __init__(self, masters: MasterWeights, config: OptimizerConfig, parts: dict[str, tuple[int, ...]]):
+    def __init__(
+        self, masters: MasterWeights, config: OptimizerConfig, parts: dict[str, tuple[int, ...]], scales: dict[str, Scale] | None = None
+    ):
         self.config, self.masters = config, masters
+        self.scales = {name: (scales or {}).get(name, Scale()) for name in masters.tensors}
         self.parts = parts if config.name == "muon" else {}
         self.num_updates = 0
         self.state: dict[str, torch.Tensor] = {}
@@ -65,12 +77,13 @@ class Optimizer:
         workers.map(lambda job: job(), jobs[::-1])
 
     def _adamw(self, grads: dict[str, torch.Tensor], lr_scale: float) -> None:
-        names = [name for name in grads if name not in self.parts]
         config = self.config
-        for decayed in (True, False):
-            group = [name for name in names if (self.masters.tensors[name].dim() >= 2 and "embed" not in name) == decayed]
-            if not group:
-                continue
+        groups = defaultdict(list)  # one call for all tensors with the same rates
+        for name in grads:
+            if name not in self.parts:
+                decayed = self.masters.tensors[name].dim() >= 2 and "embed" not in name
+                groups[decayed, self.scales[name]].append(name)
+        for (decayed, scale), group in groups.items():
             torch._fused_adamw_(
                 [self.masters.tensors[name] for name in group],
                 [grads[name] for name in group],
@@ -78,11 +91,11 @@ class Optimizer:
                 [self.state[f"exp_avg_sq/{name}"] for name in group],
                 [],
                 [torch.tensor(float(self.num_updates)) for _ in group],
-                lr=config.lr * lr_scale,
+                lr=config.lr * lr_scale * scale.lr,
                 beta1=config.beta1,
                 beta2=config.beta2,
-                weight_decay=config.weight_decay if decayed else 0.0,
-                eps=config.eps,
+                weight_decay=config.weight_decay * scale.weight_decay if decayed else 0.0,
+                eps=config.eps * scale.eps,
                 amsgrad=False,
                 maximize=False,
             )
@@ -116,8 +129,9 @@ class Optimizer:
                 weight = self.masters.tensors[name][a:b]
                 rows, columns = weight.shape
                 update = update.T if rows > columns else update
-                lr = config.muon_lr * lr_scale
-                weight.mul_(1.0 - lr * config.weight_decay)
+                scale = self.scales[name]
+                lr = config.muon_lr * lr_scale * scale.lr
+                weight.mul_(1.0 - lr * config.weight_decay * scale.weight_decay)
                 weight.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
         return job
@@ -146,6 +160,9 @@ def orthogonalise(matrices: torch.Tensor, steps: int, dtype: torch.dtype = torch
     return x.float()
 
 
-def build_optimizer(masters: MasterWeights, config: OptimizerConfig) -> Optimizer:
-    """Make the optimizer for a model; the model says by `matrix_parts` which parameters Muon may take and how to cut them."""
-    return Optimizer(masters, config, masters.model.matrix_parts())
+def build_optimizer(masters: MasterWeights, config: OptimizerConfig, scales: dict[str, Scale] | None = None) -> Optimizer:
+    """Make the optimizer for a model; the model says by `matrix_parts` which parameters Muon may take and how to cut them.
+
+    `scales` gives factors by parameter name; a parameter that it does not name keeps the configured rates.
+    """
+    return Optimizer(masters, config, masters.model.matrix_parts(), scales)
