@@ -12,10 +12,10 @@ from typing import Any
 
 from plinth.config import UserError, from_dict, to_dict
 from plinth.data.curate import CurateConfig
+from plinth.energy import EnergyMeter
 from plinth.evaluation.run import EvaluationConfig
 from plinth.run import Run
 from plinth.scaling.budget import parse_budget
-from plinth.scaling.energy import EnergyMeter
 from plinth.scaling.plan_config import PlanConfig
 from plinth.training.throughput import peak_memory_bytes
 

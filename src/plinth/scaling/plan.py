@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from plinth.config import UserError, load_config, nearest
+from plinth.energy import estimate_energy
 from plinth.models import cost
 from plinth.scaling.budget import Budget, parse_budget
 from plinth.scaling.candidates import MIN_SEQUENCES, Allowance, Candidate, configs, enumerate_candidates, predict_bpb
 from plinth.scaling.corpus import CorpusStats
-from plinth.scaling.energy import estimate_energy
 from plinth.scaling.explain import doubts, plan_sources
 from plinth.scaling.laws import (
     LAWS,

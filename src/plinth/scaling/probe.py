@@ -11,6 +11,7 @@ from typing import Protocol
 
 from plinth.models import cost
 from plinth.models.config import DecoderConfig
+from plinth.ops.roofline import copy_bandwidth, matmul_rate
 from plinth.run import describe_hardware, usable_cores
 from plinth.scaling.timing import StepTiming, TimeModel, fit_time_model, step_cost
 
@@ -156,43 +157,6 @@ def resident_bytes(statm: Path = Path("/proc/self/statm")) -> int:
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def matmul_rate(dtype: str, *, seed: int = 0, tokens: int = 2048, width: int = 512, limit_s: float = 0.4) -> float:
-    """Return FLOP/s of a (tokens, width) x (width, 4 width) product: the best of the repeats within `limit_s`."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.randn(tokens, width, generator=generator).to(kind)
-    right = torch.randn(width, 4 * width, generator=generator).to(kind)
-    flops = 2.0 * tokens * width * 4 * width
-    seconds = _best_time(lambda: left @ right, limit_s)
-    return flops / seconds
-
-
-def copy_bandwidth(size_bytes: int = 1 << 27, limit_s: float = 0.4) -> float:
-    """Return bytes read plus written a second by a copy far larger than the caches."""
-    import torch
-
-    source = torch.ones(size_bytes // 4)
-    target = torch.empty_like(source)
-    return 2.0 * size_bytes / _best_time(lambda: target.copy_(source), limit_s)
-
-
-def _best_time(call: Callable[[], object], limit_s: float) -> float:
-    """Return the shortest of the calls that fit in `limit_s`; the first, which pays for set-up, only if it is alone."""
-    deadline = time.perf_counter() + limit_s
-    best, calls = float("inf"), 0
-    while calls < 2 or (time.perf_counter() < deadline and calls < 200):
-        started = time.perf_counter()
-        call()
-        elapsed = time.perf_counter() - started
-        best = elapsed if calls == 1 else min(best, elapsed)
-        calls += 1
-        if calls == 1 and elapsed > limit_s:
-            break
-    return max(best, 1e-9)
 
 
 def usable_memory(cgroup: Path = CGROUP) -> tuple[int, str]:

@@ -6,8 +6,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from plinth.energy import JOULES_PER_KWH
 from plinth.scaling.budget import format_seconds
-from plinth.scaling.energy import JOULES_PER_KWH
 from plinth.scaling.plan_record import Plan
 
 SHOWN_SOURCES = ("model", "tokens", "tokens_per_step", "lr", "optimizer", "bpb", "time_s", "memory_bytes", "energy_j", "cost")
