@@ -22,6 +22,8 @@ VARIANTS = {
     "default": TINY,
     "learnt norms": dataclasses.replace(TINY, learnable_norm=True, rope_theta=50_000.0),
     "untied, ungrouped": dataclasses.replace(TINY, tie_embeddings=False, num_kv_heads=4, norm_eps=1e-5, learnable_norm=True),
+    "multipliers": dataclasses.replace(TINY, output_multiplier=0.25, attention_multiplier=0.5**0.5, norm_eps=1e-2),
+    "multipliers, untied": dataclasses.replace(TINY, tie_embeddings=False, output_multiplier=0.125, attention_multiplier=0.5),
 }
 
 

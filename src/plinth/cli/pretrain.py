@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from plinth.cli.output import emit, say
+from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.recipes.pretraining import PretrainConfig, pretrain
 from plinth.recipes.stages import pretrain_config
@@ -39,6 +40,11 @@ class Options:
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth pretrain", args=argv)
     config = options.config
+    if options.plan is not None and config.parametrization != "standard":
+        raise UserError(
+            f"--plan has rates for its own shape, and --parametrization {config.parametrization} takes rates tuned at a base shape. "
+            "Leave one of them out."
+        )
     if options.plan is not None:
         config = pretrain_config(load_plan(options.plan), config.train.seed)
     elif config.model.vocab_size == DecoderConfig.vocab_size:

@@ -7,6 +7,8 @@ from typing import Any
 
 from plinth.config import UserError
 
+MULTIPLIERS = ("output_multiplier", "attention_multiplier")
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -36,6 +38,10 @@ class DecoderConfig:
     """use the embedding matrix as output head"""
     learnable_norm: bool = False
     """train the scales of the normalisations; without it they are 1 (and are exported as 1)"""
+    output_multiplier: float = 1.0
+    """factor on the last hidden states, before the head; folded into the weights at export"""
+    attention_multiplier: float = 1.0
+    """factor on attention's 1/sqrt(head_dim); folded into the scale of the queries' norm at export"""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -49,11 +55,16 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd; rotary embedding needs an even one.")
+        if self.output_multiplier <= 0 or self.attention_multiplier <= 0:
+            raise UserError(
+                f"output_multiplier={self.output_multiplier} and attention_multiplier={self.attention_multiplier} must be positive."
+            )
         if self.norm_eps <= 0 or self.rope_theta <= 0:
             raise UserError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive.")
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the contents of config.json as transformers, vLLM and llama.cpp read it."""
+        """Return the contents of config.json as transformers, vLLM and llama.cpp read it, for weights without multipliers."""
+        folded = {"plinth_norm_eps": self.norm_eps} | {f"plinth_{name}": getattr(self, name) for name in MULTIPLIERS}
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -67,7 +78,7 @@ class DecoderConfig:
             "max_position_embeddings": self.max_seq_len,
             "rope_theta": self.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rms_norm_eps": self.norm_eps,
+            "rms_norm_eps": self.norm_eps * self.stream_factor**2,
             "tie_word_embeddings": self.tie_embeddings,
             "hidden_act": "silu",
             "attention_bias": False,
@@ -75,7 +86,17 @@ class DecoderConfig:
             "use_sliding_window": False,
             "dtype": "float32",
             "plinth_learnable_norm": self.learnable_norm,
+            **(folded if self.has_multipliers else {}),
         }
+
+    @property
+    def has_multipliers(self) -> bool:
+        return any(getattr(self, name) != 1.0 for name in MULTIPLIERS)
+
+    @property
+    def stream_factor(self) -> float:
+        """By how much the residual stream shrinks when the output multiplier is folded into an embedding that is the head too."""
+        return self.output_multiplier if self.tie_embeddings else 1.0
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> DecoderConfig:
@@ -95,9 +116,10 @@ class DecoderConfig:
                 intermediate_size=values["intermediate_size"],
                 max_seq_len=values["max_position_embeddings"],
                 rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
-                norm_eps=values.get("rms_norm_eps", 1e-6),
+                norm_eps=values.get("plinth_norm_eps", values.get("rms_norm_eps", 1e-6)),
                 tie_embeddings=values.get("tie_word_embeddings", False),
                 learnable_norm=values.get("plinth_learnable_norm", True),
+                **{name: values.get(f"plinth_{name}", 1.0) for name in MULTIPLIERS},
             )
         except KeyError as error:
             raise UserError(f"config.json lacks {error}; a Qwen3 configuration needs it.") from None

@@ -120,10 +120,12 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 
 
 def export_tensors(model: Transformer) -> dict[str, torch.Tensor]:
-    """Return the weights in fp32 under Qwen3's names: fused projections split, scales that are not learnt written as 1."""
+    """Return the weights in fp32 under Qwen3's names: fused projections split, multipliers folded in, unlearnt scales written as 1."""
     tensors, state = {}, model.state_dict()
     for name, (shape, rows) in _layout(model.config).items():
         tensor = state[name].detach().to("cpu", torch.float32) if name in state else torch.ones(shape)
+        if model.config.has_multipliers:
+            tensor = tensor * fold_factor(model.config, name)
         tensors |= {published: part.contiguous() for published, part in zip(_published_names(name), tensor.split(rows))}
     return tensors
 
@@ -140,6 +142,8 @@ def import_tensors(config: DecoderConfig, tensors: dict[str, torch.Tensor], wher
     for name, (shape, rows) in _layout(config).items():
         parts = [_take(left, published, (count, *shape[1:]), where) for published, count in zip(_published_names(name), rows)]
         state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if config.has_multipliers:
+            state[name] = state[name] / fold_factor(config, name)
         if len(shape) == 1 and not config.learnable_norm:
             _check_ones(state.pop(name), _published_names(name)[0], where)
     if left:
@@ -156,6 +160,26 @@ def _layout(config: DecoderConfig) -> dict[str, tuple[torch.Size, tuple[int, ...
         model = Transformer(dataclasses.replace(config, learnable_norm=True))
     fused = model.matrix_parts()
     return {name: (tensor.shape, fused.get(name, (tensor.shape[0],))) for name, tensor in model.state_dict().items()}
+
+
+def fold_factor(config: DecoderConfig, name: str) -> float | torch.Tensor:
+    """Return what a weight is multiplied by so that the decoder computes the same without its multipliers.
+
+    A head of its own takes the output multiplier. An embedding that is the head too shrinks as a whole, and with it the residual
+    stream: projections that write to the stream shrink alike, the norms do not see it (their eps shrinks by the square), and so that
+    the norms of queries and keys, which share that eps, do not see it either, the rows that feed them shrink too.
+    """
+    if name.endswith("q_norm.weight"):
+        return config.attention_multiplier
+    if not config.tie_embeddings:
+        return config.output_multiplier if name == "head.weight" else 1.0
+    if name == "embed.weight" or name.endswith(("attention.out.weight", "mlp.down.weight")):
+        return config.stream_factor
+    if name.endswith("attention.qkv.weight"):
+        factors = torch.ones((config.num_heads + 2 * config.num_kv_heads) * config.head_dim, 1)
+        factors[: (config.num_heads + config.num_kv_heads) * config.head_dim] = config.stream_factor
+        return factors
+    return 1.0
 
 
 def _published_names(name: str) -> list[str]:

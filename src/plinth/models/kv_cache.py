@@ -51,7 +51,7 @@ class KVCache:
         shape = (config.num_layers, num_slots, config.num_kv_heads, self.max_seq_len, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        cos, sin = rope_table(torch.arange(self.max_seq_len), config.head_dim, config.rope_theta)
+        cos, sin = rope_table(torch.arange(self.max_seq_len), config.head_dim, config.rope_theta, config.attention_multiplier**0.5)
         self.cos_SE, self.sin_SE = cos.to(device, dtype), sin.to(device, dtype)
         self._positions_S = torch.arange(self.max_seq_len, device=device)
 

@@ -73,17 +73,22 @@ class Transformer(nn.Module):
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin for positions, shape (*positions.shape, E), in the model's dtype."""
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, config.attention_multiplier**0.5)
         dtype = self.embed.weight.dtype
         return cos.to(dtype), sin.to(dtype)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Return hidden states after the last norm, shape (B, T, D)."""
+        """Return hidden states after the last norm, times the output multiplier, shape (B, T, D)."""
         cos, sin = self.rotation(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
         x, delta = self.embed(tokens_BT), None
         for layer in self.layers:
             x, delta = layer(x, delta, cos, sin)
-        return self.final_norm.add(x, delta)[1]
+        return self._output(self.final_norm.add(x, delta)[1])
+
+    def _output(self, normed: torch.Tensor) -> torch.Tensor:
+        factor = self.config.output_multiplier
+        return normed if factor == 1.0 else normed * factor
 
     def matrix_parts(self) -> dict[str, tuple[int, ...]]:
         """Return the hidden matrices by parameter name, each with the row counts of the projections fused in it."""
@@ -117,7 +122,7 @@ class Transformer(nn.Module):
             delta = layer.attention.forward_rows(normed, cos_NE, sin_NE, positions_N, slots_N, cache, i, views)
             x, normed = layer.mlp_norm.add(x, delta)
             delta = layer.mlp.forward_rows(normed)
-        return self.final_norm.add(x, delta)[1]
+        return self._output(self.final_norm.add(x, delta)[1])
 
     @torch.no_grad()
     def logits_rows(self, hidden_ND: torch.Tensor) -> torch.Tensor:

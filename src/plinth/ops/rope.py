@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 
-def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(positions: torch.Tensor, head_dim: int, theta: float, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and signed sines, fp32, shape (*positions.shape, head_dim).
 
     The sines of the first half carry the minus sign of the rotation, so that rotating takes two products and a sum.
+    Both are multiplied by `scale`: rotated queries and keys grow by it, and their products by its square.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; half-split pairing as in GPT-NeoX.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
     angle = positions.float()[..., None] * frequency
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos() * scale, angle.sin() * scale
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 

@@ -14,12 +14,12 @@ from plinth.data.shards import read_manifest
 from plinth.models.config import DecoderConfig
 from plinth.models.cost import train_flops_per_token
 from plinth.models.hub import save_model
-from plinth.models.transformer import Transformer
 from plinth.run import Run
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.loop import TrainConfig, train
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.step import Batch
+from plinth.training.transfer import Name, Parametrization, init_model, scales
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,23 @@ class PretrainConfig:
     """sequences a forward pass"""
     kind_weights: dict[str, float] | None = None
     """share of the batches for each kind of document (default: as the corpus has them)"""
+    parametrization: Name = "standard"
+    """how rates and initial weights depend on the shape; mup and completep take rates tuned at a base width (and depth)"""
+    base_width: int | None = None
+    """hidden_size of the model whose rates were tuned (mup, completep)"""
+    base_depth: int | None = None
+    """num_layers of the model whose rates were tuned (completep)"""
+    base_head_dim: int | None = None
+    """head_dim of the model whose rates were tuned (default: this model's)"""
     matmul_flops_per_s: float | None = None
     """measured matrix-product rate that MFU refers to, FLOP/s (default: no MFU)"""
 
+    @property
+    def transfer(self) -> Parametrization:
+        return Parametrization(self.parametrization, self.base_width, self.base_depth, self.base_head_dim)
+
     def __post_init__(self) -> None:
+        self.transfer.apply(self.model)
         if self.seq_len > self.model.max_seq_len:
             raise UserError(f"seq_len={self.seq_len} exceeds max_seq_len={self.model.max_seq_len}. Lower it, or raise model.max-seq-len.")
         if self.sequences_per_step < 1 or self.micro_batch_size < 1:
@@ -75,7 +88,7 @@ def pretrain(
         run = Run.create(out, "pretrain", to_dict(config), [shards, tokenizer_dir], argv, config.train.seed)
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
-    model = Transformer(config.model).init_weights(torch.Generator().manual_seed(config.train.seed))
+    model = init_model(config.model, config.transfer, torch.Generator().manual_seed(config.train.seed))
     loader = TokenLoader(shards, config.seq_len, config.sequences_per_step, config.train.seed, weights=config.kind_weights)
     summary = train(
         run,
@@ -86,6 +99,7 @@ def pretrain(
         description="pretraining",
         flops_per_token=train_flops_per_token(config.model, config.seq_len),
         matmul_flops_per_s=config.matmul_flops_per_s,
+        scales=scales(model, config.transfer, config.train.optimizer.name),
         resume=resume,
         warn=warn,
     )

@@ -92,7 +92,8 @@ def train(
     """Train `model` in place for config.steps updates and return a summary; the model ends in float32.
 
     `batches_at(step)` gives the micro-batches of a step and must depend on nothing but the step: that makes a
-    resumed run equal an uninterrupted one bit for bit. `scales` are the optimizer's factors by parameter. Metrics go to run.log, checkpoints to run.checkpoints_dir.
+    resumed run equal an uninterrupted one bit for bit. `scales` are the optimizer's factors by parameter.
+    Metrics go to run.log, checkpoints to run.checkpoints_dir.
     Raises Stopped after Ctrl-C or SIGTERM, and UserError on a loss or gradient that is not finite, before the update.
     """
     assert config.steps and config.dtype and config.num_threads, "train() takes a resolved configuration"
