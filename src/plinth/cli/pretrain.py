@@ -31,6 +31,8 @@ class Options:
     """plan.json of `plinth plan --out`: takes shape, batch, schedule and learning rates from it"""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
     """model, batches and schedule"""
+    device: str | None = None
+    """cpu, cuda or cuda:N; takes the place of train.device, with --resume too"""
     resume: bool = False
     """continue the run from its newest sound checkpoint"""
     json: bool = False
@@ -50,7 +52,10 @@ def main(argv: list[str]) -> int:
     elif config.model.vocab_size == DecoderConfig.vocab_size:
         vocab_size = Tokenizer.load(options.tokenizer).vocab_size
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-    run = pretrain(options.out, options.shards, options.tokenizer, config, resume=options.resume, argv=argv, warn=say)
+    run = pretrain(
+        options.out, options.shards, options.tokenizer, config,
+        resume=options.resume, device=options.device, argv=argv, warn=say,
+    )  # fmt: skip
     show_run(run, options.json)
     return 0
 

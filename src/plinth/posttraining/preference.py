@@ -21,11 +21,12 @@ from plinth.posttraining.batches import LengthBuckets, pad_rows
 from plinth.run import Run, find_model
 from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer
+from plinth.training.device import choose_device, move_batch
 from plinth.training.loop import TrainConfig, train
 from plinth.training.objectives import select_rows
 from plinth.training.optim import OptimizerConfig
 from plinth.training.precision import DTYPES
-from plinth.training.step import Workers, open_workers
+from plinth.training.step import InlineWorker, Workers, open_workers
 
 REFERENCE_FILE = "reference_log_probs.npy"
 
@@ -87,7 +88,7 @@ def sequence_log_probs(model: Transformer, inputs_BT: torch.Tensor, targets_BT: 
     counted_N = targets_N >= 0
     rows = select_rows(counted_N, int(counted_N.sum()))
     log_probs = token_log_probs(hidden_ND[rows], model.output_weight, targets_N[rows])
-    return torch.zeros(inputs_BT.shape[0]).index_add(0, rows // inputs_BT.shape[1], log_probs)
+    return torch.zeros(inputs_BT.shape[0], device=inputs_BT.device).index_add(0, rows // inputs_BT.shape[1], log_probs)
 
 
 def train_dpo(
@@ -158,14 +159,15 @@ def reference_log_probs(run: Run, model: Transformer, pairs: list[Pair], config:
         return np.load(path)
     order = np.argsort([len(pair.chosen.tokens) for pair in pairs], kind="stable")
     parts = np.array_split(order, max(1, len(order) // config.micro_batch_size))
-    frozen = copy.deepcopy(model).to(DTYPES[config.train.dtype or "float32"])
+    device = choose_device(config.train.device)
+    frozen = copy.deepcopy(model).to(device, DTYPES[config.train.dtype or "float32"])
 
     def score(part: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return sequence_log_probs(frozen, *pad_pairs(pairs, part, pad_id)).view(2, -1).T.numpy()
+            return sequence_log_probs(frozen, *move_batch(pad_pairs(pairs, part, pad_id), device)).view(2, -1).T.cpu().numpy()
 
     result = np.zeros((len(pairs), 2), dtype=np.float32)
-    with open_workers(config.train.num_threads or 1) as workers:
+    with open_workers(config.train.num_threads or 1, device) as workers:
         _fill(result, parts, workers, score)
     buffer = io.BytesIO()
     np.save(buffer, result)
@@ -173,7 +175,7 @@ def reference_log_probs(run: Run, model: Transformer, pairs: list[Pair], config:
     return result
 
 
-def _fill(result: np.ndarray, parts: list[np.ndarray], workers: Workers, score: Callable[[np.ndarray], np.ndarray]) -> None:
+def _fill(result: np.ndarray, parts: list[np.ndarray], workers: Workers | InlineWorker, score: Callable[[np.ndarray], np.ndarray]) -> None:
     for part, scores in zip(parts, workers.map(score, parts)):
         result[part] = scores
 

@@ -17,7 +17,7 @@ from plinth.evaluation.run import EvaluationConfig
 from plinth.run import Run
 from plinth.scaling.budget import parse_budget
 from plinth.scaling.plan_config import PlanConfig
-from plinth.training.throughput import peak_memory_bytes
+from plinth.training.device import peak_memory_bytes
 
 STDLIB = "stdlib"
 

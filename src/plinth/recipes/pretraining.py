@@ -68,13 +68,14 @@ def pretrain(
     config: PretrainConfig,
     *,
     resume: bool = False,
+    device: str | None = None,
     argv: list[str] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """Train a decoder and publish it as out/model; returns the finished run.
 
-    With `resume` the configuration saved in the run counts. Raises UserError when the shards were packed with
-    another tokenizer.
+    With `resume` the configuration saved in the run counts. `device` takes the place of train.device, with `resume` too:
+    a run may go on where another kind of machine stopped. Raises UserError when the shards were packed with another tokenizer.
     """
     tokenizer = Tokenizer.load(tokenizer_dir)
     check_shards(shards, tokenizer, tokenizer_dir)
@@ -83,7 +84,9 @@ def pretrain(
         if run.is_done:
             return run
         config = from_dict(PretrainConfig, run.config, f"{out}/config.json: ")
+        config = replace(config, train=replace(config.train, device=device or config.train.device))
     else:
+        config = replace(config, train=replace(config.train, device=device or config.train.device))
         config = replace(config, train=config.train.resolved(500))
         run = Run.create(out, "pretrain", to_dict(config), [shards, tokenizer_dir], argv, config.train.seed)
     if config.model.vocab_size < tokenizer.vocab_size:

@@ -15,11 +15,12 @@ from torch import nn
 from plinth.config import UserError
 from plinth.run import Progress, Run, usable_cores
 from plinth.training.checkpoint import load_checkpoint, save_checkpoint
+from plinth.training.compile import COMPILE_PAYS_STEPS, compiled_blocks
+from plinth.training.device import check_device_name, choose_device, device_settings, peak_memory_bytes
 from plinth.training.optim import OptimizerConfig, Scale, build_optimizer
 from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
 from plinth.training.schedule import warmup_stable_decay
 from plinth.training.step import Batch, LossFunction, NonFiniteError, open_workers, train_step
-from plinth.training.throughput import peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,16 @@ class TrainConfig:
     """largest gradient norm of an update; a guard"""
     dtype: str | None = None
     """dtype of the computation, bfloat16 or float32 (default: the faster here); the optimizer always holds float32"""
+    device: str | None = None
+    """where to compute: cpu, cuda or cuda:N (default: cuda where PyTorch sees a GPU, else cpu)"""
+    compile: bool | None = None
+    """compile the blocks of the model (default: on a GPU, for runs of 300 updates or more)"""
+    tf32: bool = False
+    """multiply fp32 matrices on a GPU in TF32: faster, 10 bits of fraction; bfloat16 products stay as they are"""
+    deterministic: bool = False
+    """equal runs give equal bits on a GPU too, slower; on a CPU they always do"""
     num_threads: int | None = None
-    """worker threads, each with one core (default: all usable cores)"""
+    """worker threads of a CPU, each with one core (default: all usable cores)"""
     checkpoint_every_s: float = 60.0
     """seconds between checkpoints"""
     keep_checkpoints: int = 2
@@ -52,15 +61,22 @@ class TrainConfig:
             raise UserError(f"steps={self.steps} must be at least 1.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
+        check_device_name(self.device)
         if not 0 <= self.decay_fraction <= 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
 
     def resolved(self, steps: int | None = None) -> TrainConfig:
         """Fill in what the machine and the stage decide; `steps` counts where the user named none."""
+        device, steps = choose_device(self.device), self.steps or steps
+        if self.compile and device == "cpu":
+            raise UserError("compile=true is for GPUs: a CPU's operations are fused by hand. Leave it out, or name a GPU with --device.")
+        pays = device != "cpu" and (steps or 0) >= COMPILE_PAYS_STEPS
         return replace(
             self,
-            steps=self.steps or steps,
-            dtype=self.dtype or fastest_dtype(),
+            steps=steps,
+            dtype=self.dtype or fastest_dtype(device),
+            device=device,
+            compile=pays if self.compile is None else self.compile,
             num_threads=self.num_threads or usable_cores(),
         )
 
@@ -97,7 +113,8 @@ def train(
     Raises Stopped after Ctrl-C or SIGTERM, and UserError on a loss or gradient that is not finite, before the update.
     """
     assert config.steps and config.dtype and config.num_threads, "train() takes a resolved configuration"
-    masters = MasterWeights(model, DTYPES[config.dtype])
+    device = choose_device(config.device)
+    masters = MasterWeights(model, DTYPES[config.dtype], device)
     optimizer = build_optimizer(masters, config.optimizer, scales)
     start_step = 0
     if resume:
@@ -110,7 +127,9 @@ def train(
     tokens = earlier[0]["tokens"] if earlier else 0
     last_saved = time.monotonic()
     with (
-        open_workers(config.num_threads) as workers,
+        device_settings(device, tf32=config.tf32, deterministic=config.deterministic),
+        open_workers(config.num_threads, device) as workers,
+        compiled_blocks(model, bool(config.compile)),
         stop_requests() as stop,
         Progress(config.steps, description) as progress,
     ):
@@ -146,12 +165,13 @@ def train(
                 raise Stopped(f"stopped after step {step + 1} of {config.steps}; saved. Continue with --resume.")
     model.float()
     masters.publish()
+    model.to("cpu")
     return {
         "steps": config.steps,
         "tokens": tokens,
         "loss_nats": _recent_loss(run),
         "time_s": clock.read(),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(device),
     }
 
 

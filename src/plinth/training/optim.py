@@ -13,6 +13,7 @@ from plinth.config import UserError
 from plinth.training.precision import MasterWeights
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+STACK_ELEMENTS = 1 << 27  # of the matrices orthogonalised in one call: a few copies of them live at a time
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Optimizer:
 
     def _adamw(self, grads: dict[str, torch.Tensor], lr_scale: float) -> None:
         config = self.config
+        updates = torch.full((), float(self.num_updates), device=self.masters.device)
         groups = defaultdict(list)  # one call for all tensors with the same rates
         for name in grads:
             if name not in self.parts:
@@ -90,7 +92,7 @@ class Optimizer:
                 [self.state[f"exp_avg/{name}"] for name in group],
                 [self.state[f"exp_avg_sq/{name}"] for name in group],
                 [],
-                [torch.tensor(float(self.num_updates)) for _ in group],
+                [updates] * len(group),
                 lr=config.lr * lr_scale * scale.lr,
                 beta1=config.beta1,
                 beta2=config.beta2,
@@ -110,29 +112,29 @@ class Optimizer:
                 by_shape[shape].append((name, start, start + count))
                 start += count
         shares = []
-        for group in by_shape.values():
-            size = -(-len(group) // num_shares)
+        for (rows, columns), group in by_shape.items():
+            size = min(-(-len(group) // num_shares), max(1, STACK_ELEMENTS // (rows * columns)))
             shares += [group[i : i + size] for i in range(0, len(group), size)]
         return shares
 
     def _muon_job(self, grads, lr_scale: float, share) -> Callable[[], None]:
         def job() -> None:
             config = self.config
-            directions = []
-            for name, a, b in share:
-                buffer, grad = self.state[f"momentum/{name}"][a:b], grads[name][a:b]
-                buffer.lerp_(grad, 1.0 - config.momentum)
-                direction = torch.lerp(grad, buffer, config.momentum)
-                directions.append(direction.T if direction.shape[0] > direction.shape[1] else direction)
-            updates = orthogonalise(torch.stack(directions), config.newton_schulz_steps, self.masters.parameters[0].dtype)
+            buffers = [self.state[f"momentum/{name}"][a:b] for name, a, b in share]
+            parts = [grads[name][a:b] for name, a, b in share]
+            torch._foreach_lerp_(buffers, parts, 1.0 - config.momentum)
+            directions = torch._foreach_lerp(parts, buffers, config.momentum)
+            wide = torch.stack([x.T if x.shape[0] > x.shape[1] else x for x in directions])
+            updates = orthogonalise(wide, config.newton_schulz_steps, self.masters.parameters[0].dtype)
+            groups = defaultdict(list)  # one call for all matrices with the same rates
             for (name, a, b), update in zip(share, updates):
                 weight = self.masters.tensors[name][a:b]
-                rows, columns = weight.shape
-                update = update.T if rows > columns else update
-                scale = self.scales[name]
+                groups[weight.shape, self.scales[name]].append((weight, update if update.shape == weight.shape else update.T))
+            for ((rows, columns), scale), pairs in groups.items():
                 lr = config.muon_lr * lr_scale * scale.lr
-                weight.mul_(1.0 - lr * config.weight_decay * scale.weight_decay)
-                weight.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+                weights, moves = zip(*pairs)
+                torch._foreach_mul_(weights, 1.0 - lr * config.weight_decay * scale.weight_decay)
+                torch._foreach_add_(weights, moves, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
         return job
 

@@ -7,12 +7,14 @@ import time
 import torch
 from torch import nn
 
+from plinth.training.device import choose_device
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def fastest_dtype() -> str:
-    """Return bfloat16 where this processor multiplies its matrices faster than fp32 ones, else float32; takes 0.1 s."""
-    if torch.cuda.is_available():
+def fastest_dtype(device: str | None = None) -> str:
+    """Return bfloat16 where the device (default: the one that training takes) multiplies it faster, else float32; takes 0.1 s."""
+    if torch.device(choose_device(device)).type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     seconds = {}
     for name, dtype in DTYPES.items():
@@ -27,10 +29,11 @@ def fastest_dtype() -> str:
 
 
 class MasterWeights:
-    """The fp32 weights that the optimizer moves; `publish` rounds them into the model's own dtype."""
+    """The fp32 weights that the optimizer moves; `publish` rounds them into the model's own dtype. Both lie on `device`."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
-        model.to(torch.float32)
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: str = "cpu"):
+        self.device = torch.device(device)
+        model.to(self.device, torch.float32)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         self.model = model.to(dtype)
@@ -39,8 +42,7 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Copy the fp32 weights into the model."""
-        for parameter, name in zip(self.parameters, self.names):
-            parameter.copy_(self.tensors[name])
+        torch._foreach_copy_(self.parameters, [self.tensors[name] for name in self.names])
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over saved weights by name."""

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from plinth.training.device import move_batch
 from plinth.training.memory import keep_freed_memory, release_freed_memory
 from plinth.training.optim import Optimizer
 from plinth.training.precision import DTYPES, MasterWeights
 
 Batch = Any
-LossFunction = Callable[[nn.Module, Batch], tuple[torch.Tensor, float, dict[str, float]]]
-"""(model, batch) -> loss sum in nats (a scalar with gradient), count, and sums of further metrics."""
+Sum = float | torch.Tensor
+LossFunction = Callable[[nn.Module, Batch], tuple[torch.Tensor, Sum, dict[str, Sum]]]
+"""(model, batch) -> loss sum in nats (a scalar with gradient), count, and sums of further metrics.
+
+On a GPU count and metrics should be scalars there, so that nothing waits for the GPU before the step's one look."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,16 @@ class StepResult:
 
 class NonFiniteError(ArithmeticError):
     """Loss or gradient is not finite; raised before the weights are touched."""
+
+
+class InlineWorker:
+    """The worker of a GPU: one thread of the processor gives it its work, and the GPU does it side by side."""
+
+    num_threads = 1
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Apply `function` to each item in turn."""
+        return [function(item) for item in items]
 
 
 class Workers:
@@ -71,8 +85,11 @@ def _wake_matrix_library() -> None:
 
 
 @contextlib.contextmanager
-def open_workers(num_threads: int) -> Iterator[Workers]:
-    """Give worker threads; meanwhile the calling thread's own operations use one core."""
+def open_workers(num_threads: int, device: str = "cpu") -> Iterator[Workers | InlineWorker]:
+    """Give worker threads, or on a GPU the calling thread; on a CPU its own operations meanwhile use one core."""
+    if torch.device(device).type != "cpu":
+        yield InlineWorker()
+        return
     keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -87,17 +104,20 @@ def open_workers(num_threads: int) -> Iterator[Workers]:
 
 
 def split_gradients(
-    masters: MasterWeights, loss_function: LossFunction, batches: Sequence[Batch], workers: Workers
-) -> tuple[float, float, dict[str, float], list[torch.Tensor]]:
-    """Return loss sum, count, metric sums, and the fp32 gradient of the loss sum over all micro-batches."""
+    masters: MasterWeights, loss_function: LossFunction, batches: Sequence[Batch], workers: Workers | InlineWorker
+) -> tuple[Sum, Sum, dict[str, Sum], list[torch.Tensor]]:
+    """Return loss sum, count, metric sums, and the fp32 gradient of the loss sum over all micro-batches.
+
+    On a GPU the sums are scalars there, still being computed.
+    """
 
     def run(share: Sequence[Batch]):
         total, loss_sum, count, sums = None, 0.0, 0.0, {}
         for batch in share:
-            loss, batch_count, metrics = loss_function(masters.model, batch)
+            loss, batch_count, metrics = loss_function(masters.model, move_batch(batch, masters.device))
             grads = torch.autograd.grad(loss, masters.parameters, allow_unused=True)
             total = _accumulate(total, grads, masters.parameters)
-            loss_sum, count = loss_sum + float(loss.detach()), count + batch_count
+            loss_sum, count = loss_sum + loss.detach().double(), count + batch_count
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value
         return loss_sum, count, sums, total
@@ -108,15 +128,22 @@ def split_gradients(
     grads = parts[0][3]
     for part in parts[1:]:
         torch._foreach_add_(grads, part[3])
-    sums: dict[str, float] = {}
+    sums: dict[str, Sum] = {}
     for part in parts:
         for name, value in part[2].items():
             sums[name] = sums.get(name, 0.0) + value
     return sum(part[0] for part in parts), sum(part[1] for part in parts), sums, grads
 
 
+def read_scalars(values: Sequence[Sum]) -> list[float]:
+    """Return the values as numbers; those on a GPU come in one copy, which waits for it."""
+    tensors = [value.double() for value in values if isinstance(value, torch.Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(numbers) if isinstance(value, torch.Tensor) else value for value in values]
+
+
 def _accumulate(total, grads, parameters):
-    wide = [torch.zeros(p.shape) if g is None else g.float() for g, p in zip(grads, parameters)]
+    wide = [torch.zeros(p.shape, device=p.device) if g is None else g.float() for g, p in zip(grads, parameters)]
     if total is None:
         return wide
     torch._foreach_add_(total, wide)
@@ -128,7 +155,7 @@ def train_step(
     loss_function: LossFunction,
     batches: Sequence[Batch],
     optimizer: Optimizer,
-    workers: Workers,
+    workers: Workers | InlineWorker,
     *,
     lr_scale: float = 1.0,
     clip_grad_norm: float | None = 1.0,
@@ -136,14 +163,15 @@ def train_step(
     """Do one optimizer update on the mean loss of all micro-batches.
 
     The mean is taken once, over the count of all micro-batches together. Raises NonFiniteError before the update
-    when loss or gradient is not finite, and ValueError when no token is counted.
+    when loss or gradient is not finite, and ValueError when no token is counted. Waits for a GPU once, before the update.
     """
     loss_sum, count, sums, grads = split_gradients(masters, loss_function, batches, workers)
+    torch._foreach_mul_(grads, (1.0 / torch.as_tensor(count, dtype=torch.float64, device=masters.device)).float())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    loss_sum, count, grad_norm, *values = read_scalars([loss_sum, count, norm, *sums.values()])
     if not count:
         raise ValueError("the batch holds no supervised token.")
-    torch._foreach_mul_(grads, 1.0 / count)
-    grad_norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
-    loss = loss_sum / count
+    sums, loss = dict(zip(sums, values)), loss_sum / count
     if not (abs(loss) < float("inf") and grad_norm < float("inf")):
         raise NonFiniteError(f"loss {loss} and gradient norm {grad_norm} are not both finite.")
     if clip_grad_norm is not None and grad_norm > clip_grad_norm:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 
@@ -12,6 +10,8 @@ import torch
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.run import usable_cores
+from plinth.training.compile import compiled_blocks
+from plinth.training.device import choose_device, device_settings, peak_memory_bytes, synchronize
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig, build_optimizer
 from plinth.training.precision import DTYPES, MasterWeights
@@ -37,26 +37,29 @@ def measure_tokens_per_s(
     steps: int = 3,
     seed: int = 0,
     num_threads: int | None = None,
+    device: str | None = "cpu",
+    micro_batches: int | None = None,
+    compiled: bool = False,
 ) -> ThroughputSample:
-    """Time real training steps of a decoder on random tokens, one micro-batch a thread; the median step counts."""
+    """Time real training steps of a decoder on random tokens; the median step counts, the first is left out.
+
+    A step has `micro_batches` micro-batches (default: one a thread, on a GPU one). `compiled` as in TrainConfig.compile.
+    """
+    device = choose_device(device)
     generator = torch.Generator().manual_seed(seed)
-    masters = MasterWeights(Transformer(config).init_weights(generator), DTYPES[dtype])
-    update = build_optimizer(masters, OptimizerConfig(name=optimizer))
-    threads = num_threads or usable_cores()
-    shape = (threads, micro_batch_size, seq_len)
+    threads = num_threads or (usable_cores() if device == "cpu" else 1)
+    shape = (micro_batches or threads, micro_batch_size, seq_len)
     tokens = torch.randint(config.vocab_size, shape, generator=generator)
-    batches = [(tokens[i], tokens[i]) for i in range(threads)]
+    batches = [(rows, rows) for rows in tokens]
     times = []
-    with open_workers(threads) as workers:
-        for _ in range(steps + 1):
-            start = time.perf_counter()
-            train_step(masters, causal_lm_loss, batches, update, workers)
-            times.append(time.perf_counter() - start)
-    step_s = sorted(times[1:])[steps // 2]
-    return ThroughputSample(tokens.numel() / step_s, step_s, peak_memory_bytes())
-
-
-def peak_memory_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    with device_settings(device), open_workers(threads, device) as workers:
+        masters = MasterWeights(Transformer(config).init_weights(generator), DTYPES[dtype], device)
+        update = build_optimizer(masters, OptimizerConfig(name=optimizer))
+        with compiled_blocks(masters.model, compiled):
+            for _ in range(steps + 1):
+                start = time.perf_counter()
+                train_step(masters, causal_lm_loss, batches, update, workers)
+                synchronize(device)
+                times.append(time.perf_counter() - start)
+        step_s = sorted(times[1:])[steps // 2]
+        return ThroughputSample(tokens.numel() / step_s, step_s, peak_memory_bytes(device))
