@@ -1,5 +1,7 @@
 """The cost model against the real model: parameters, operations and kept bytes agree to the last unit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +18,7 @@ from plinth.models.cost import (
 )
 from plinth.models.kv_cache import KVCache
 from plinth.models.transformer import Transformer
+from plinth.ops.kernels import library, why_not
 from plinth.ops.loss import linear_cross_entropy
 
 SHAPES = {
@@ -74,8 +77,23 @@ def test_causal_operations_sum_over_attended_positions(config):
 
 @pytest.mark.parametrize("name", ["even", "grouped"])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_kept_bytes_are_those_that_autograd_keeps(name, dtype, size):
+def test_kept_bytes_are_those_that_autograd_keeps(name, dtype, size, torch_kernels):
     config = SHAPES[name]
+    rotation = 2 * LENGTH * config.head_dim * size
+    assert kept_bytes(config, dtype, LENGTH) - rotation == BATCH * LENGTH * activation_bytes_per_token(config, LENGTH, size)
+
+
+@pytest.mark.skipif(library() is None, reason=f"no kernels of ours here: {why_not()}")
+@pytest.mark.parametrize("name", ["even", "grouped"])
+def test_kept_bytes_with_our_kernels(name):
+    config = replace(SHAPES[name], head_dim=32, hidden_size=32, intermediate_size=64)
+    rotation = 2 * 32 * config.head_dim * 4
+    found = kept_bytes(config, torch.bfloat16, 32) - rotation
+    assert found == BATCH * 32 * activation_bytes_per_token(config, 32, 2, own_kernels=True)
+
+
+def kept_bytes(config, dtype, length):
+    """Return the bytes that autograd keeps of a forward pass, the rotation table included, tokens and weights not."""
     model = Transformer(config).to(dtype)
     ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -85,13 +103,11 @@ def test_kept_bytes_are_those_that_autograd_keeps(name, dtype, size):
             kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
         return tensor
 
-    tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    tokens = torch.zeros(BATCH, length, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model(tokens)
     assert hidden.dtype == dtype
-    rotation = 2 * LENGTH * config.head_dim * size
-    found = sum(t.untyped_storage().nbytes() for t in kept.values()) - rotation - tokens.nbytes
-    assert found == BATCH * LENGTH * activation_bytes_per_token(config, LENGTH, size)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) - tokens.nbytes
 
 
 def test_cache_bytes_are_those_of_the_cache(config):

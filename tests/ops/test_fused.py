@@ -12,6 +12,8 @@ from plinth.ops.swiglu import swiglu
 
 EPS = 1e-6
 
+pytestmark = pytest.mark.usefixtures("torch_kernels")  # ours have tests of their own, against float64
+
 
 def leaf(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()

@@ -8,7 +8,7 @@ from torch import nn
 
 from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import KVCache, View
-from plinth.models.mlp import RMSNorm
+from plinth.models.mlp import Linear, RMSNorm
 from plinth.ops.attention import plain_qk_norm_rope_attention, qk_norm_rope_attention
 from plinth.ops.linear import linear_rows
 from plinth.ops.rope import apply_rope
@@ -21,8 +21,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, heads * config.head_dim)
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
 

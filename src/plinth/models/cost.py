@@ -92,11 +92,12 @@ def train_memory_bytes(
     compute_bytes: int = 4,
     head_tokens: int | None = None,
     muon: bool = False,
+    own_kernels: bool = False,
 ) -> TrainMemory:
     """Return the memory of a training step of `micro_batch_size` sequences, without the allocator's slack and the interpreter.
 
     `compute_bytes` is 2 for bf16, 4 for fp32. `head_tokens` is how many tokens' logits exist at once; None takes what the loss takes.
-    AdamW keeps two fp32 values a parameter, Muon one for the blocks' matrices.
+    AdamW keeps two fp32 values a parameter, Muon one for the blocks' matrices. `own_kernels`: see activation_bytes_per_token.
     """
     counts = count_params(config)
     tokens = micro_batch_size * seq_len
@@ -107,18 +108,22 @@ def train_memory_bytes(
         weights=counts["total"] * (4 + copy_bytes),
         gradients=counts["total"] * compute_bytes,
         optimizer=(2 * counts["total"] - (counts["matrix"] if muon else 0)) * 4,
-        activations=tokens * activation_bytes_per_token(config, seq_len, compute_bytes),
+        activations=tokens * activation_bytes_per_token(config, seq_len, compute_bytes, own_kernels=own_kernels),
         head=tokens * config.hidden_size * compute_bytes + head_weight * (4 + copy_bytes) + logits * (8 + copy_bytes),
     )
 
 
-def activation_bytes_per_token(config: DecoderConfig, seq_len: int, compute_bytes: int = 4) -> int:
+def activation_bytes_per_token(config: DecoderConfig, seq_len: int, compute_bytes: int = 4, *, own_kernels: bool = False) -> int:
     """Return the bytes a token that the blocks' fused operations on a CPU keep for the backward pass.
 
     A norm keeps its output and a scale; attention the normalised and the rotated heads, the values, the repeated keys where heads are
     grouped, its output, and a row of probabilities a head; SwiGLU gate, up, silu(gate) and their product. Exact for a decoder without
     learnt norm scales; learnt ones take the plain operations, whose norms keep fp32 copies besides, but no probabilities.
+    With `own_kernels` (plinth.ops.kernels, bf16 only) attention keeps its input, its output and a number a head, and SwiGLU its input
+    and its output.
     """
+    if own_kernels:
+        return _activation_bytes_with_kernels(config)
     heads, kv_heads = config.num_heads, config.num_kv_heads
     grouped = heads != kv_heads
     head_vectors = 2 * (heads + kv_heads) + heads + (2 * heads if grouped else kv_heads)
@@ -126,3 +131,10 @@ def activation_bytes_per_token(config: DecoderConfig, seq_len: int, compute_byte
     norm = config.hidden_size + 1
     layer = 2 * norm + attention + 4 * config.intermediate_size
     return (config.num_layers * layer + norm) * compute_bytes
+
+
+def _activation_bytes_with_kernels(config: DecoderConfig) -> int:
+    heads = config.num_heads + 2 * config.num_kv_heads
+    norm = 2 * config.hidden_size + 4
+    attention = 2 * (heads + config.num_heads) * config.head_dim + 4 * config.num_heads
+    return config.num_layers * (2 * norm + attention + 2 * 3 * config.intermediate_size) + norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from plinth.ops.linear import linear_rows
+from plinth.ops.linear import linear, linear_rows
 from plinth.ops.norm import add_rms_norm, rms_norm
 from plinth.ops.swiglu import swiglu
 
@@ -29,6 +29,16 @@ class RMSNorm(nn.Module):
         return total, rms_norm(total, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """A matrix without bias, multiplied by `plinth.ops.linear`."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward layer; gate and up projections are one matrix, gate first.
 
@@ -37,8 +47,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size)
+        self.down = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(swiglu(self.gate_up(x)))

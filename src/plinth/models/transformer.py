@@ -11,6 +11,7 @@ from plinth.models.attention import Attention
 from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import KVCache, Span
 from plinth.models.mlp import RMSNorm, SwiGLU
+from plinth.ops import kernels
 from plinth.ops.linear import linear_rows
 from plinth.ops.rope import rope_table
 
@@ -72,13 +73,14 @@ class Transformer(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin for positions, shape (*positions.shape, E): in the model's dtype, on a GPU in fp32.
+        """Return cos and sin for positions, shape (*positions.shape, E), in the model's dtype, or in fp32 for our kernels and on a GPU.
 
-        There the products are fused, so that fp32 costs nothing.
+        Both fuse the products with it, so that fp32 costs nothing.
         """
         config = self.config
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta, config.attention_multiplier**0.5)
-        dtype = self.embed.weight.dtype if positions.device.type == "cpu" else torch.float32
+        fused = positions.device.type != "cpu" or kernels.usable(self.embed.weight)
+        dtype = torch.float32 if fused else self.embed.weight.dtype
         return cos.to(dtype), sin.to(dtype)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:

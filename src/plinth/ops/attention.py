@@ -1,7 +1,7 @@
 """Causal self-attention with QK-norm and rotary positions as one differentiable operation.
 
-Fused by hand for CPUs with bf16 matrix units: every product is a batched matrix product, the probabilities are kept
-for the backward pass, and no step leaves bf16 memory. PyTorch's own CPU attention is slower in its backward pass;
+On a processor with the units, a kernel of ours does all of it a head at a time and keeps nothing but a number a row for the
+backward pass. Elsewhere every product is a batched matrix product of PyTorch's, and the probabilities are kept.
 benchmarks/train_throughput.py measures the whole step.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from plinth.ops import kernels
 from plinth.ops.norm import inverse_rms, rms_norm, rms_norm_backward
 from plinth.ops.rope import apply_rope
 
@@ -63,6 +64,31 @@ class _FusedAttention(torch.autograd.Function):
         return grad_qkv, None, None, None, None, None
 
 
+HEAD_DIMS = (32, 64, 96, 128)
+
+
+class _KernelAttention(torch.autograd.Function):
+    """The same on our kernel: queries and keys are normed and rotated again in the backward pass, and so are the scores."""
+
+    @staticmethod
+    def forward(ctx, qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps):
+        B, T, _, E = qkv_BTGE.shape
+        qkv, cos, sin = qkv_BTGE.contiguous(), cos_TE.float().contiguous(), sin_TE.float().contiguous()
+        y_BTD = torch.empty((B, T, num_heads * E), dtype=qkv.dtype)
+        log_sums = torch.empty((B, num_heads, -(-T // 32) * 32), dtype=torch.float32)
+        ctx.shape = (B, T, num_heads, num_kv_heads, E, eps)
+        kernels.call("attention_forward", qkv, cos, sin, y_BTD, log_sums, *ctx.shape)
+        ctx.save_for_backward(qkv, cos, sin, y_BTD, log_sums)
+        return y_BTD
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        qkv, cos, sin, y_BTD, log_sums = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv)
+        kernels.call("attention_backward", qkv, cos, sin, y_BTD, grad_y.contiguous(), log_sums, grad_qkv, *ctx.shape)
+        return grad_qkv, None, None, None, None, None
+
+
 def _repeat_heads(x_KBTE: torch.Tensor, num_heads: int) -> torch.Tensor:
     K, B, T, E = x_KBTE.shape
     if num_heads == K:
@@ -82,6 +108,8 @@ def qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_h
     `qkv_BTGE` holds num_heads queries, then num_kv_heads keys, then as many values along G. The slow twin is
     `plain_qk_norm_rope_attention`.
     """
+    if qkv_BTGE.shape[-1] in HEAD_DIMS and kernels.usable(qkv_BTGE):
+        return _KernelAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
     return _FusedAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
 
 

@@ -1,4 +1,6 @@
-"""Linear layers whose result for a row does not depend on how many other rows share the call.
+"""Linear layers: for training with our own product for the weights' gradient, for generation row by row.
+
+A row of `linear_rows` does not depend on how many other rows share the call.
 
 A matrix library picks its kernel, and with it the order of additions, by the number of rows: the same row can round
 differently alone and in a batch. Here rows always pass in tiles of ROW_TILE; a wider call is made only where this
@@ -12,8 +14,60 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from plinth.ops import kernels
+
 ROW_TILE = 16
 WIDEST_TILE = 256
+
+
+class _KernelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_FD):
+        ctx.save_for_backward(x, weight_FD)
+        return F.linear(x, weight_FD)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight_FD = ctx.saved_tensors
+        x_ND, grad_NF = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grad_x = torch.mm(grad_NF, weight_FD).view(x.shape) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None
+        sums = WeightGradient(weight_FD)
+        sums.add(grad_NF.contiguous(), x_ND.contiguous())
+        return grad_x, sums.rounded()
+
+
+class WeightGradient:
+    """The gradient of a matrix (F, D), summed in fp32 over any number of blocks of rows."""
+
+    def __init__(self, weight_FD: torch.Tensor):
+        self._shape, self._transposed = weight_FD.shape, weight_FD.shape[0] > weight_FD.shape[1]
+        self._sums = torch.zeros(sorted(weight_FD.shape), dtype=torch.float32)
+
+    def add(self, grad_NF: torch.Tensor, x_ND: torch.Tensor) -> None:
+        """Add gradᵀ · x; the operand with fewer columns is the one that the kernel transposes."""
+        left, right = (x_ND, grad_NF) if self._transposed else (grad_NF, x_ND)
+        kernels.call("add_products", left, right, left.shape[0], left.shape[1], right.shape[1], self._sums)
+
+    def rounded(self) -> torch.Tensor:
+        """Return the sums in bf16, shape (F, D)."""
+        gradient = torch.empty(self._shape, dtype=torch.bfloat16)
+        kernels.call("round_sums", self._sums, gradient, *self._shape, int(self._transposed))
+        return gradient
+
+
+def takes_rows(x: torch.Tensor, weight_FD: torch.Tensor) -> bool:
+    """Return whether the kernel for a weight's gradient takes these: whole blocks of 32 in every direction."""
+    rows = x.numel() // x.shape[-1]
+    return not (rows % 32 or weight_FD.shape[0] % 32 or weight_FD.shape[1] % 32) and kernels.usable(x, weight_FD)
+
+
+def linear(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
+    """Return x · weightᵀ, shape (..., F).  The slow twin is torch.nn.functional.linear."""
+    if torch.is_grad_enabled() and takes_rows(x, weight_FD):
+        return _KernelLinear.apply(x, weight_FD)
+    return F.linear(x, weight_FD)
 
 
 def pad_rows(count: int) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from plinth.ops import kernels
 from plinth.ops.chunked_loss import chunked_cross_entropy
+from plinth.ops.linear import WeightGradient, takes_rows
 
 CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread: 4 MB in bf16
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -45,16 +47,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
+class _KernelCrossEntropy(torch.autograd.Function):
+    """The same on our kernels: one pass turns a chunk of logits into its gradient, and the loss is the fp32 logarithm of a sum."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N):
+        (N, V), targets_N = (hidden_ND.shape[0], weight_VD.shape[0]), targets_N.contiguous()
+        hidden_ND, losses_N = hidden_ND.contiguous(), torch.empty(N, dtype=torch.float32)
+        wanted = any(ctx.needs_input_grad)
+        grad_hidden, sums = torch.empty_like(hidden_ND), WeightGradient(weight_VD)
+        rows = min(N, max(32, CHUNK_ELEMENTS // V // 32 * 32))
+        logits = torch.empty((rows, V), dtype=torch.bfloat16)
+        for start in range(0, N, rows):
+            part = slice(start, min(start + rows, N))
+            hidden, chunk = hidden_ND[part], logits[: part.stop - start]
+            torch.mm(hidden, weight_VD.t(), out=chunk)
+            kernels.call("cross_entropy", chunk, targets_N[part], losses_N[part], *chunk.shape)
+            if wanted:
+                torch.mm(chunk, weight_VD, out=grad_hidden[part])
+                sums.add(chunk, hidden)
+        if wanted:
+            ctx.save_for_backward(grad_hidden, sums.rounded())
+        return losses_N.sum(dtype=torch.float64).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _LinearCrossEntropy.backward(ctx, grad)
+
+
 def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Return the summed cross-entropy in nats of `targets_N` under softmax(hidden · weightᵀ), a fp32 scalar.
 
     Targets below zero do not count.
 
-    In bf16 a token's loss carries the rounding of its probability, one part in 512, without bias; a loss above
-    87 nats is cut there.  The slow twin is `F.cross_entropy(hidden @ weight.T, targets, ignore_index=-1, reduction="sum")`.
+    Without our kernels, in bf16, a token's loss carries the rounding of its probability, one part in 512, without bias, and a loss
+    above 87 nats is cut there.  The slow twin is `F.cross_entropy(hidden @ weight.T, targets, ignore_index=-1, reduction="sum")`.
     """
     if hidden_ND.device.type != "cpu":
         return chunked_cross_entropy(hidden_ND, weight_VD, targets_N)
+    if takes_rows(hidden_ND, weight_VD):
+        return _KernelCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
 
 

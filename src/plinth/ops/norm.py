@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from plinth.ops import kernels
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """Scale the last dimension to unit root mean square, times `weight`; computed in fp32, returned in x's dtype.
@@ -33,11 +35,13 @@ def rms_norm_backward(grad_y: torch.Tensor, y: torch.Tensor, scale: torch.Tensor
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, eps):
+        ctx.has_delta, ctx.kernel = delta is not None, kernels.usable(x, delta)
+        if ctx.kernel:
+            return _add_rms_norm_kernel(ctx, x.contiguous(), delta, eps)
         total = x if delta is None else x + delta
         scale = inverse_rms(total, eps)
         y = total * scale
         ctx.save_for_backward(y, scale)
-        ctx.has_delta = delta is not None
         if delta is None:
             return total.view_as(total), y
         return total, y
@@ -45,9 +49,24 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, grad_y):
         y, scale = ctx.saved_tensors
-        grad = rms_norm_backward(grad_y, y, scale)
-        grad = grad if grad_total is None else grad.add_(grad_total)
+        if ctx.kernel:
+            grad = torch.empty_like(y)
+            grad_total = None if grad_total is None else grad_total.contiguous()
+            shape = (scale.numel(), y.shape[-1])
+            kernels.call("add_rms_norm_backward", grad_total, grad_y.contiguous(), y, scale, grad, *shape)
+        else:
+            grad = rms_norm_backward(grad_y, y, scale)
+            grad = grad if grad_total is None else grad.add_(grad_total)
         return grad, (grad if ctx.has_delta else None), None
+
+
+def _add_rms_norm_kernel(ctx, x, delta, eps):
+    y, scale = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    total = x.view_as(x) if delta is None else torch.empty_like(x)
+    delta = None if delta is None else delta.contiguous()
+    kernels.call("add_rms_norm_forward", x, delta, total, y, scale, scale.numel(), x.shape[-1], eps)
+    ctx.save_for_backward(y, scale)
+    return total, y
 
 
 def add_rms_norm(x: torch.Tensor, delta: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

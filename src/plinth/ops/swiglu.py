@@ -5,10 +5,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from plinth.ops import kernels
+
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):
+        ctx.kernel = kernels.usable(gate_up)
+        if ctx.kernel:
+            gate_up = gate_up.contiguous()
+            y = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+            kernels.call("swiglu_forward", gate_up, y, y.numel() // y.shape[-1], y.shape[-1])
+            ctx.save_for_backward(gate_up)
+            return y
         gate, up = gate_up.chunk(2, -1)
         activated = F.silu(gate)
         ctx.save_for_backward(gate_up, activated)
@@ -16,6 +25,11 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if ctx.kernel:
+            (gate_up,) = ctx.saved_tensors
+            grad_gate_up = torch.empty_like(gate_up)
+            kernels.call("swiglu_backward", gate_up, grad.contiguous(), grad_gate_up, grad.numel() // grad.shape[-1], grad.shape[-1])
+            return grad_gate_up
         gate_up, activated = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         grad_gate_up = torch.empty_like(gate_up)

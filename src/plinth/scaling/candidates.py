@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from plinth.config import UserError
 from plinth.models import cost
 from plinth.models.config import DecoderConfig
+from plinth.ops.kernels import library
 from plinth.scaling.corpus import CorpusStats
 from plinth.scaling.laws import STEP_LAW, ChinchillaLaw, data_constrained_bits_per_byte, muon_cost_share
 from plinth.scaling.plan_config import PlanConfig
@@ -257,7 +258,10 @@ def choose_micro_batch(
 def training_memory_bytes(config: DecoderConfig, micro_batch_size: int, seq_len: int, optimizer: str, dtype: str, workers: int) -> int:
     """Return the bytes of a training step: one set of weights and optimizer state, activations and gradients for each worker."""
     compute_bytes = 2 if dtype == "bfloat16" else 4
-    memory = cost.train_memory_bytes(config, micro_batch_size, seq_len, compute_bytes=compute_bytes, muon=optimizer == "muon")
+    memory = cost.train_memory_bytes(
+        config, micro_batch_size, seq_len, compute_bytes=compute_bytes, muon=optimizer == "muon",
+        own_kernels=dtype == "bfloat16" and library() is not None,
+    )  # fmt: skip
     summed_gradients = 4 * cost.count_params(config)["total"]
     each = summed_gradients + memory.gradients + memory.activations + memory.head
     return PROCESS_BYTES + memory.weights + memory.optimizer + workers * each
