@@ -10,10 +10,12 @@ from typing import Any, Literal
 import torch
 
 from plinth.config import UserError
+from plinth.training.muon import orthogonalise, quintics
 from plinth.training.precision import MasterWeights
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-STACK_ELEMENTS = 1 << 27  # of the matrices orthogonalised in one call: a few copies of them live at a time
+FIRST_MOMENTUM = 0.85
+# Elements of the matrices orthogonalised in one call, of which a few copies live at a time: in a core's cache, in a device's memory.
+CACHED_ELEMENTS, STACK_ELEMENTS = 1 << 19, 1 << 27
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,28 @@ class OptimizerConfig:
     """decay of hidden matrices, relative to the learning rate"""
     newton_schulz_steps: int = 5
     """iterations that orthogonalise Muon's update"""
+    polynomials: Literal["newton-schulz", "polar-express"] = "newton-schulz"
+    """polynomials of these iterations"""
+    momentum_warmup_steps: int = 0
+    """updates over which Muon's momentum rises from 0.85"""
+    normuon_beta2: float | None = None
+    """decay of the mean square of each neuron's update, which then divides it (default: no such normalisation)"""
+    cautious_decay: bool = False
+    """decay only the weights of the hidden matrices that Muon moves towards zero as well"""
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be positive.")
+        if not 1 <= self.newton_schulz_steps <= 10:
+            raise UserError(f"newton_schulz_steps={self.newton_schulz_steps} must lie between 1 and 10.")
+        if self.normuon_beta2 is not None and not 0 <= self.normuon_beta2 < 1:
+            raise UserError(f"normuon_beta2={self.normuon_beta2} must lie in [0, 1).")
+
+    def momentum_at(self, num_updates: int) -> float:
+        """Return Muon's momentum at an update counted from 1."""
+        share = min(1.0, num_updates / self.momentum_warmup_steps) if self.momentum_warmup_steps else 1.0
+        return self.momentum - (1.0 - share) * max(0.0, self.momentum - FIRST_MOMENTUM)
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,8 @@ class Optimizer:
         for name, tensor in masters.tensors.items():
             kinds = ("momentum",) if name in self.parts else ("exp_avg", "exp_avg_sq")
             self.state.update({f"{kind}/{name}": torch.zeros_like(tensor) for kind in kinds})
+            if name in self.parts and config.normuon_beta2 is not None:
+                self.state[f"row_square/{name}"] = torch.zeros_like(tensor[:, :1])
 
     @torch.no_grad()
     def step(self, grads: dict[str, torch.Tensor], lr_scale: float, workers: Any) -> None:
@@ -103,38 +124,41 @@ class Optimizer:
             )
 
     def _muon_shares(self, num_shares: int) -> list[list[tuple[str, int, int]]]:
-        """Split the matrices (name, first row, last row) into shares of like shapes and about equal work."""
+        """Split the matrices (name, first row, last row) into shares of one shape, each small enough for a core's cache."""
         by_shape = defaultdict(list)
         for name, rows in self.parts.items():
             start = 0
             for count in rows:
-                shape = tuple(sorted((count, self.masters.tensors[name].shape[1])))
-                by_shape[shape].append((name, start, start + count))
+                by_shape[count, self.masters.tensors[name].shape[1]].append((name, start, start + count))
                 start += count
+        limit = CACHED_ELEMENTS if self.masters.device.type == "cpu" else STACK_ELEMENTS
         shares = []
         for (rows, columns), group in by_shape.items():
-            size = min(-(-len(group) // num_shares), max(1, STACK_ELEMENTS // (rows * columns)))
+            size = min(-(-len(group) // num_shares), max(1, limit // (rows * columns)))
             shares += [group[i : i + size] for i in range(0, len(group), size)]
         return shares
 
     def _muon_job(self, grads, lr_scale: float, share) -> Callable[[], None]:
         def job() -> None:
-            config = self.config
+            config, momentum = self.config, self.config.momentum_at(self.num_updates)
             buffers = [self.state[f"momentum/{name}"][a:b] for name, a, b in share]
             parts = [grads[name][a:b] for name, a, b in share]
-            torch._foreach_lerp_(buffers, parts, 1.0 - config.momentum)
-            directions = torch._foreach_lerp(parts, buffers, config.momentum)
-            wide = torch.stack([x.T if x.shape[0] > x.shape[1] else x for x in directions])
-            updates = orthogonalise(wide, config.newton_schulz_steps, self.masters.parameters[0].dtype)
+            torch._foreach_lerp_(buffers, parts, 1.0 - momentum)
+            directions = torch.stack(torch._foreach_lerp(parts, buffers, momentum))
+            polynomials = quintics(config.polynomials, config.newton_schulz_steps)
+            updates = orthogonalise(directions, polynomials, self.masters.parameters[0].dtype).float()
+            if config.normuon_beta2 is not None:
+                for (name, a, b), update in zip(share, updates):
+                    normalise_neurons(update, self.state[f"row_square/{name}"][a:b], config.normuon_beta2)
+            stretch = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
             groups = defaultdict(list)  # one call for all matrices with the same rates
             for (name, a, b), update in zip(share, updates):
-                weight = self.masters.tensors[name][a:b]
-                groups[weight.shape, self.scales[name]].append((weight, update if update.shape == weight.shape else update.T))
-            for ((rows, columns), scale), pairs in groups.items():
+                groups[self.scales[name]].append((self.masters.tensors[name][a:b], update))
+            for scale, pairs in groups.items():
                 lr = config.muon_lr * lr_scale * scale.lr
-                weights, moves = zip(*pairs)
-                torch._foreach_mul_(weights, 1.0 - lr * config.weight_decay * scale.weight_decay)
-                torch._foreach_add_(weights, moves, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+                weights, moves = map(list, zip(*pairs))
+                decay_weights(weights, moves, lr * config.weight_decay * scale.weight_decay, config.cautious_decay)
+                torch._foreach_add_(weights, moves, alpha=-lr * stretch)
 
         return job
 
@@ -145,21 +169,31 @@ class Optimizer:
         self.num_updates = num_updates
 
 
-def orthogonalise(matrices: torch.Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Move the singular values of a stack (N, rows <= columns) towards 1 by Newton-Schulz iterations in `dtype`.
+def decay_weights(weights: list[torch.Tensor], updates: list[torch.Tensor], rate: float, cautious: bool) -> None:
+    """Shrink the weights by `rate`, in place; when cautious only those that the updates, which are subtracted, shrink too.
 
-    bf16 is enough where it is fast; a processor without units for it is many times faster in fp32.
-
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (quintic coefficients).
+    Source: Chen et al. 2025, arXiv:2510.12402 (cautious weight decay).
     """
-    a, b, c = NEWTON_SCHULZ
-    x = matrices.to(dtype)
-    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = torch.bmm(x, x.transpose(1, 2))
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.float()
+    if not rate:
+        return
+    if cautious:
+        for weight, update in zip(weights, updates):
+            weight.addcmul_(weight, ((update * weight) > 0).to(weight.dtype), value=-rate)
+    else:
+        torch._foreach_mul_(weights, 1.0 - rate)
+
+
+def normalise_neurons(update: torch.Tensor, row_square: torch.Tensor, beta2: float) -> None:
+    """Divide each row of an orthogonal update by the root of its running mean square, in place; the whole update's norm stays.
+
+    `row_square`, (rows, 1), is moved in place too.
+    Source: Li et al. 2025, arXiv:2510.05491 (NorMuon).  Differs: the norm stays the orthogonal update's own, so that the
+    learning rate means the same with and without.
+    """
+    norm = update.norm()
+    row_square.lerp_(update.square().mean(-1, keepdim=True), 1.0 - beta2)
+    update.mul_(torch.rsqrt(row_square + 1e-12))
+    update.mul_(norm / (update.norm() + 1e-12))
 
 
 def build_optimizer(masters: MasterWeights, config: OptimizerConfig, scales: dict[str, Scale] | None = None) -> Optimizer:
