@@ -110,6 +110,7 @@ def qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_h
     """
     if qkv_BTGE.shape[-1] in HEAD_DIMS and kernels.usable(qkv_BTGE):
         return _KernelAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
+    cos_TE, sin_TE = cos_TE.to(qkv_BTGE.dtype), sin_TE.to(qkv_BTGE.dtype)  # they come in fp32 where our kernels run for other head widths
     return _FusedAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
 
 
