@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any
 from plinth import __version__
 from plinth.config import UserError, read_json, save_json, write_atomic
 
-TRACKED_VERSIONS = ("torch", "numpy", "tokenizers", "safetensors", "daft", "pyarrow")
+TRACKED_VERSIONS = ("torch", "triton", "numpy", "tokenizers", "safetensors", "daft", "pyarrow")
 MODEL_STAGES = ("dpo", "sft", "pretrain")  # the later the stage, the sooner it is served
 
 
@@ -159,7 +160,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Return the processor's name, its usable cores and the memory in bytes."""
+    """Return the processor's name, its usable cores, the memory in bytes, and the GPUs that PyTorch sees where it is loaded."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -169,7 +170,33 @@ def describe_hardware() -> dict[str, Any]:
     memory_bytes = None
     with contextlib.suppress(ValueError, OSError, AttributeError):
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu, "cores": usable_cores(), "memory_bytes": memory_bytes, "system": platform.platform()}
+    hardware: dict[str, Any] = {"cpu": cpu, "cores": usable_cores(), "memory_bytes": memory_bytes, "system": platform.platform()}
+    gpus = describe_gpus()
+    return {**hardware, "gpus": gpus} if gpus else hardware
+
+
+def describe_gpus() -> list[dict[str, Any]]:
+    """Return name, memory in bytes, compute capability, driver and CUDA version of each GPU that PyTorch sees.
+
+    Stages that have not loaded PyTorch use no GPU, and loading it takes seconds: for them the list is empty.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    driver = None
+    with contextlib.suppress(OSError):
+        found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", Path("/proc/driver/nvidia/version").read_text())
+        driver = found[1] if found else None
+    return [
+        {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "driver": driver,
+            "cuda": torch.version.cuda,
+        }
+        for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
 
 
 def usable_cores() -> int:

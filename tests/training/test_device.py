@@ -117,6 +117,8 @@ def test_a_gpu_that_is_not_there_is_an_error_and_is_never_taken_by_itself():
     assert config.device == "cpu" and config.compile is False
     with pytest.raises(UserError, match="compile=true is for GPUs"):
         TrainConfig(compile=True).resolved(1)
+    with pytest.raises(UserError, match="cuda_graphs=true needs a GPU"):
+        TrainConfig(cuda_graphs=True).resolved(1)
 
 
 def test_settings_of_a_gpu_leave_a_cpu_alone():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.ops.chunked_loss import chunked_cross_entropy
@@ -10,6 +11,7 @@ from plinth.ops.loss import linear_cross_entropy
 from plinth.run import Run, describe_hardware
 from plinth.training.checkpoint import list_checkpoints
 from plinth.training.device import device_settings
+from plinth.training.graphs import MOST_SHAPES, GraphedGradients
 from plinth.training.loop import TrainConfig, train
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig, build_optimizer
@@ -53,10 +55,10 @@ def losses(run):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-3), ("bfloat16", 3e-2)])
-@pytest.mark.parametrize("compile", [False, True])
-def test_the_loss_curve_is_the_cpus(tmp_path, dtype, tolerance, compile):
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"cuda_graphs": True}, {"compile": True, "cuda_graphs": True}])
+def test_the_loss_curve_is_the_cpus(tmp_path, dtype, tolerance, options):
     on_cpu, _, _ = run_training(tmp_path / "cpu", "cpu", dtype=dtype)
-    on_gpu, weights, summary = run_training(tmp_path / "gpu", "cuda", dtype=dtype, compile=compile)
+    on_gpu, weights, summary = run_training(tmp_path / "gpu", "cuda", dtype=dtype, **options)
     assert (losses(on_gpu) - losses(on_cpu)).abs().max() < tolerance
     assert losses(on_gpu)[-1] < losses(on_gpu)[0] - 0.1
     assert {w.device.type for w in weights.values()} == {"cpu"} and {w.dtype for w in weights.values()} == {torch.float32}
@@ -111,6 +113,25 @@ def test_a_step_waits_for_the_gpu_once():
     events = {event.key: event.count for event in profile.key_averages()}
     assert events.get("aten::_local_scalar_dense", 0) == 0  # .item(); the one look is a copy of a few numbers
     assert sum(events.get(name, 0) for name in ("Memcpy DtoH (Device -> Pageable)", "Memcpy DtoH (Device -> Pinned)")) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_give_the_bits_of_single_launches(tmp_path, dtype):
+    options = {"dtype": dtype, "deterministic": True}
+    plain, weights, _ = run_training(tmp_path / "plain", "cuda", **options)
+    graphed, same, _ = run_training(tmp_path / "graphed", "cuda", cuda_graphs=True, **options)
+    assert torch.equal(losses(plain), losses(graphed))
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_too_many_shapes_for_graphs_are_an_error():
+    masters = MasterWeights(Transformer(CONFIG).init_weights(torch.Generator().manual_seed(0)), torch.bfloat16, "cuda")
+    gradients = GraphedGradients()
+    rows = [torch.zeros(1, 8 + n, dtype=torch.int64) for n in range(MOST_SHAPES + 1)]
+    for row in rows[:-1]:
+        gradients(masters, causal_lm_loss, (row, row))
+    with pytest.raises(UserError, match=f"more than {MOST_SHAPES} shapes"):
+        gradients(masters, causal_lm_loss, (rows[-1], rows[-1]))
 
 
 def test_tf32_is_as_asked_and_put_back():

@@ -17,10 +17,11 @@ from plinth.run import Progress, Run, usable_cores
 from plinth.training.checkpoint import load_checkpoint, save_checkpoint
 from plinth.training.compile import COMPILE_PAYS_STEPS, compiled_blocks
 from plinth.training.device import check_device_name, choose_device, device_settings, peak_memory_bytes
+from plinth.training.graphs import GraphedGradients
 from plinth.training.optim import OptimizerConfig, Scale, build_optimizer
 from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
 from plinth.training.schedule import warmup_stable_decay
-from plinth.training.step import Batch, LossFunction, NonFiniteError, open_workers, train_step
+from plinth.training.step import Batch, LossFunction, NonFiniteError, open_workers, take_gradients, train_step
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class TrainConfig:
     """where to compute: cpu, cuda or cuda:N (default: cuda where PyTorch sees a GPU, else cpu)"""
     compile: bool | None = None
     """compile the blocks of the model (default: on a GPU, for runs of 300 updates or more)"""
+    cuda_graphs: bool = False
+    """launch forward and backward of a micro-batch as one CUDA graph; for small models and batches of one shape"""
     tf32: bool = False
     """multiply fp32 matrices on a GPU in TF32: faster, 10 bits of fraction; bfloat16 products stay as they are"""
     deterministic: bool = False
@@ -70,6 +73,8 @@ class TrainConfig:
         device, steps = choose_device(self.device), self.steps or steps
         if self.compile and device == "cpu":
             raise UserError("compile=true is for GPUs: a CPU's operations are fused by hand. Leave it out, or name a GPU with --device.")
+        if self.cuda_graphs and device == "cpu":
+            raise UserError("cuda_graphs=true needs a GPU. Leave it out, or name a GPU with --device.")
         pays = device != "cpu" and (steps or 0) >= COMPILE_PAYS_STEPS
         return replace(
             self,
@@ -116,6 +121,7 @@ def train(
     device = choose_device(config.device)
     masters = MasterWeights(model, DTYPES[config.dtype], device)
     optimizer = build_optimizer(masters, config.optimizer, scales)
+    gradients = GraphedGradients() if config.cuda_graphs else take_gradients
     start_step = 0
     if resume:
         start_step, warnings = load_checkpoint(run, masters, optimizer)
@@ -140,7 +146,7 @@ def train(
             try:
                 result = train_step(
                     masters, loss_function, batches_at(step), optimizer, workers,
-                    lr_scale=lr_scale, clip_grad_norm=config.clip_grad_norm,
+                    lr_scale=lr_scale, clip_grad_norm=config.clip_grad_norm, gradients=gradients,
                 )  # fmt: skip
             except NonFiniteError as error:
                 raise UserError(

@@ -103,8 +103,22 @@ def open_workers(num_threads: int, device: str = "cpu") -> Iterator[Workers | In
         release_freed_memory()
 
 
+MicroBatchGradients = tuple[torch.Tensor, Sum, dict[str, Sum], Sequence[torch.Tensor | None]]
+"""Loss sum, count, metric sums, and the gradient of the loss sum in the model's dtype, None for parameters that it does not reach."""
+
+
+def take_gradients(masters: MasterWeights, loss_function: LossFunction, batch: Batch) -> MicroBatchGradients:
+    """Run one micro-batch forward and backward."""
+    loss, count, metrics = loss_function(masters.model, move_batch(batch, masters.device))
+    return loss.detach(), count, metrics, torch.autograd.grad(loss, masters.parameters, allow_unused=True)
+
+
 def split_gradients(
-    masters: MasterWeights, loss_function: LossFunction, batches: Sequence[Batch], workers: Workers | InlineWorker
+    masters: MasterWeights,
+    loss_function: LossFunction,
+    batches: Sequence[Batch],
+    workers: Workers | InlineWorker,
+    gradients: Callable[..., MicroBatchGradients] = take_gradients,
 ) -> tuple[Sum, Sum, dict[str, Sum], list[torch.Tensor]]:
     """Return loss sum, count, metric sums, and the fp32 gradient of the loss sum over all micro-batches.
 
@@ -114,10 +128,9 @@ def split_gradients(
     def run(share: Sequence[Batch]):
         total, loss_sum, count, sums = None, 0.0, 0.0, {}
         for batch in share:
-            loss, batch_count, metrics = loss_function(masters.model, move_batch(batch, masters.device))
-            grads = torch.autograd.grad(loss, masters.parameters, allow_unused=True)
+            loss, batch_count, metrics, grads = gradients(masters, loss_function, batch)
             total = _accumulate(total, grads, masters.parameters)
-            loss_sum, count = loss_sum + loss.detach().double(), count + batch_count
+            loss_sum, count = loss_sum + loss.double(), count + batch_count
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value
         return loss_sum, count, sums, total
@@ -159,13 +172,15 @@ def train_step(
     *,
     lr_scale: float = 1.0,
     clip_grad_norm: float | None = 1.0,
+    gradients: Callable[..., MicroBatchGradients] = take_gradients,
 ) -> StepResult:
     """Do one optimizer update on the mean loss of all micro-batches.
 
     The mean is taken once, over the count of all micro-batches together. Raises NonFiniteError before the update
-    when loss or gradient is not finite, and ValueError when no token is counted. Waits for a GPU once, before the update.
+    when loss or gradient is not finite, and ValueError when no token is counted. Waits for a GPU once, before the update. `gradients` does one micro-batch:
+    here, or as a CUDA graph (`training.graphs`).
     """
-    loss_sum, count, sums, grads = split_gradients(masters, loss_function, batches, workers)
+    loss_sum, count, sums, grads = split_gradients(masters, loss_function, batches, workers, gradients)
     torch._foreach_mul_(grads, (1.0 / torch.as_tensor(count, dtype=torch.float64, device=masters.device)).float())
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     loss_sum, count, grad_norm, *values = read_scalars([loss_sum, count, norm, *sums.values()])
