@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from plinth.training.device import move_batch
 from plinth.training.optim import orthogonalise
 from plinth.training.parallel import Ranks, balanced, padded
 from plinth.training.precision import DTYPES
@@ -24,6 +25,7 @@ class ShardedWeights:
 
     def __init__(self, model: nn.Module, dtype: str, ranks: Ranks):
         self.model, self.ranks, self.compute_dtype = model, ranks, DTYPES[dtype]
+        self.device = ranks.device
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
@@ -52,11 +54,11 @@ class ShardedWeights:
         loss_sum, count, sums = 0.0, 0.0, {}
         for i, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(i + 1 == len(batches))
-            loss, batch_count, metrics = loss_function(self.model, batch)
+            loss, batch_count, metrics = loss_function(self.model, move_batch(batch, self.device))
             loss.backward()
-            loss_sum, count = loss_sum + float(loss.detach()), count + batch_count
+            loss_sum, count = loss_sum + float(loss.detach()), count + float(batch_count)
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+                sums[name] = sums.get(name, 0.0) + float(value)
         keys = sorted(sums)
         loss_sum, count, *totals = self.ranks.sum([loss_sum, count, *(sums[key] for key in keys)])
         return loss_sum, count, dict(zip(keys, totals)), self._take_gradients()

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,6 +18,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, pa
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from plinth.config import UserError
+from plinth.ops.linear import linear
 from plinth.training.parallel import Ranks
 from plinth.training.precision import DTYPES
 
@@ -41,7 +41,7 @@ class SplitLinear(nn.Module):
         return torch.cat([part.to_local() if isinstance(part, DTensor) else part for part in self.parts])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class SplitColumns(ParallelStyle):
@@ -51,6 +51,21 @@ class SplitColumns(ParallelStyle):
         for i, part in enumerate(module.parts):
             module.parts[i] = nn.Parameter(distribute_tensor(part.data, device_mesh, [Shard(0)], src_data_rank=None))
         module.register_forward_pre_hook(lambda _, inputs: (_shared_input(inputs[0], device_mesh),))
+        return module
+
+
+class SplitRows(ParallelStyle):
+    """Give each rank the columns of a linear layer that meet its own heads or features; the results are summed over the ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        weight = distribute_tensor(module.weight.data, device_mesh, [Shard(1)], src_data_rank=None)
+        module.register_parameter("weight", nn.Parameter(weight))
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            share = DTensor.from_local(linear(x, module.weight.to_local()), device_mesh, [Partial()], run_check=False)
+            return share.redistribute(placements=[Replicate()]).to_local()
+
+        module.forward = forward
         return module
 
 
@@ -128,7 +143,7 @@ def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
         for name in ("attention.qkv", "mlp.gate_up"):
             plan[f"layers.{i}.{name}"] = SplitColumns()
         for name in ("attention.out", "mlp.down"):
-            plan[f"layers.{i}.{name}"] = RowwiseParallel()
+            plan[f"layers.{i}.{name}"] = SplitRows()
     return plan
 
 
