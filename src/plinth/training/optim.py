@@ -80,7 +80,7 @@ class Optimizer:
         self, masters: MasterWeights, config: OptimizerConfig, parts: dict[str, tuple[int, ...]], scales: dict[str, Scale] | None = None
     ):
         self.config, self.masters = config, masters
-        self.scales = {name: (scales or {}).get(name, Scale()) for name in masters.tensors}
+        self.scales = {name: (scales or {}).get(masters.plain_name(name), Scale()) for name in masters.tensors}
         self.parts = parts if config.name == "muon" else {}
         self.num_updates = 0
         self.state: dict[str, torch.Tensor] = {}
@@ -95,7 +95,10 @@ class Optimizer:
         """Update the master weights in place; `lr_scale` multiplies the peak rates."""
         self.num_updates += 1
         jobs: list[Callable[[], None]] = [lambda: self._adamw(grads, lr_scale)]
-        jobs += [self._muon_job(grads, lr_scale, share) for share in self._muon_shares(workers.num_threads)]
+        if self.masters.ranks is None:
+            jobs += [self._muon_job(grads, lr_scale, share) for share in self._muon_shares(workers.num_threads)]
+        elif self.parts:
+            jobs += [lambda: self._muon_over_ranks(grads, lr_scale)]
         workers.map(lambda job: job(), jobs[::-1])
 
     def _adamw(self, grads: dict[str, torch.Tensor], lr_scale: float) -> None:
@@ -140,27 +143,49 @@ class Optimizer:
 
     def _muon_job(self, grads, lr_scale: float, share) -> Callable[[], None]:
         def job() -> None:
-            config, momentum = self.config, self.config.momentum_at(self.num_updates)
-            buffers = [self.state[f"momentum/{name}"][a:b] for name, a, b in share]
-            parts = [grads[name][a:b] for name, a, b in share]
-            torch._foreach_lerp_(buffers, parts, 1.0 - momentum)
-            directions = torch.stack(torch._foreach_lerp(parts, buffers, momentum))
+            config = self.config
+            directions = torch.stack(self._directions(grads, share))
             polynomials = quintics(config.polynomials, config.newton_schulz_steps)
             updates = orthogonalise(directions, polynomials, self.masters.parameters[0].dtype).float()
             if config.normuon_beta2 is not None:
                 for (name, a, b), update in zip(share, updates):
                     normalise_neurons(update, self.state[f"row_square/{name}"][a:b], config.normuon_beta2)
-            stretch = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
-            groups = defaultdict(list)  # one call for all matrices with the same rates
-            for (name, a, b), update in zip(share, updates):
-                groups[self.scales[name]].append((self.masters.tensors[name][a:b], update))
-            for scale, pairs in groups.items():
-                lr = config.muon_lr * lr_scale * scale.lr
-                weights, moves = map(list, zip(*pairs))
-                decay_weights(weights, moves, lr * config.weight_decay * scale.weight_decay, config.cautious_decay)
-                torch._foreach_add_(weights, moves, alpha=-lr * stretch)
+            self._move(share, updates, lr_scale, updates.shape[1] / updates.shape[2])
 
         return job
+
+    def _muon_over_ranks(self, grads, lr_scale: float) -> None:
+        """Move this rank's shards; the ranks deal the matrices among them and send each other the shards of directions and updates."""
+        names = list(self.parts)
+        shares = [(name, 0, self.masters.tensors[name].shape[0]) for name in names]
+        polynomials = quintics(self.config.polynomials, self.config.newton_schulz_steps)
+        updates = self.masters.orthogonalise(dict(zip(names, self._directions(grads, shares))), polynomials)
+        by_ratio = defaultdict(list)
+        for share in shares:
+            rows, columns = self.masters.shapes[share[0]]
+            by_ratio[rows / columns].append(share)
+        for ratio, group in by_ratio.items():
+            self._move(group, [updates[name] for name, _, _ in group], lr_scale, ratio)
+
+    def _directions(self, grads, share) -> list[torch.Tensor]:
+        """Move the momentum of the share's matrices and return what is to be orthogonalised (Nesterov)."""
+        momentum = self.config.momentum_at(self.num_updates)
+        buffers = [self.state[f"momentum/{name}"][a:b] for name, a, b in share]
+        parts = [grads[name][a:b] for name, a, b in share]
+        torch._foreach_lerp_(buffers, parts, 1.0 - momentum)
+        return list(torch._foreach_lerp(parts, buffers, momentum))
+
+    def _move(self, share, updates, lr_scale: float, ratio: float) -> None:
+        """Decay and update the share's weights; `ratio` is rows over columns of the whole matrices."""
+        config = self.config
+        groups = defaultdict(list)  # one call for all matrices with the same rates
+        for (name, a, b), update in zip(share, updates):
+            groups[self.scales[name]].append((self.masters.tensors[name][a:b], update))
+        for scale, pairs in groups.items():
+            lr = config.muon_lr * lr_scale * scale.lr
+            weights, moves = map(list, zip(*pairs))
+            decay_weights(weights, moves, lr * config.weight_decay * scale.weight_decay, config.cautious_decay)
+            torch._foreach_add_(weights, moves, alpha=-lr * max(1.0, ratio) ** 0.5)
 
     def load(self, state: dict[str, torch.Tensor], num_updates: int) -> None:
         """Take over saved state by name."""
@@ -199,6 +224,9 @@ def normalise_neurons(update: torch.Tensor, row_square: torch.Tensor, beta2: flo
 def build_optimizer(masters: MasterWeights, config: OptimizerConfig, scales: dict[str, Scale] | None = None) -> Optimizer:
     """Make the optimizer for a model; the model says by `matrix_parts` which parameters Muon may take and how to cut them.
 
-    `scales` gives factors by parameter name; a parameter that it does not name keeps the configured rates.
+    `scales` gives factors by parameter name; a parameter that it does not name keeps the configured rates. Raises UserError for
+    NorMuon over several ranks, whose means need whole rows.
     """
-    return Optimizer(masters, config, masters.model.matrix_parts(), scales)
+    if masters.ranks is not None and config.normuon_beta2 is not None:
+        raise UserError(f"normuon_beta2={config.normuon_beta2} needs whole matrices on each process. Leave it out, or train on one process.")
+    return Optimizer(masters, config, masters.matrix_parts(), scales)

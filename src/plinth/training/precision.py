@@ -29,7 +29,12 @@ def fastest_dtype(device: str | None = None) -> str:
 
 
 class MasterWeights:
-    """The fp32 weights that the optimizer moves; `publish` rounds them into the model's own dtype. Both lie on `device`."""
+    """The fp32 weights that the optimizer moves; `publish` rounds them into the model's own dtype. Both lie on `device`.
+
+    `ranks` is None: these are one process's whole weights. `training.sharded_weights` has those of many.
+    """
+
+    ranks = None
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: str = "cpu"):
         self.device = torch.device(device)
@@ -38,6 +43,18 @@ class MasterWeights:
         self.tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         self.model = model.to(dtype)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def matrix_parts(self) -> dict[str, tuple[int, ...]]:
+        """Return the hidden matrices by name, each with the row counts of the projections fused in it."""
+        return self.model.matrix_parts()
+
+    def plain_name(self, name: str) -> str:
+        """Return the model's own name of a tensor."""
+        return name
+
+    def norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
+        """Return the norm of the whole gradient, a scalar on the device."""
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from plinth.training.device import move_batch
-from plinth.training.optim import orthogonalise
+from plinth.training.muon import Quintic, orthogonalise
 from plinth.training.parallel import Ranks, balanced, padded
 from plinth.training.precision import DTYPES
 from plinth.training.sharding import SEES_OWN_HEADS_ONLY, block_of, cut_dimension, fused_name, num_elements
@@ -40,6 +40,10 @@ class ShardedWeights:
         """Return the hidden matrices by name; here each projection is a matrix of its own."""
         hidden = set(self.model.matrix_parts())
         return {name: (self.shapes[name][0],) for name in self.names if fused_name(name)[0] in hidden}
+
+    def plain_name(self, name: str) -> str:
+        """Return the model's own name of the tensor that this one is, or is a part of."""
+        return fused_name(name)[0]
 
     def block(self, name: str, member: int | None = None) -> tuple[slice, ...]:
         """Return which block of a whole parameter this rank, or another of its copy, holds."""
@@ -73,7 +77,7 @@ class ShardedWeights:
             grads.append(grad)
         return grads
 
-    def grad_norm(self, grads: Sequence[torch.Tensor]) -> float:
+    def norm(self, grads: Sequence[torch.Tensor]) -> float:
         """Return the norm of the whole gradient, alike on all ranks; what tensor-parallel ranks hold alike counts once."""
         squares = 0.0
         for name, grad in zip(self.names, grads):
@@ -81,7 +85,7 @@ class ShardedWeights:
                 squares += float(torch.linalg.vector_norm(grad)) ** 2
         return (self.ranks.sum([squares])[0] * self.ranks.tp / self.ranks.replicas) ** 0.5
 
-    def orthogonalise(self, directions: dict[str, torch.Tensor], steps: int) -> dict[str, torch.Tensor]:
+    def orthogonalise(self, directions: dict[str, torch.Tensor], quintics: tuple[Quintic, ...]) -> dict[str, torch.Tensor]:
         """Return this rank's shards of the orthogonalised matrices, given its shards of the directions.
 
         Each matrix is put together on one rank, which iterates, and cut up again; the ranks' shares of the work are about equal. Shards
@@ -96,7 +100,7 @@ class ShardedWeights:
         mine = owned[ranks.copy_rank]
         sent = {name: directions[name].to(self.compute_dtype) for names in owned for name in names}
         whole = self._collect(sent, owned, mine)
-        updates = self._spread(_orthogonalise_stacks(whole, steps, self.compute_dtype), owned, mine)
+        updates = self._spread(_orthogonalise_stacks(whole, quintics, self.compute_dtype), owned, mine)
         return {name: update.float() for name, update in self._share_between_copies(updates).items()}
 
     def _sizes(self, names: Sequence[str], member: int) -> int:
@@ -187,15 +191,14 @@ class ShardedWeights:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
-def _orthogonalise_stacks(matrices: dict[str, torch.Tensor], steps: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _orthogonalise_stacks(
+    matrices: dict[str, torch.Tensor], quintics: tuple[Quintic, ...], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """Orthogonalise whole matrices, those of one shape in one batch."""
     by_shape = defaultdict(list)
     for name, matrix in matrices.items():
-        by_shape[tuple(sorted(matrix.shape))].append(name)
-    done = {}
+        by_shape[matrix.shape].append(name)
+    done: dict[str, torch.Tensor] = {}
     for names in by_shape.values():
-        tall = [matrices[name].shape[0] > matrices[name].shape[1] for name in names]
-        stack = torch.stack([matrices[name].T if high else matrices[name] for name, high in zip(names, tall)])
-        for name, high, update in zip(names, tall, orthogonalise(stack, steps, dtype).to(dtype)):
-            done[name] = update.T if high else update
+        done |= zip(names, orthogonalise(torch.stack([matrices[name] for name in names]), quintics, dtype))
     return done

@@ -40,7 +40,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class InlineWorker:
-    """The worker of a GPU: one thread of the processor gives it its work, and the GPU does it side by side."""
+    """The calling thread itself: it gives a GPU its work, which does it side by side; or it is one rank of several."""
 
     num_threads = 1
 
@@ -85,8 +85,11 @@ def _wake_matrix_library() -> None:
 
 
 @contextlib.contextmanager
-def open_workers(num_threads: int, device: str = "cpu") -> Iterator[Workers | InlineWorker]:
-    """Give worker threads, or on a GPU the calling thread; on a CPU its own operations meanwhile use one core."""
+def open_workers(num_threads: int, device: str = "cpu", *, inline: bool = False) -> Iterator[Workers | InlineWorker]:
+    """Give worker threads, or on a GPU the calling thread; on a CPU its own operations meanwhile use one core.
+
+    `inline` takes the calling thread on a CPU too: sharded models can be driven from one thread only.
+    """
     if torch.device(device).type != "cpu":
         yield InlineWorker()
         return
@@ -94,11 +97,16 @@ def open_workers(num_threads: int, device: str = "cpu") -> Iterator[Workers | In
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     _wake_matrix_library()
-    workers = Workers(num_threads)
+    workers = None if inline else Workers(num_threads)
     try:
-        yield workers
+        if workers is None:
+            torch.set_flush_denormal(True)
+        yield workers or InlineWorker()
     finally:
-        workers.close()
+        if workers is None:
+            torch.set_flush_denormal(False)
+        else:
+            workers.close()
         torch.set_num_threads(before)
         release_freed_memory()
 
@@ -122,8 +130,10 @@ def split_gradients(
 ) -> tuple[Sum, Sum, dict[str, Sum], list[torch.Tensor]]:
     """Return loss sum, count, metric sums, and the fp32 gradient of the loss sum over all micro-batches.
 
-    On a GPU the sums are scalars there, still being computed.
+    On a GPU the sums are scalars there, still being computed. One rank of several gets the sums over all and its shards.
     """
+    if masters.ranks is not None:
+        return masters.gradients(loss_function, batches)
 
     def run(share: Sequence[Batch]):
         total, loss_sum, count, sums = None, 0.0, 0.0, {}
@@ -182,8 +192,7 @@ def train_step(
     """
     loss_sum, count, sums, grads = split_gradients(masters, loss_function, batches, workers, gradients)
     torch._foreach_mul_(grads, (1.0 / torch.as_tensor(count, dtype=torch.float64, device=masters.device)).float())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    loss_sum, count, grad_norm, *values = read_scalars([loss_sum, count, norm, *sums.values()])
+    loss_sum, count, grad_norm, *values = read_scalars([loss_sum, count, masters.norm(grads), *sums.values()])
     if not count:
         raise ValueError("the batch holds no supervised token.")
     sums, loss = dict(zip(sums, values)), loss_sum / count
