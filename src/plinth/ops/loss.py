@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from plinth.ops import kernels
 from plinth.ops.chunked_loss import chunked_cross_entropy
 from plinth.ops.linear import WeightGradient, takes_rows
-from plinth.ops.vocab_parallel import vocab_parallel_cross_entropy
+from plinth.ops.vocab_parallel import spread_cross_entropy
 
 CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread: 4 MB in bf16
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -85,9 +85,7 @@ def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targe
     above 87 nats is cut there.  The slow twin is `F.cross_entropy(hidden @ weight.T, targets, ignore_index=-1, reduction="sum")`.
     """
     if hasattr(weight_VD, "device_mesh"):  # a DTensor: the head's rows are spread over processes
-        mesh = weight_VD.device_mesh
-        first_row = mesh.get_local_rank() * -(-weight_VD.shape[0] // mesh.size())
-        return vocab_parallel_cross_entropy(hidden_ND, weight_VD.to_local(), targets_N, first_row=first_row, group=mesh.get_group())
+        return spread_cross_entropy(hidden_ND, weight_VD, targets_N)
     if hidden_ND.device.type != "cpu":
         return chunked_cross_entropy(hidden_ND, weight_VD, targets_N)
     if takes_rows(hidden_ND, weight_VD):

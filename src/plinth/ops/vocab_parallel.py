@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -53,10 +55,17 @@ def _chunk(logits_NV, targets_N, first_row, group) -> tuple[torch.Tensor, torch.
 
 
 def vocab_parallel_cross_entropy(hidden_ND, weight_VD, targets_N, *, first_row: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return the summed cross-entropy in nats of `targets_N` under softmax over all processes' rows, a fp32 scalar, alike on all of `group`.
+    """Return the summed cross-entropy in nats of `targets_N` under softmax over all processes' rows: a fp32 scalar, alike on all.
 
     Each process passes its rows of the head, the first of which is row `first_row` of the whole, and the same hidden states and
     targets; targets below zero do not count. The slow twin is `plinth.ops.loss.linear_cross_entropy` with the whole head.
     Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 (cross-entropy without gathering the logits).
     """
     return _VocabParallelCrossEntropy.apply(hidden_ND, weight_VD, targets_N, first_row, group)
+
+
+def spread_cross_entropy(hidden_ND: torch.Tensor, weight_VD: Any, targets_N: torch.Tensor) -> torch.Tensor:
+    """Do `vocab_parallel_cross_entropy` for a head that is a DTensor cut by rows over a mesh of one dimension."""
+    mesh = weight_VD.device_mesh
+    first_row = mesh.get_local_rank() * -(-weight_VD.shape[0] // mesh.size())
+    return vocab_parallel_cross_entropy(hidden_ND, weight_VD.to_local(), targets_N, first_row=first_row, group=mesh.get_group())

@@ -156,13 +156,14 @@ class Optimizer:
 
     def _muon_over_ranks(self, grads, lr_scale: float) -> None:
         """Move this rank's shards; the ranks deal the matrices among them and send each other the shards of directions and updates."""
+        masters: Any = self.masters  # a ShardedWeights
         names = list(self.parts)
-        shares = [(name, 0, self.masters.tensors[name].shape[0]) for name in names]
+        shares = [(name, 0, masters.tensors[name].shape[0]) for name in names]
         polynomials = quintics(self.config.polynomials, self.config.newton_schulz_steps)
-        updates = self.masters.orthogonalise(dict(zip(names, self._directions(grads, shares))), polynomials)
+        updates = masters.orthogonalise(dict(zip(names, self._directions(grads, shares))), polynomials)
         by_ratio = defaultdict(list)
         for share in shares:
-            rows, columns = self.masters.shapes[share[0]]
+            rows, columns = masters.shapes[share[0]]
             by_ratio[rows / columns].append(share)
         for ratio, group in by_ratio.items():
             self._move(group, [updates[name] for name, _, _ in group], lr_scale, ratio)
@@ -228,5 +229,7 @@ def build_optimizer(masters: MasterWeights, config: OptimizerConfig, scales: dic
     NorMuon over several ranks, whose means need whole rows.
     """
     if masters.ranks is not None and config.normuon_beta2 is not None:
-        raise UserError(f"normuon_beta2={config.normuon_beta2} needs whole matrices on each process. Leave it out, or train on one process.")
+        raise UserError(
+            f"normuon_beta2={config.normuon_beta2} needs whole matrices on each process. Leave it out, or train on one process."
+        )
     return Optimizer(masters, config, masters.matrix_parts(), scales)

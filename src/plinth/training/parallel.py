@@ -52,7 +52,8 @@ class ParallelConfig:
         shard = self.dp_shard if self.dp_shard is not None else max(1, world_size // fixed)
         if fixed * shard != world_size:
             raise UserError(
-                f"parallel.dp_replicate={self.dp_replicate} x parallel.dp_shard={shard} x parallel.tp={self.tp} = {fixed * shard} processes, "
+                f"parallel.dp_replicate={self.dp_replicate} x parallel.dp_shard={shard} x parallel.tp={self.tp} "
+                f"= {fixed * shard} processes, "
                 f"but WORLD_SIZE={world_size}. Launch `torchrun --nproc-per-node {fixed * shard} -m plinth ...`, or change the degrees."
             )
         return self.dp_replicate, shard, self.tp
@@ -232,5 +233,3 @@ def padded(tensors: list[torch.Tensor], size: int, like: torch.Tensor) -> torch.
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         out[: flat.numel()] = flat
     return out
-
-

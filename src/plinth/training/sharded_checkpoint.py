@@ -37,7 +37,7 @@ def distributed_tensors(masters: ShardedWeights, shards: Mapping[str, torch.Tens
         if name not in parameters or shard.shape != masters.tensors[name].shape:
             views[key] = shard  # alike on all ranks
             continue
-        whole = parameters[name]
+        whole: Any = parameters[name]
         views[key] = DTensor.from_local(
             shard, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )

@@ -26,7 +26,7 @@ class ShardedWeights:
     def __init__(self, model: nn.Module, dtype: str, ranks: Ranks):
         self.model, self.ranks, self.compute_dtype = model, ranks, DTYPES[dtype]
         self.device = ranks.device
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named: list[tuple[str, Any]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         self.tensors = {name: p.detach().to_local() for name, p in named}
@@ -70,7 +70,8 @@ class ShardedWeights:
     def _take_gradients(self) -> list[torch.Tensor]:
         grads = []
         for name, parameter in zip(self.names, self.parameters):
-            grad = torch.zeros_like(self.tensors[name]) if parameter.grad is None else parameter.grad.to_local().float()
+            grad: Any = parameter.grad
+            grad = torch.zeros_like(self.tensors[name]) if grad is None else grad.to_local().float()
             if self.ranks.tp > 1 and name.endswith(SEES_OWN_HEADS_ONLY):
                 dist.all_reduce(grad, group=self.ranks.tp_group)
             parameter.grad = None
@@ -144,7 +145,8 @@ class ShardedWeights:
             return updates
         assert self._owners is not None
         by_copy = [
-            [name for names in self._owners[r * ranks.copy_size : (r + 1) * ranks.copy_size] for name in names] for r in range(ranks.replicas)
+            [name for names in self._owners[r * ranks.copy_size : (r + 1) * ranks.copy_size] for name in names]
+            for r in range(ranks.replicas)
         ]
         size = max(self._sizes(names, ranks.copy_rank) for names in by_copy)
         like = torch.empty(0, dtype=self.compute_dtype, device=ranks.device)
@@ -191,9 +193,7 @@ class ShardedWeights:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
-def _orthogonalise_stacks(
-    matrices: dict[str, torch.Tensor], quintics: tuple[Quintic, ...], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _orthogonalise_stacks(matrices: dict[str, torch.Tensor], quintics: tuple[Quintic, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Orthogonalise whole matrices, those of one shape in one batch."""
     by_shape = defaultdict(list)
     for name, matrix in matrices.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,7 +122,9 @@ def check_divisible(model: nn.Module, tp: int) -> None:
     known = (*(f"{module}.weight" for module in CUT), *SCALES)
     strange = [name for name, _ in model.named_parameters() if not name.endswith(known)]
     if strange and tp > 1:
-        raise UserError(f"parallel.tp={tp}: no plan says how to cut {strange[0]}. Use parallel.tp=1, or leave out the model option behind it.")
+        raise UserError(
+            f"parallel.tp={tp}: no plan says how to cut {strange[0]}. Use parallel.tp=1, or leave out the model option behind it."
+        )
 
 
 def split_projections(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -210,7 +213,7 @@ def num_elements(block: tuple[slice, ...]) -> int:
 
 
 @torch.no_grad()
-def fill(parameters: dict[str, nn.Parameter], splits: dict[str, tuple[int, ...]], ranks: Ranks, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+def fill(parameters: dict[str, Any], splits: dict[str, tuple[int, ...]], ranks: Ranks, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copy this rank's blocks of whole tensors, given under the model's own names, into its shards."""
     missing = set(parameters)
     for name, tensor in parts_of(weights, splits):
