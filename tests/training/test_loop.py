@@ -136,13 +136,16 @@ def test_an_unfinished_checkpoint_is_never_read(tmp_path, monkeypatch):
 
 
 def test_a_non_finite_loss_names_the_step_and_keeps_the_checkpoints(tmp_path):
+    poisoned = batches_at(3)[1][0][0]
+
     def loss(model, batch):
         total, count, metrics = causal_lm_loss(model, batch)
-        return (total * float("inf") if batches_seen.pop(0) >= 3 else total), count, metrics
+        return (total * float("inf") if any(torch.equal(row, poisoned) for row in batch[0]) else total), count, metrics
 
-    batches_seen = [0, 0, 1, 1, 2, 2, 3, 3]
     with pytest.raises(UserError, match="stopped before update 4: .* not both finite"):
         run_training(tmp_path / "run", loss=loss, config=make_config())
+    record = Run(tmp_path / "run").metrics()[-1]
+    assert (record["event"], record["action"], record["rows"], record["documents"]) == ("non-finite", "stop", [2], "rows [2] of step 4")
     assert list_checkpoints(Run(tmp_path / "run"))[-1].name == "step_000003"
 
 

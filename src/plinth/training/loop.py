@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,9 @@ from plinth.training.graphs import GraphedGradients
 from plinth.training.optim import OptimizerConfig, Scale, build_optimizer
 from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
 from plinth.training.schedule import warmup_stable_decay
-from plinth.training.step import Batch, LossFunction, NonFiniteError, open_workers, take_gradients, train_step
+from plinth.training.spikes import BadBatchError, DescribeBatch, SpikeConfig, SpikeGuard, trace_rows
+from plinth.training.step import Batch, LossFunction, open_workers, take_gradients, train_step
+from plinth.training.telemetry import Telemetry, TelemetryConfig, gpu_ids
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class TrainConfig:
     """newest checkpoints kept"""
     seed: int = 0
     """seed of initialisation and order of batches"""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """updates that look wrong"""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """where metrics go, and what energy costs"""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -69,7 +76,11 @@ class TrainConfig:
             raise UserError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
 
     def resolved(self, steps: int | None = None) -> TrainConfig:
-        """Fill in what the machine and the stage decide; `steps` counts where the user named none."""
+        """Fill in what the machine and the stage decide; `steps` counts where the user named none.
+
+        Raises UserError when a tracker cannot be had here: before there is a run.
+        """
+        self.telemetry.check()
         device, steps = choose_device(self.device), self.steps or steps
         if self.compile and device == "cpu":
             raise UserError("compile=true is for GPUs: a CPU's operations are fused by hand. Leave it out, or name a GPU with --device.")
@@ -107,6 +118,7 @@ def train(
     flops_per_token: float | None = None,
     matmul_flops_per_s: float | None = None,
     scales: dict[str, Scale] | None = None,
+    describe_batch: DescribeBatch = lambda step, rows: f"rows {list(rows)} of step {step + 1}" if rows else f"all of step {step + 1}",
     resume: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -115,24 +127,39 @@ def train(
     `batches_at(step)` gives the micro-batches of a step and must depend on nothing but the step: that makes a
     resumed run equal an uninterrupted one bit for bit. `scales` are the optimizer's factors by parameter.
     Metrics go to run.log, checkpoints to run.checkpoints_dir.
-    Raises Stopped after Ctrl-C or SIGTERM, and UserError on a loss or gradient that is not finite, before the update.
+    `describe_batch(step, rows)` names the documents of a batch that looks wrong.
+    Raises Stopped after Ctrl-C or SIGTERM, and BadBatchError (a UserError) before an update that is not to be made: config.spikes.
     """
     assert config.steps and config.dtype and config.num_threads, "train() takes a resolved configuration"
     device = choose_device(config.device)
     masters = MasterWeights(model, DTYPES[config.dtype], device)
     optimizer = build_optimizer(masters, config.optimizer, scales)
     gradients = GraphedGradients() if config.cuda_graphs else take_gradients
+    telemetry = Telemetry(
+        run, config.telemetry, cores=config.num_threads, gpus=gpu_ids(device),
+        flops_per_token=flops_per_token, matmul_flops_per_s=matmul_flops_per_s, warn=warn,
+    )  # fmt: skip
     start_step = 0
     if resume:
         start_step, warnings = load_checkpoint(run, masters, optimizer)
         for warning in warnings:
             warn(f"{warning} Falling back to step {start_step}.")
         run.truncate_metrics(start_step)
-    earlier = run.metrics()[-1:]
+    records = run.metrics()
+    earlier = records[-1:]
+
+    def trace(step: int, measure: str) -> tuple[tuple[int, ...], str]:
+        rows = trace_rows(masters, loss_function, batches_at(step), measure)
+        return rows, describe_batch(step, rows or None)
+
+    guard = SpikeGuard(config.spikes, trace, advice=_advice(run, config), warn=warn)
+    guard.restore(records)
+    telemetry.begin(start_step)
     clock = _Clock(earlier[0]["time_s"] if earlier else 0.0)
     tokens = earlier[0]["tokens"] if earlier else 0
     last_saved = time.monotonic()
     with (
+        telemetry,
         device_settings(device, tf32=config.tf32, deterministic=config.deterministic),
         open_workers(config.num_threads, device) as workers,
         compiled_blocks(model, bool(config.compile)),
@@ -142,33 +169,31 @@ def train(
         progress.update(start_step)
         for step in range(start_step, config.steps):
             began = time.perf_counter()
-            lr_scale = config.lr_scale(step)
+            lr_scale, batches = config.lr_scale(step), batches_at(step)
             try:
                 result = train_step(
-                    masters, loss_function, batches_at(step), optimizer, workers,
+                    masters, loss_function, batches, optimizer, workers,
                     lr_scale=lr_scale, clip_grad_norm=config.clip_grad_norm, gradients=gradients,
+                    allows=partial(guard.allows, step),
                 )  # fmt: skip
-            except NonFiniteError as error:
-                raise UserError(
-                    f"{description} stopped before update {step + 1}: {error} The weights are as of update {step}. "
-                    f"Lower lr={config.optimizer.lr} or muon_lr={config.optimizer.muon_lr}."
-                ) from None
-            step_s = time.perf_counter() - began
+            except BadBatchError as error:
+                telemetry.log_stop(error.incident)
+                save_checkpoint(run, step, masters, optimizer, keep=config.keep_checkpoints)
+                raise
             tokens += int(result.count)
-            tokens_per_s = result.count / step_s
-            mfu = tokens_per_s * flops_per_token / matmul_flops_per_s if flops_per_token and matmul_flops_per_s else None
-            run.log(
-                step=step + 1, time_s=round(clock.read(), 3), loss_nats=result.loss_nats,
-                lr=config.optimizer.lr * lr_scale, grad_norm=result.grad_norm,
-                tokens_per_s=round(tokens_per_s, 1), mfu=mfu, tokens=tokens, **result.metrics,
+            note = telemetry.log(
+                step + 1, result, lr=config.optimizer.lr * lr_scale, step_s=time.perf_counter() - began,
+                time_s=clock.read(), tokens=tokens, incident=guard.incident,
             )  # fmt: skip
-            progress.update(1, note=_note(result.loss_nats, tokens_per_s, mfu))
+            progress.update(1, note=note)
             last = step + 1 == config.steps
             if not last and (stop.requested or time.monotonic() - last_saved > config.checkpoint_every_s):
                 save_checkpoint(run, step + 1, masters, optimizer, keep=config.keep_checkpoints)
                 last_saved = time.monotonic()
             if stop.requested and not last:
                 raise Stopped(f"stopped after step {step + 1} of {config.steps}; saved. Continue with --resume.")
+        time_s = clock.read()
+        spent = telemetry.summary(time_s)
     model.float()
     masters.publish()
     model.to("cpu")
@@ -176,20 +201,25 @@ def train(
         "steps": config.steps,
         "tokens": tokens,
         "loss_nats": _recent_loss(run),
-        "time_s": clock.read(),
+        "time_s": time_s,
         "peak_memory_bytes": peak_memory_bytes(device),
+        **spent,
     }
 
 
-def _note(loss: float, tokens_per_s: float, mfu: float | None) -> str:
-    return f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s" + (f"  MFU {mfu:.0%}" if mfu else "")
+def _advice(run: Run, config: TrainConfig) -> str:
+    """Say how to go on after a stop before a bad update."""
+    return (
+        f"The weights before it are saved. Lower lr={config.optimizer.lr} or muon_lr={config.optimizer.muon_lr} in a new run; or leave "
+        f"the update out: set on_spike or on_nonfinite under train.spikes to skip in {run.path}/config.json, and continue with --resume."
+    )
 
 
 def _recent_loss(run: Run) -> float:
     """Return the mean training loss of the last twentieth of the steps (at most 50), less noisy than the last step's."""
-    records = run.metrics()
-    window = records[-max(1, min(50, len(records) // 20)) :]
-    return math.fsum(record["loss_nats"] for record in window) / len(window)
+    losses = [record["loss_nats"] for record in run.metrics() if record.get("loss_nats") is not None]
+    window = losses[-max(1, min(50, len(losses) // 20)) :]
+    return math.fsum(window) / len(window) if window else math.nan
 
 
 class _Clock:

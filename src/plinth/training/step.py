@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class StepResult:
     count: float
     grad_norm: float
     metrics: dict[str, float] = field(default_factory=dict)
+    applied: bool = True
+    """whether the update was made"""
 
 
 class NonFiniteError(ArithmeticError):
@@ -183,23 +185,33 @@ def train_step(
     lr_scale: float = 1.0,
     clip_grad_norm: float | None = 1.0,
     gradients: Callable[..., MicroBatchGradients] = take_gradients,
+    allows: Callable[[StepResult], bool] | None = None,
 ) -> StepResult:
     """Do one optimizer update on the mean loss of all micro-batches.
 
-    The mean is taken once, over the count of all micro-batches together. Raises NonFiniteError before the update
-    when loss or gradient is not finite, and ValueError when no token is counted. Waits for a GPU once, before the update. `gradients` does one micro-batch:
-    here, or as a CUDA graph (`training.graphs`).
+    The mean is taken once, over the count of all micro-batches together. `allows` sees what was measured before the update and may
+    refuse it (then neither weights nor optimizer change) or raise; without it, NonFiniteError is raised before the update when loss
+    or gradient is not finite. Raises ValueError when no token is counted. Waits for a GPU once, before the update. `gradients` does one
+    micro-batch: here, or as a CUDA graph (`training.graphs`).
     """
     loss_sum, count, sums, grads = split_gradients(masters, loss_function, batches, workers, gradients)
     torch._foreach_mul_(grads, (1.0 / torch.as_tensor(count, dtype=torch.float64, device=masters.device)).float())
     loss_sum, count, grad_norm, *values = read_scalars([loss_sum, count, masters.norm(grads), *sums.values()])
     if not count:
         raise ValueError("the batch holds no supervised token.")
-    sums, loss = dict(zip(sums, values)), loss_sum / count
-    if not (abs(loss) < float("inf") and grad_norm < float("inf")):
-        raise NonFiniteError(f"loss {loss} and gradient norm {grad_norm} are not both finite.")
+    loss = loss_sum / count
+    result = StepResult(loss, count, grad_norm, {name: value / count for name, value in zip(sums, values)})
+    if not (allows or finite_only)(result):
+        return replace(result, applied=False)
     if clip_grad_norm is not None and grad_norm > clip_grad_norm:
         torch._foreach_mul_(grads, clip_grad_norm / grad_norm)
     optimizer.step(dict(zip(masters.names, grads)), lr_scale, workers)
     masters.publish()
-    return StepResult(loss, count, grad_norm, {name: value / count for name, value in sums.items()})
+    return result
+
+
+def finite_only(result: StepResult) -> bool:
+    """Return True; raise NonFiniteError when loss or gradient norm is not finite."""
+    if not (abs(result.loss_nats) < float("inf") and result.grad_norm < float("inf")):
+        raise NonFiniteError(f"loss {result.loss_nats} and gradient norm {result.grad_norm} are not both finite.")
+    return True
