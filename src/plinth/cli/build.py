@@ -16,6 +16,7 @@ from plinth.cli.output import emit, say
 from plinth.config import UserError
 from plinth.scaling.budget import parse_budget
 from plinth.scaling.plan_config import PlanConfig
+from plinth.training.telemetry import TelemetryConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Options:
     """answer with one JSON object on standard output"""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """choices that the plan keeps to"""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """where the metrics of the training stages go, and what energy costs"""
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +57,13 @@ def main(argv: list[str]) -> int:
     from plinth.recipes.lifecycle import build
 
     config = BuildConfig(
-        text=options.text, budget=options.budget, sft=options.sft, pairs=options.pairs, plan=options.plan, seed=options.seed
+        text=options.text,
+        budget=options.budget,
+        sft=options.sft,
+        pairs=options.pairs,
+        plan=options.plan,
+        seed=options.seed,
+        telemetry=options.telemetry,
     )
     if options.plan_only:
         return show_plan_only(config, argv, options.json)

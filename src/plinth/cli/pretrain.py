@@ -47,14 +47,16 @@ def main(argv: list[str]) -> int:
             f"--plan has rates for its own shape, and --parametrization {config.parametrization} takes rates tuned at a base shape. "
             "Leave one of them out."
         )
-    if options.plan is not None:
-        config = pretrain_config(load_plan(options.plan), config.train.seed)
+    plan = None if options.plan is None else load_plan(options.plan)
+    if plan is not None:
+        planned = pretrain_config(plan, config.train.seed, config.train.telemetry)
+        config = replace(planned, train=replace(planned.train, spikes=config.train.spikes))
     elif config.model.vocab_size == DecoderConfig.vocab_size:
         vocab_size = Tokenizer.load(options.tokenizer).vocab_size
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     run = pretrain(
         options.out, options.shards, options.tokenizer, config,
-        resume=options.resume, device=options.device, argv=argv, warn=say,
+        resume=options.resume, device=options.device, argv=argv, warn=say, plan=plan,
     )  # fmt: skip
     show_run(run, options.json)
     return 0

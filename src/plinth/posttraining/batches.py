@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -80,3 +80,11 @@ def pad_rows(tokens: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], p
         inputs[i, : len(row) - 1] = ids[:-1]
         targets[i, : len(row) - 1] = torch.where(torch.as_tensor(mask)[1:], ids[1:], UNCOUNTED)
     return inputs, targets
+
+
+def describe_examples(kind: str, step_examples: Sequence[int], rows: Sequence[int] | None, text: Callable[[int], str]) -> str:
+    """Name the examples in some rows of a step's batch, or in all of it, each with how its text begins."""
+    chosen = [step_examples[row] for row in rows] if rows else list(step_examples)
+    shown = [f"{kind} {index} ({text(index)[:60]!r})" for index in chosen[:3]]
+    more = [f"{kind}s " + ", ".join(str(index) for index in chosen[3:])] if chosen[3:] else []
+    return "; ".join(shown + more)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from plinth.config import UserError, from_dict, to_dict, write_atomic
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
-from plinth.posttraining.batches import LengthBuckets, pad_rows
+from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
 from plinth.run import Run, find_model
 from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer
@@ -135,7 +135,14 @@ def train_dpo(
         metrics["chosen_log_prob"], metrics["rejected_log_prob"] = float(chosen.sum().detach()), float(rejected.sum().detach())
         return total - config.chosen_nll_coef * chosen.sum(), count, metrics
 
-    summary = train(run, model, loss, batches_at, config.train, description="preference tuning", resume=resume, warn=warn)
+    def describe_batch(step: int, rows: Sequence[int] | None) -> str:
+        indices = np.concatenate(buckets.indices(step)).tolist()
+        return describe_examples("pair", indices, rows, lambda i: tokenizer.decode(pairs[i].chosen.tokens[:40]))
+
+    summary = train(
+        run, model, loss, batches_at, config.train,
+        description="preference tuning", describe_batch=describe_batch, resume=resume, warn=warn,
+    )  # fmt: skip
     save_model(model, tokenizer, run.model_dir)
     summary |= {"pairs": len(pairs), "rejected_lines": len(rejected), "epochs": summary["steps"] / buckets.steps_per_epoch}
     summary["pairs_seen"] = summary.pop("tokens")

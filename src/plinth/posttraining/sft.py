@@ -10,7 +10,7 @@ import numpy as np
 
 from plinth.config import UserError, from_dict, to_dict
 from plinth.models.hub import load_model, save_model
-from plinth.posttraining.batches import LengthBuckets, pad_rows
+from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
 from plinth.run import Run, find_model
 from plinth.tokenizer.chat import Message, Rendered, read_messages, render
 from plinth.tokenizer.encode import Tokenizer
@@ -97,6 +97,9 @@ def train_sft(
         batches_at,
         config.train,
         description="finetuning",
+        describe_batch=lambda step, rows: describe_examples(
+            "example", np.concatenate(buckets.indices(step)).tolist(), rows, lambda i: tokenizer.decode(examples[i].tokens[:40])
+        ),
         resume=resume,
         warn=warn,
     )

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from plinth.evaluation.run import EvaluationConfig
 from plinth.run import Run
 from plinth.scaling.budget import parse_budget
 from plinth.scaling.plan_config import PlanConfig
-from plinth.training.device import peak_memory_bytes
+from plinth.training.device import choose_device, peak_memory_bytes
+from plinth.training.telemetry import TelemetryConfig, gpu_ids
 
 STDLIB = "stdlib"
 
@@ -40,6 +41,8 @@ class BuildConfig:
     """choices that the plan keeps to"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """how much is evaluated"""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """where the metrics of the training stages go, and what energy costs"""
     seed: int = 0
     """seed of every choice"""
 
@@ -48,6 +51,16 @@ class BuildConfig:
         for path in (self.sft, self.pairs):
             if path is not None and not path.exists():
                 raise UserError(f"{path} does not exist.")
+
+    @property
+    def stage_telemetry(self) -> TelemetryConfig:
+        """The telemetry of the training stages; power and price that only the plan was told count here too."""
+        given, plan = self.telemetry, self.plan
+        return replace(
+            given,
+            watts_per_core=plan.watts_per_core if given.watts_per_core == TelemetryConfig.watts_per_core else given.watts_per_core,
+            price_per_hour=(plan.price_per_hour or None) if given.price_per_hour is None else given.price_per_hour,
+        )
 
     @property
     def own_facts(self) -> bool:
@@ -60,16 +73,19 @@ def open_build(
 ) -> tuple[BuildConfig, Stages]:
     """Create a build's directory, or open it again; a resumed build keeps the configuration it began with."""
     if not resume:
-        return config, Stages(Run.create(out, "build", to_dict(config), argv=argv, seed=config.seed), say, resumed=False)
-    run = Run.open(out)
-    return from_dict(BuildConfig, run.config, f"{out}/config.json: "), Stages(run, say, resumed=True)
+        config.telemetry.check()
+        run = Run.create(out, "build", to_dict(config), argv=argv, seed=config.seed)
+    else:
+        run = Run.open(out)
+        config = from_dict(BuildConfig, run.config, f"{out}/config.json: ")
+    return config, Stages(run, say, config.stage_telemetry, resumed=resume)
 
 
 class Stages:
     """Runs the stages of a build that are still needed, and writes seconds and joules of each into metrics.jsonl."""
 
-    def __init__(self, run: Run, say: Callable[[str], None], resumed: bool):
-        self.run, self.say, self.resumed = run, say, resumed
+    def __init__(self, run: Run, say: Callable[[str], None], telemetry: TelemetryConfig, resumed: bool):
+        self.run, self.say, self.telemetry, self.resumed = run, say, telemetry, resumed
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[Callable[[Path], bool]]:
@@ -77,14 +93,18 @@ class Stages:
 
         An error leaves FAILED.txt; a user's mistake found before there is a plan takes the new directory away again.
         """
-        meter, started = EnergyMeter(self.run.provenance["hardware"]["cores"]).start(), time.perf_counter()
+        cores, started = self.run.provenance["hardware"]["cores"], time.perf_counter()
+        meter = EnergyMeter(cores, self.telemetry.watts_per_core, gpus=gpu_ids(choose_device())).start()
         self.say(f"{name} ...")
         try:
             yield lambda product: not product.exists()
         except BaseException as error:
             self._fail(name, error)
             raise
-        energy, seconds = meter.read(), time.perf_counter() - started
+        finally:
+            energy = meter.read()
+            meter.close()
+        seconds = time.perf_counter() - started
         self.run.log(stage=name, time_s=seconds, energy_j=energy.joules, energy_source=energy.source, peak_memory_bytes=peak_memory_bytes())
         self.say(f"{name} done in {seconds:.1f} s")
 

@@ -78,18 +78,19 @@ def build(
                 build_facts(facts, facts_config(plan, config.seed))
         sft, pairs, join_turns = facts / "sft.jsonl", pairs or facts / "pairs.jsonl", 4  # its questions stand alone
 
+    common = config.seed, config.stage_telemetry
     with stage("pretrain"):
-        base = pretrain(out / "pretrain", shards, tokenizer, pretrain_config(plan, config.seed), **stage.options("pretrain"))
+        base = pretrain(out / "pretrain", shards, tokenizer, pretrain_config(plan, *common), **stage.options("pretrain"))
     speed = min(1.0, plan.predicted.time_s / base.duration_s)
 
     if sft is None:
         say("no instruction data (--sft): the build stops after pretraining.")
     else:
         with stage("sft"):
-            train_sft(out / "sft", out / "pretrain", sft, sft_config(plan, config.seed, speed, join_turns), **stage.options("sft"))
+            train_sft(out / "sft", out / "pretrain", sft, sft_config(plan, *common, speed, join_turns), **stage.options("sft"))
         if pairs is not None:
             with stage("dpo"):
-                train_dpo(out / "dpo", out / "sft", pairs, dpo_config(plan, config.seed, speed), **stage.options("dpo"))
+                train_dpo(out / "dpo", out / "sft", pairs, dpo_config(plan, *common, speed), **stage.options("dpo"))
 
     with stage("evaluate"):
         evaluate_build(out, config.evaluation)

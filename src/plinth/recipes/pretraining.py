@@ -14,8 +14,11 @@ from plinth.data.shards import read_manifest
 from plinth.models.config import DecoderConfig
 from plinth.models.cost import train_flops_per_token
 from plinth.models.hub import save_model
+from plinth.ops.roofline import matmul_rate
 from plinth.run import Run
+from plinth.scaling.plan_record import Plan, save_plan
 from plinth.tokenizer.encode import Tokenizer
+from plinth.training.device import choose_device
 from plinth.training.loop import TrainConfig, train
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.step import Batch
@@ -47,7 +50,7 @@ class PretrainConfig:
     base_head_dim: int | None = None
     """head_dim of the model whose rates were tuned (default: this model's)"""
     matmul_flops_per_s: float | None = None
-    """measured matrix-product rate that MFU refers to, FLOP/s (default: no MFU)"""
+    """measured matrix-product rate that MFU refers to, FLOP/s (default: measured at the start)"""
 
     @property
     def transfer(self) -> Parametrization:
@@ -71,9 +74,11 @@ def pretrain(
     device: str | None = None,
     argv: list[str] | None = None,
     warn: Callable[[str], None] = lambda text: None,
+    plan: Plan | None = None,
 ) -> Run:
     """Train a decoder and publish it as out/model; returns the finished run.
 
+    `plan` is what the configuration came from, if it came from one; it is kept in the run as plan.json.
     With `resume` the configuration saved in the run counts. `device` takes the place of train.device, with `resume` too:
     a run may go on where another kind of machine stopped. Raises UserError when the shards were packed with another tokenizer.
     """
@@ -84,11 +89,15 @@ def pretrain(
         if run.is_done:
             return run
         config = from_dict(PretrainConfig, run.config, f"{out}/config.json: ")
-        config = replace(config, train=replace(config.train, device=device or config.train.device))
+        if device not in (None, config.train.device):  # another roof
+            config = replace(config, train=replace(config.train, device=device), matmul_flops_per_s=None)
+        config = with_roofline(config)
     else:
         config = replace(config, train=replace(config.train, device=device or config.train.device))
-        config = replace(config, train=config.train.resolved(500))
+        config = with_roofline(replace(config, train=config.train.resolved(500)))
         run = Run.create(out, "pretrain", to_dict(config), [shards, tokenizer_dir], argv, config.train.seed)
+        if plan is not None:
+            save_plan(plan, run.path / "plan.json")
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
     model = init_model(config.model, config.transfer, torch.Generator().manual_seed(config.train.seed))
@@ -111,6 +120,16 @@ def pretrain(
     summary["num_params"] = sum(p.numel() for p in model.parameters())
     run.finish(summary)
     return run
+
+
+def with_roofline(config: PretrainConfig) -> PretrainConfig:
+    """Measure the matrix-product rate that MFU refers to, unless it is given; takes half a second."""
+    if config.matmul_flops_per_s is not None:
+        return config
+    train = config.train
+    assert train.dtype is not None, "takes a resolved configuration"
+    rate = matmul_rate(train.dtype, device=choose_device(train.device), num_threads=train.num_threads)
+    return replace(config, matmul_flops_per_s=rate)
 
 
 def check_shards(shards: Path, tokenizer: Tokenizer, tokenizer_dir: Path) -> None:

@@ -11,11 +11,12 @@ from plinth.scaling.plan_record import Plan
 from plinth.tasks.facts import FactsConfig
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
+from plinth.training.telemetry import TelemetryConfig
 
 FACTS_PER_FUNCTION = 2.1  # kinds of fact that a function of the standard library has on average
 
 
-def pretrain_config(plan: Plan, seed: int) -> PretrainConfig:
+def pretrain_config(plan: Plan, seed: int, telemetry: TelemetryConfig | None = None) -> PretrainConfig:
     """Return the pretraining that a plan decided."""
     train = TrainConfig(
         steps=plan.steps,
@@ -26,6 +27,7 @@ def pretrain_config(plan: Plan, seed: int) -> PretrainConfig:
         ),
         dtype=plan.dtype,
         seed=seed,
+        telemetry=telemetry or TelemetryConfig(),
     )
     return PretrainConfig(
         model=plan.model,
@@ -37,16 +39,16 @@ def pretrain_config(plan: Plan, seed: int) -> PretrainConfig:
     )
 
 
-def sft_config(plan: Plan, seed: int, speed: float = 1.0, join_turns: int = 1) -> SftConfig:
+def sft_config(plan: Plan, seed: int, telemetry: TelemetryConfig | None = None, speed: float = 1.0, join_turns: int = 1) -> SftConfig:
     """Return finetuning within its share of the budget; `speed` is the pretraining's measured over its predicted speed."""
     config = SftConfig(tokens=int(plan.stage("sft").tokens * speed), join_turns=join_turns)
-    return replace(config, train=replace(config.train, seed=seed, dtype=plan.dtype))
+    return replace(config, train=replace(config.train, seed=seed, dtype=plan.dtype, telemetry=telemetry or TelemetryConfig()))
 
 
-def dpo_config(plan: Plan, seed: int, speed: float = 1.0) -> DpoConfig:
+def dpo_config(plan: Plan, seed: int, telemetry: TelemetryConfig | None = None, speed: float = 1.0) -> DpoConfig:
     """Return preference tuning within its share of the budget."""
     config = DpoConfig(tokens=int(plan.stage("dpo").tokens * speed))
-    return replace(config, train=replace(config.train, seed=seed, dtype=plan.dtype))
+    return replace(config, train=replace(config.train, seed=seed, dtype=plan.dtype, telemetry=telemetry or TelemetryConfig()))
 
 
 def facts_config(plan: Plan, seed: int) -> FactsConfig:

@@ -7,16 +7,16 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from plinth.config import UserError
 from plinth.energy import JOULES_PER_KWH, WATTS_PER_CORE, Energy, EnergyMeter
 from plinth.run import Run
-from plinth.training.spikes import Incident
-from plinth.training.step import StepResult
 from plinth.training.trackers import Trackers, check_trackers
+
+if TYPE_CHECKING:  # the command line reads TelemetryConfig before torch is needed
+    from plinth.training.spikes import Incident
+    from plinth.training.step import StepResult
 
 ENERGY_EVERY_S = 1.0
 
