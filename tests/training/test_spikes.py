@@ -175,7 +175,7 @@ def test_rows_are_ranked_by_their_own_loss_and_gradient():
     for row in rows:
         loss, count, _ = causal_lm_loss(masters.model, row)
         grads = torch.autograd.grad(loss / count, masters.parameters)
-        losses.append(float(loss))
+        losses.append(loss.item())
         norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
     for measure, values in (("loss", losses), ("grad_norm", norms)):
         ranked = sorted(range(4), key=lambda row: -values[row])[:3]

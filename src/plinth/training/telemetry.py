@@ -158,6 +158,7 @@ def gpu_ids(device: str) -> tuple[str, ...]:
 
     Of several processes that torchrun started here, each gets the GPUs of all; only one of them logs.
     """
+    import torch
 
     if torch.device(device).type != "cuda":
         return ()
