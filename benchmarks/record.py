@@ -19,10 +19,11 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def write_record(name: str, question: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Write benchmarks/records/NAME.json and return its path."""
-    RECORDS.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RECORDS).stdout.strip()
+def write_record(name: str, question: str, rows: list[dict[str, Any]], folder: Path = RECORDS, **more: Any) -> Path:
+    """Write NAME.json into `folder`, by default benchmarks/records, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = git.stdout.strip()
     record = {
         "question": question,
         "date": time.strftime("%Y-%m-%d"),
@@ -32,6 +33,6 @@ def write_record(name: str, question: str, rows: list[dict[str, Any]], **more: A
         "versions": installed_versions(),
         "commit": commit,
     }
-    path = RECORDS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path

@@ -192,7 +192,7 @@ def train_step(
     The mean is taken once, over the count of all micro-batches together. `allows` sees what was measured before the update and may
     refuse it (then neither weights nor optimizer change) or raise; without it, NonFiniteError is raised before the update when loss
     or gradient is not finite. Raises ValueError when no token is counted. Waits for a GPU once, before the update. `gradients` does one
-    micro-batch: here, or as a CUDA graph (`training.graphs`).
+    micro-batch: operation by operation, or as a CUDA graph (`training.graphs`).
     """
     loss_sum, count, sums, grads = split_gradients(masters, loss_function, batches, workers, gradients)
     torch._foreach_mul_(grads, (1.0 / torch.as_tensor(count, dtype=torch.float64, device=masters.device)).float())
