@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from plinth.tokenizer.encode import Tokenizer
 
 SPLITS = ("train", "heldout")
 CHUNK_BYTES = 4 << 20  # text encoded at a time
+BLOCK = 4096  # neighbouring documents that the loader puts in order together
+READ_DOCUMENTS = 1 << 20  # documents whose columns are read at a time
+SMALL_BYTES = 1 << 20  # a column up to this size is read, a larger one mapped
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -37,7 +41,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split of a shards folder; the tokens are a memory map, the rest is in memory."""
+    """One split of a shards folder; large arrays are memory maps, so that opening costs nothing whatever their size."""
 
     tokens: np.ndarray
     """ids, shape (tokens,)"""
@@ -60,55 +64,97 @@ class Split:
     def num_tokens(self) -> int:
         return int(self.offsets[-1])
 
+    @cached_property
+    def block_tokens(self) -> np.ndarray:
+        """Return the tokens of each block of BLOCK documents; int64, shape (blocks,)."""
+        starts = read_every(self.offsets, BLOCK)[: -(-self.num_documents // BLOCK)]
+        return np.diff(np.append(starts, self.num_tokens))
+
+    @cached_property
+    def kind_tokens(self) -> np.ndarray:
+        """Return the tokens of each kind in each block; int64, shape (blocks, kinds). Reads two columns through, once."""
+        num_blocks, num_kinds = len(self.block_tokens), len(self.kind_names)
+        table = np.zeros(num_blocks * num_kinds, dtype=np.int64)
+        for start in range(0, self.num_documents, READ_DOCUMENTS):
+            stop = min(start + READ_DOCUMENTS, self.num_documents)
+            kinds = read_part(self.kinds, start, stop)
+            cell = np.arange(start, stop) // BLOCK * num_kinds + kinds
+            table += np.bincount(cell, np.diff(read_part(self.offsets, start, stop + 1)), len(table)).astype(np.int64)
+        return table.reshape(num_blocks, num_kinds)
+
     def document(self, index: int) -> np.ndarray:
         """Return the ids of one document, its <|endoftext|> last."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
+class _Column:
+    """A .npy file of one dimension that is written a piece at a time; its bytes are those of np.save."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self._file, self._dtype, self.length = path.open("wb"), np.dtype(dtype), 0
+        self._write_header()
+
+    def append(self, values: list[int] | np.ndarray) -> None:
+        self._file.write(np.asarray(values, dtype=self._dtype).tobytes())
+        self.length += len(values)
+
+    def close(self) -> None:
+        start = self._file.tell() - self.length * self._dtype.itemsize
+        self._file.seek(0)
+        self._write_header()
+        assert self._file.tell() == start, "a header's size does not depend on the length"
+        self._file.close()
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
 class SplitWriter:
-    """Writes the files of one split into `folder`, a list of documents at a time."""
+    """Writes the files of one split into `folder`, a list of documents at a time; holds none of them."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, end_of_text_id: int, kinds: dict[str, int]):
-        self._folder, self._name, self._dtype, self._end = folder, name, dtype, end_of_text_id
+        self._dtype, self._end = dtype, end_of_text_id
         self._kind_numbers = kinds  # {name: number}, shared between the splits; grows as kinds turn up
         self._file = (folder / f"{name}.bin").open("wb")
-        self._lengths: list[int] = []
-        self._bytes: list[int] = []
-        self._chars: list[int] = []
-        self._kinds: list[int] = []
+        self._columns = {
+            column: _Column(folder / f"{name}.{column}.npy", np.dtype(np.uint16 if column == "kinds" else np.int64))
+            for column in ("offsets", "bytes", "chars", "kinds")
+        }
+        self._columns["offsets"].append([0])
+        self._num_tokens = 0
+        self._amounts: dict[str, dict[str, int]] = {}
 
     def add(self, documents_ids: list[list[int]], texts: list[str], kinds: list[str]) -> None:
         """Append documents, each followed by the end-of-text id."""
         joined: list[int] = []
-        for ids, text, kind in zip(documents_ids, texts, kinds, strict=True):
+        sizes = [len(text.encode("utf-8")) for text in texts]
+        for ids, size, kind in zip(documents_ids, sizes, kinds, strict=True):
             joined += ids
             joined.append(self._end)
-            self._lengths.append(len(ids) + 1)
-            self._bytes.append(len(text.encode("utf-8")))
-            self._chars.append(len(text))
-            self._kinds.append(self._kind_numbers.setdefault(kind, len(self._kind_numbers)))
+            self._count(kind, len(ids) + 1, size)
         self._file.write(np.asarray(joined, dtype=self._dtype).tobytes())
+        self._columns["offsets"].append(self._num_tokens + np.cumsum([len(ids) + 1 for ids in documents_ids], dtype=np.int64))
+        self._columns["bytes"].append(sizes)
+        self._columns["chars"].append([len(text) for text in texts])
+        self._columns["kinds"].append([self._kind_numbers.setdefault(kind, len(self._kind_numbers)) for kind in kinds])
+        self._num_tokens += len(joined)
+
+    def _count(self, kind: str, num_tokens: int, num_bytes: int) -> None:
+        entry = self._amounts.setdefault(kind, {"documents": 0, "tokens": 0, "bytes": 0})
+        entry["documents"] += 1
+        entry["tokens"] += num_tokens
+        entry["bytes"] += num_bytes
 
     def close(self) -> None:
-        """Write what goes with the tokens."""
+        """Finish the files."""
         self._file.close()
-        offsets = np.zeros(len(self._lengths) + 1, dtype=np.int64)
-        np.cumsum(self._lengths, out=offsets[1:])
-        np.save(self._folder / f"{self._name}.offsets.npy", offsets)
-        np.save(self._folder / f"{self._name}.bytes.npy", np.asarray(self._bytes, dtype=np.int64))
-        np.save(self._folder / f"{self._name}.chars.npy", np.asarray(self._chars, dtype=np.int64))
-        np.save(self._folder / f"{self._name}.kinds.npy", np.asarray(self._kinds, dtype=np.uint16))
+        for column in self._columns.values():
+            column.close()
 
     def amounts(self) -> dict[str, dict[str, int]]:
         """Return {kind: {documents, tokens, bytes}} of what was written."""
-        result: dict[str, dict[str, int]] = {}
-        names = list(self._kind_numbers)
-        for kind, length, size in zip(self._kinds, self._lengths, self._bytes):
-            entry = result.setdefault(names[kind], {"documents": 0, "tokens": 0, "bytes": 0})
-            entry["documents"] += 1
-            entry["tokens"] += length
-            entry["bytes"] += size
-        return dict(sorted(result.items()))
+        return dict(sorted(self._amounts.items()))
 
 
 def pack_corpus(corpus: Path, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
@@ -213,7 +259,7 @@ def open_split(shards: Path, split: str = "train") -> Split:
         raise UserError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
     try:
         offsets, num_bytes, num_chars, kinds = (
-            np.load(shards / f"{split}.{name}.npy", allow_pickle=False) for name in ("offsets", "bytes", "chars", "kinds")
+            _map_column(shards / f"{split}.{name}.npy") for name in ("offsets", "bytes", "chars", "kinds")
         )
         size = (shards / f"{split}.bin").stat().st_size
     except FileNotFoundError as error:
@@ -228,3 +274,29 @@ def open_split(shards: Path, split: str = "train") -> Split:
         )
     tokens = np.memmap(shards / f"{split}.bin", dtype=dtype, mode="r") if expected else np.empty(0, dtype=dtype)
     return Split(np.asarray(tokens), offsets, num_bytes, num_chars, kinds, manifest["kinds"])
+
+
+def _map_column(path: Path) -> np.ndarray:
+    return np.load(path, allow_pickle=False, mmap_mode="r" if path.stat().st_size > SMALL_BYTES else None)
+
+
+def read_part(column: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Return column[start:stop] in memory of its own.
+
+    A memory map is read as a file, since each page that a map touches stays with the process until memory runs short.
+    """
+    if not isinstance(column, np.memmap):
+        return column[start:stop]
+    return np.fromfile(column.filename, column.dtype, max(0, min(stop, len(column)) - start), offset=column.offset + start * column.itemsize)
+
+
+def read_every(column: np.ndarray, step: int) -> np.ndarray:
+    """Return column[::step] in memory of its own, likewise."""
+    if not isinstance(column, np.memmap):
+        return column[::step]
+    with open(column.filename, "rb", buffering=0) as file:
+        picked = bytearray()
+        for index in range(0, len(column), step):
+            file.seek(column.offset + index * column.itemsize)
+            picked += file.read(column.itemsize)
+    return np.frombuffer(picked, column.dtype)

@@ -26,8 +26,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
 
-    def forward(self, x_BTD: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor) -> torch.Tensor:
-        """Attend causally within each sequence; returns (B, T, D).
+    def forward(self, x_BTD: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, mask_B1TT=None) -> torch.Tensor:
+        """Attend causally within each sequence, or where the mask says; returns (B, T, D).
 
         Under tensor parallelism the projection gives this rank's heads only: its width says how many.
         """
@@ -35,9 +35,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, config.head_dim))
         kv_heads = qkv.shape[-2] * config.num_kv_heads // (config.num_heads + 2 * config.num_kv_heads)
         shape = {"num_heads": qkv.shape[-2] - 2 * kv_heads, "num_kv_heads": kv_heads, "eps": config.norm_eps}
-        if config.learnable_norm or x_BTD.device.type != "cpu":
+        if config.learnable_norm or mask_B1TT is not None or x_BTD.device.type != "cpu":
             scales = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
-            return self.out(plain_qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape, **scales))
+            return self.out(plain_qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape, **scales, mask_B1TT=mask_B1TT))
         return self.out(qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape))
 
     def forward_rows(self, x_ND, cos_NE, sin_NE, positions_N, slots_N, cache: KVCache, layer: int, views: list[View]):

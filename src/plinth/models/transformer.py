@@ -14,6 +14,7 @@ from plinth.models.mlp import RMSNorm, SwiGLU
 from plinth.ops import kernels
 from plinth.ops.linear import linear_rows
 from plinth.ops.rope import rope_table
+from plinth.ops.segments import positions_in_segments, segment_mask
 
 
 class Block(nn.Module):
@@ -26,13 +27,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, delta, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x, delta, cos, sin, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the residual stream and what is still to be added to it; return the same two.
 
         Handing on the sum unfinished lets each sum fuse with the normalisation that follows it.
         """
         x, normed = self.attention_norm.add(x, delta)
-        x, normed = self.mlp_norm.add(x, self.attention(normed, cos, sin))
+        x, normed = self.mlp_norm.add(x, self.attention(normed, cos, sin, mask))
         return x, self.mlp(normed)
 
 
@@ -83,12 +84,18 @@ class Transformer(nn.Module):
         dtype = torch.float32 if fused else self.embed.weight.dtype
         return cos.to(dtype), sin.to(dtype)
 
-    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Return hidden states after the last norm, times the output multiplier, shape (B, T, D)."""
-        cos, sin = self.rotation(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
+    def forward(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Return hidden states after the last norm, times the output multiplier, shape (B, T, D).
+
+        With segments, attention keeps to each and positions restart in it, as if each stood alone.
+        """
+        positions, mask = torch.arange(tokens_BT.shape[1], device=tokens_BT.device), None
+        if segments_BT is not None:
+            positions, mask = positions_in_segments(segments_BT), segment_mask(segments_BT)
+        cos, sin = self.rotation(positions)
         x, delta = self.embed(tokens_BT), None
         for layer in self.layers:
-            x, delta = layer(x, delta, cos, sin)
+            x, delta = layer(x, delta, cos, sin, mask)
         return self._output(self.final_norm.add(x, delta)[1])
 
     def _output(self, normed: torch.Tensor) -> torch.Tensor:

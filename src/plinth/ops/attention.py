@@ -114,13 +114,19 @@ def qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_h
     return _FusedAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
 
 
-def plain_qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, eps: float, q_weight=None, k_weight=None):
-    """Do what `qk_norm_rope_attention` does with PyTorch's attention; takes the learnt scales of QK-norm."""
+def plain_qk_norm_rope_attention(
+    qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, eps: float, q_weight=None, k_weight=None, mask_B1TT=None
+):
+    """Do what `qk_norm_rope_attention` does with PyTorch's attention; takes the learnt scales of QK-norm.
+
+    With `mask_B1TT`, True where a query may look, it takes the place of the causal mask; rotations may then differ by sequence (B, T, E).
+    """
     q, k, v = qkv_BTGE.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
-    cos, sin = cos_TE[:, None], sin_TE[:, None]
+    cos, sin = cos_TE[..., None, :], sin_TE[..., None, :]
     q = apply_rope(rms_norm(q, q_weight, eps), cos, sin)
     k = apply_rope(rms_norm(k, k_weight, eps), cos, sin)
     y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=num_heads != num_kv_heads
-    )
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask_B1TT, is_causal=mask_B1TT is None,
+        enable_gqa=num_heads != num_kv_heads,
+    )  # fmt: skip
     return y.transpose(1, 2).flatten(2)

@@ -21,14 +21,15 @@ def select_rows(counted_N: torch.Tensor, count: int) -> torch.Tensor:
     return order[: padded_rows(count)]
 
 
-def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]):
-    """Return the next-token cross-entropy; the batch is (inputs (B, T), targets (B, T)), targets of -1 do not count.
+def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]):
+    """Return the next-token cross-entropy; the batch is (inputs (B, T), targets (B, T)), targets below 0 do not count.
 
+    A third tensor gives the segments (B, T) that attention keeps to.
     On a CPU the output head runs on counted positions only, but for the filling up to a multiple of ROW_STEP. On a GPU
     it runs on all: how many are counted is known there alone, and asking would make it idle.
     """
-    inputs_BT, targets_BT = batch
-    hidden_ND = model(inputs_BT).flatten(0, 1)
+    inputs_BT, targets_BT, *segments_BT = batch
+    hidden_ND = model(inputs_BT, *segments_BT).flatten(0, 1)
     targets_N = targets_BT.flatten()
     counted_N = targets_N >= 0
     if targets_N.device.type != "cpu":

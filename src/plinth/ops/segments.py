@@ -1,0 +1,19 @@
+"""Several documents in one row: where each position stands in its own, and what it may look at."""
+
+from __future__ import annotations
+
+import torch
+
+
+def positions_in_segments(segments_BT: torch.Tensor) -> torch.Tensor:
+    """Return each position's place in its segment, counted from 0, shape (B, T); a segment is a run of equal numbers."""
+    places_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return places_T - torch.where(begins_BT, places_T, 0).cummax(1).values
+
+
+def segment_mask(segments_BT: torch.Tensor) -> torch.Tensor:
+    """Return a mask that is True where a query may look: at its own segment, up to itself; bool, shape (B, 1, T, T)."""
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return same_BTT.tril_()[:, None]
