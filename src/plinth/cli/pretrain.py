@@ -11,7 +11,7 @@ import tyro
 from plinth.cli.output import emit, say
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
-from plinth.recipes.pretraining import PretrainConfig, pretrain
+from plinth.recipes.pretraining import PretrainConfig, pretrain, read_config, show_batch
 from plinth.recipes.stages import pretrain_config
 from plinth.scaling.plan_record import load_plan
 from plinth.tokenizer.encode import Tokenizer
@@ -21,8 +21,8 @@ from plinth.tokenizer.encode import Tokenizer
 class Options:
     """Pretrain a decoder on shards that `plinth data pack` wrote."""
 
-    shards: Annotated[Path, tyro.conf.Positional]
-    """shards folder"""
+    shards: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """shards folders, one or more, packed with the same tokenizer"""
     tokenizer: Path
     """tokenizer folder that packed the shards"""
     out: Path
@@ -31,6 +31,8 @@ class Options:
     """plan.json of `plinth plan --out`: takes shape, batch, schedule and learning rates from it"""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
     """model, batches and schedule"""
+    show_batch: int | None = None
+    """only print the documents and text of this update (from 1, as in metrics.jsonl), as the run in --out has them if there is one"""
     device: str | None = None
     """cpu, cuda or cuda:N; takes the place of train.device, with --resume too"""
     resume: bool = False
@@ -49,11 +51,17 @@ def main(argv: list[str]) -> int:
         )
     plan = None if options.plan is None else load_plan(options.plan)
     if plan is not None:
+        data = {name: getattr(config, name) for name in ("shard_weights", "kind_weights", "packing", "mask_documents")}
         planned = pretrain_config(plan, config.train.seed, config.train.telemetry)
-        config = replace(planned, train=replace(planned.train, spikes=config.train.spikes))
+        config = replace(planned, train=replace(planned.train, spikes=config.train.spikes), **data)
     elif config.model.vocab_size == DecoderConfig.vocab_size:
         vocab_size = Tokenizer.load(options.tokenizer).vocab_size
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    if options.show_batch is not None:
+        if (options.out / "config.json").exists():
+            config = read_config(options.out)
+        print(show_batch(options.shards, options.tokenizer, config, options.show_batch))
+        return 0
     run = pretrain(
         options.out, options.shards, options.tokenizer, config,
         resume=options.resume, device=options.device, argv=argv, warn=say, plan=plan,

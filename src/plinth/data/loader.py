@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from plinth.config import UserError
 from plinth.data.mixture import MANY_EPOCHS, Account, Schedule, open_components
 from plinth.data.packing import Packed
 from plinth.data.rows import Pieces, read_rows
+from plinth.data.shards import read_manifest
 from plinth.data.stream import Stream
 
 Packing = Literal["stream", "best_fit"]
-PACKINGS = {"stream": Stream, "best_fit": Packed}
+PACKINGS: dict[str, type[Stream] | type[Packed]] = {"stream": Stream, "best_fit": Packed}
 
 
 class Piece(NamedTuple):
@@ -37,6 +38,10 @@ class Piece(NamedTuple):
     """first token of the stretch, counted from 0 in the document"""
     length: int
     """tokens"""
+
+    @property
+    def name(self) -> str:
+        return f"document {self.document} ({self.kind}) of {self.shards}, tokens {self.start}-{self.start + self.length - 1}"
 
 
 class TokenLoader:
@@ -68,7 +73,8 @@ class TokenLoader:
             raise UserError(f"packing={packing!r} is not one of {', '.join(PACKINGS)}.")
         folders = [Path(shards)] if isinstance(shards, (str, Path)) else [Path(folder) for folder in shards]
         self.components = open_components(folders, split, kind_weights, shard_weights)
-        self.seq_len, self.sequences_per_step, self.mask_documents = seq_len, sequences_per_step, mask_documents
+        self.seq_len, self.sequences_per_step, self.seed = seq_len, sequences_per_step, seed
+        self.packing, self.mask_documents = packing, mask_documents
         self._schedule = Schedule(self.components, seed)
         keys = [(seed,)] if len(self.components) == 1 else [(seed, 3 + i) for i in range(len(self.components))]
         self._sources = [PACKINGS[packing](part.split, part.kind, *key) for part, key in zip(self.components, keys)]
@@ -105,13 +111,29 @@ class TokenLoader:
                 rows[row] = found[begin:end]
         return rows
 
-    def describe_batch(self, step: int) -> str:
-        """Return a line for each row of a step that names its documents, so that a batch can be looked at."""
+    def describe_batch(self, step: int, rows: Sequence[int] | None = None) -> str:
+        """Return a line for each row of a step, or for some, that names its documents, so that a batch can be looked at.
+
+        `step` counts from 0 as everywhere here; the text counts updates from 1, as metrics.jsonl does.
+        """
+        found = self.documents(step)
         lines = []
-        for number, pieces in enumerate(self.documents(step)):
-            texts = [f"{p.shards} document {p.document} ({p.kind}) tokens {p.start}-{p.start + p.length - 1}" for p in pieces]
-            lines.append(f"step {step} row {number}: {'; '.join(texts)}")
+        for row in range(len(found)) if rows is None else rows:
+            lines.append(f"step {step + 1} row {row}: " + "; ".join(piece.name for piece in found[row]))
         return "\n".join(lines)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return all that the rows depend on, in JSON values: two loaders with the same give the same rows."""
+        parts = [{"tokens": read_manifest(part.shards).get("sha256"), "kind": part.kind_name} for part in self.components]
+        return {
+            "components": parts,
+            "quotas": self._schedule.quotas.tolist(),
+            "packing": self.packing,
+            "mask_documents": self.mask_documents,
+            "seq_len": self.seq_len,
+            "sequences_per_step": self.sequences_per_step,
+            "seed": self.seed,
+        }
 
     def epochs(self, step: int) -> float:
         """Return how often the tokens of the mixture have been read before `step`, on average."""
@@ -139,8 +161,8 @@ class TokenLoader:
     def warnings(self, steps: int) -> list[str]:
         """Return a sentence for each component that `steps` steps would read more often than repetition helps."""
         return [
-            f"{part.name} would be read {account.epochs:.1f} times. Up to about {MANY_EPOCHS:.0f} passes, repeated text is nearly as good as "
-            "fresh (Muennighoff et al. 2023, arXiv:2305.16264); then its worth falls. Bring more text, or lower its share or the steps."
+            f"{part.name} would be read {account.epochs:.1f} times. Up to about {MANY_EPOCHS:.0f} passes, repeated text is nearly as good "
+            "as fresh (Muennighoff et al. 2023, arXiv:2305.16264); then its worth falls. Bring more text, or lower its share or the steps."
             for part, account in zip(self.components, self.accounts(steps))
             if account.epochs > MANY_EPOCHS
         ]

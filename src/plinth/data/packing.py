@@ -93,7 +93,7 @@ class Packed:
         columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("document", "start", "position", "length"))
         return Pieces(first, *columns).take(np.argsort(order, kind="stable"))
 
-    def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _columns(self) -> tuple[np.ndarray, ...]:
         """Return the documents, where each starts in the split, and its tokens."""
         parts = []
         for start in range(0, self._split.num_documents, READ_DOCUMENTS):

@@ -287,7 +287,8 @@ def read_part(column: np.ndarray, start: int, stop: int) -> np.ndarray:
     """
     if not isinstance(column, np.memmap):
         return column[start:stop]
-    return np.fromfile(column.filename, column.dtype, max(0, min(stop, len(column)) - start), offset=column.offset + start * column.itemsize)
+    stop = max(start, min(stop, len(column)))
+    return np.fromfile(column.filename, column.dtype, stop - start, offset=column.offset + start * column.itemsize)
 
 
 def read_every(column: np.ndarray, step: int) -> np.ndarray:

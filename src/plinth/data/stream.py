@@ -58,7 +58,7 @@ class Stream:
         first = np.concatenate([[0], np.cumsum([len(columns[0]) for columns in found])])
         return Pieces(first, *(np.concatenate(column) for column in zip(*found)))
 
-    def stretch(self, start: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def stretch(self, start: int, num_tokens: int) -> tuple[np.ndarray, ...]:
         """Return (document, start, position, length) of the pieces from a place of the stream on."""
         parts = []
         while num_tokens:
@@ -68,7 +68,7 @@ class Stream:
             start, num_tokens = start + taken, num_tokens - taken
         return parts[0] if len(parts) == 1 else tuple(np.concatenate(column) for column in zip(*parts))
 
-    def _stretch_of_block(self, start: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _stretch_of_block(self, start: int, num_tokens: int) -> tuple[np.ndarray, ...]:
         """Return the pieces as far as the block goes that holds `start`."""
         epoch, start = divmod(start, self.num_tokens)
         blocks, block_ends = self._blocks_of_epoch(epoch)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from plinth.config import UserError, from_dict, to_dict
-from plinth.data.loader import TokenLoader
+from plinth.data.loader import Packing, TokenLoader
 from plinth.data.shards import read_manifest
 from plinth.models.config import DecoderConfig
 from plinth.models.cost import train_flops_per_token
@@ -39,8 +39,14 @@ class PretrainConfig:
     """sequences an update"""
     micro_batch_size: int = 16
     """sequences a forward pass"""
+    shard_weights: tuple[float, ...] | None = None
+    """share of the rows for each shards folder, in their order (default: by their tokens)"""
     kind_weights: dict[str, float] | None = None
-    """share of the batches for each kind of document (default: as the corpus has them)"""
+    """share of the rows for each kind of document, within each folder (default: as the corpus has them)"""
+    packing: Packing = "stream"
+    """rows from documents end to end (stream), or whole documents wherever they fit (best_fit)"""
+    mask_documents: bool = False
+    """attention keeps to its document, and positions restart in it"""
     parametrization: Name = "standard"
     """how rates and initial weights depend on the shape; mup and completep take rates tuned at a base width (and depth)"""
     base_width: int | None = None
@@ -66,7 +72,7 @@ class PretrainConfig:
 
 def pretrain(
     out: Path,
-    shards: Path,
+    shards: Path | Sequence[Path],
     tokenizer_dir: Path,
     config: PretrainConfig,
     *,
@@ -76,32 +82,36 @@ def pretrain(
     warn: Callable[[str], None] = lambda text: None,
     plan: Plan | None = None,
 ) -> Run:
-    """Train a decoder and publish it as out/model; returns the finished run.
+    """Train a decoder on one or more shards folders and publish it as out/model; returns the finished run.
 
     `plan` is what the configuration came from, if it came from one; it is kept in the run as plan.json.
     With `resume` the configuration saved in the run counts. `device` takes the place of train.device, with `resume` too:
     a run may go on where another kind of machine stopped. Raises UserError when the shards were packed with another tokenizer.
     """
+    folders = [shards] if isinstance(shards, Path) else list(shards)
     tokenizer = Tokenizer.load(tokenizer_dir)
-    check_shards(shards, tokenizer, tokenizer_dir)
+    check_shards(folders, tokenizer, tokenizer_dir)
     if resume:
         run = Run.open(out)
         if run.is_done:
             return run
-        config = from_dict(PretrainConfig, run.config, f"{out}/config.json: ")
+        config = read_config(out)
         if device not in (None, config.train.device):  # another roof
             config = replace(config, train=replace(config.train, device=device), matmul_flops_per_s=None)
         config = with_roofline(config)
     else:
         config = replace(config, train=replace(config.train, device=device or config.train.device))
         config = with_roofline(replace(config, train=config.train.resolved(500)))
-        run = Run.create(out, "pretrain", to_dict(config), [shards, tokenizer_dir], argv, config.train.seed)
+        open_loader(folders, config)  # a mistake in the mixture is found before there is a run
+        run = Run.create(out, "pretrain", to_dict(config), [*folders, tokenizer_dir], argv, config.train.seed)
         if plan is not None:
             save_plan(plan, run.path / "plan.json")
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
     model = init_model(config.model, config.transfer, torch.Generator().manual_seed(config.train.seed))
-    loader = TokenLoader(shards, config.seq_len, config.sequences_per_step, config.train.seed, weights=config.kind_weights)
+    loader = open_loader(folders, config)
+    for text in loader.warnings(config.train.steps):
+        warn(text)
     summary = train(
         run,
         model,
@@ -111,12 +121,16 @@ def pretrain(
         description="pretraining",
         flops_per_token=train_flops_per_token(config.model, config.seq_len),
         matmul_flops_per_s=config.matmul_flops_per_s,
+        describe_batch=loader.describe_batch,
+        data_metrics=lambda steps: {"epochs": loader.epochs(steps)},
         scales=scales(model, config.transfer, config.train.optimizer.name),
         resume=resume,
         warn=warn,
     )
     save_model(model, tokenizer, run.model_dir)
     summary["epochs"] = loader.epochs(summary["steps"])
+    summary["padding"] = loader.padding()
+    summary["data"] = [to_dict(account) for account in loader.accounts(summary["steps"])]
     summary["num_params"] = sum(p.numel() for p in model.parameters())
     run.finish(summary)
     return run
@@ -132,16 +146,57 @@ def with_roofline(config: PretrainConfig) -> PretrainConfig:
     return replace(config, matmul_flops_per_s=rate)
 
 
-def check_shards(shards: Path, tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
-    """Raise UserError unless the shards were packed with this tokenizer."""
-    packed = read_manifest(shards)["tokenizer_sha256"]
-    if packed != tokenizer.sha256:
-        raise UserError(
-            f"tokenizer {tokenizer.sha256[:8]} of {tokenizer_dir} differs from {packed[:8]} that packed {shards}. "
-            f"Re-pack with `plinth data pack --tokenizer {tokenizer_dir}`."
-        )
+def read_config(run: Path) -> PretrainConfig:
+    """Return the configuration that a pretraining run was begun with."""
+    return from_dict(PretrainConfig, Run.open(run).config, f"{run}/config.json: ")
 
 
-def split_rows(batch: tuple[torch.Tensor, torch.Tensor], rows: int) -> Sequence[Batch]:
+def open_loader(shards: Path | Sequence[Path], config: PretrainConfig) -> TokenLoader:
+    """Return the loader that a configuration asks for."""
+    return TokenLoader(
+        shards,
+        config.seq_len,
+        config.sequences_per_step,
+        config.train.seed,
+        kind_weights=config.kind_weights,
+        shard_weights=config.shard_weights,
+        packing=config.packing,
+        mask_documents=config.mask_documents,
+    )
+
+
+def show_batch(shards: Sequence[Path], tokenizer_dir: Path, config: PretrainConfig, step: int) -> str:
+    """Return the text of update `step`, counted from 1 as in metrics.jsonl: of each row its documents, and what it predicts of each."""
+    if step < 1:
+        raise UserError(f"step={step} must be at least 1, the first update.")
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    check_shards(shards, tokenizer, tokenizer_dir)
+    loader = open_loader(shards, config)
+    targets_BT = loader.batch(step - 1)[1].numpy()
+    lines = []
+    for number, (row, pieces) in enumerate(zip(targets_BT, loader.documents(step - 1))):
+        lines.append(f"--- row {number}")
+        begin = 0
+        for piece in pieces:
+            lines.append(f"[{piece.name}]")
+            lines.append(tokenizer.decode(row[begin : begin + piece.length].tolist()))
+            begin += piece.length
+        if begin < len(row):
+            lines.append(f"[{len(row) - begin} positions of padding]")
+    return "\n".join(lines)
+
+
+def check_shards(folders: Sequence[Path], tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
+    """Raise UserError unless all the shards were packed with this tokenizer."""
+    for shards in folders:
+        packed = read_manifest(shards)["tokenizer_sha256"]
+        if packed != tokenizer.sha256:
+            raise UserError(
+                f"tokenizer {tokenizer.sha256[:8]} of {tokenizer_dir} differs from {packed[:8]} that packed {shards}. "
+                f"Re-pack with `plinth data pack --tokenizer {tokenizer_dir}`."
+            )
+
+
+def split_rows(batch: tuple[torch.Tensor, ...], rows: int) -> Sequence[Batch]:
     """Cut a batch into micro-batches of at most `rows` sequences."""
     return list(zip(*(tensor.split(rows) for tensor in batch)))

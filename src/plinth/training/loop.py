@@ -119,6 +119,7 @@ def train(
     matmul_flops_per_s: float | None = None,
     scales: dict[str, Scale] | None = None,
     describe_batch: DescribeBatch = lambda step, rows: f"rows {list(rows)} of step {step + 1}" if rows else f"all of step {step + 1}",
+    data_metrics: Callable[[int], dict[str, float]] = lambda steps: {},
     resume: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -126,6 +127,7 @@ def train(
 
     `batches_at(step)` gives the micro-batches of a step and must depend on nothing but the step: that makes a
     resumed run equal an uninterrupted one bit for bit. `scales` are the optimizer's factors by parameter.
+    `data_metrics(steps)` says what so many steps have read, for their line of the metrics.
     Metrics go to run.log, checkpoints to run.checkpoints_dir.
     `describe_batch(step, rows)` names the documents of a batch that looks wrong.
     Raises Stopped after Ctrl-C or SIGTERM, and BadBatchError (a UserError) before an update that is not to be made: config.spikes.
@@ -183,7 +185,7 @@ def train(
             tokens += int(result.count)
             note = telemetry.log(
                 step + 1, result, lr=config.optimizer.lr * lr_scale, step_s=time.perf_counter() - began,
-                time_s=clock.read(), tokens=tokens, incident=guard.incident,
+                time_s=clock.read(), tokens=tokens, incident=guard.incident, more=data_metrics(step + 1),
             )  # fmt: skip
             progress.update(1, note=note)
             last = step + 1 == config.steps

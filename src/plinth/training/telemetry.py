@@ -105,17 +105,18 @@ class Telemetry:
         time_s: float,
         tokens: int,
         incident: Incident | None = None,
+        more: dict[str, float] | None = None,
     ) -> str:
         """Write the line of a step (counted from 1) and return a note for the progress bar.
 
-        `tokens` and `time_s` are totals of the run. A loss or norm that is not finite is written as null.
+        `tokens` and `time_s` are totals of the run, `more` fields that the stage adds. A loss or norm that is not finite is written as null.
         """
         tokens_per_s = result.count / step_s
         mfu = tokens_per_s * self._mfu_factor if self._mfu_factor else None
         record = {
             "step": step, "time_s": round(time_s, 3), "loss_nats": _finite(result.loss_nats), "lr": lr,
             "grad_norm": _finite(result.grad_norm), "tokens_per_s": round(tokens_per_s, 1), "mfu": mfu, "tokens": tokens,
-            **self._energy_fields(time_s), **{name: _finite(value) for name, value in result.metrics.items()},
+            **self._energy_fields(time_s), **(more or {}), **{name: _finite(value) for name, value in result.metrics.items()},
         }  # fmt: skip
         if incident is not None:
             record |= incident.fields | ({"skipped": True} if incident.action == "skip" else {})
