@@ -85,10 +85,10 @@ def test_bad_input_is_refused_with_the_way_out(packed, tokenizer, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(packed, tokenizer, tmp_path, monkeypatch):
-    def full(path, values):
+    def full(file, header):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     with pytest.raises(UserError, match="disk .* is full"):
         pack_corpus(packed[0] / "corpus", tokenizer, tmp_path / "shards")
     assert list(tmp_path.iterdir()) == []
