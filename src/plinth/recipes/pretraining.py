@@ -99,17 +99,17 @@ def pretrain(
         if device not in (None, config.train.device):  # another roof
             config = replace(config, train=replace(config.train, device=device), matmul_flops_per_s=None)
         config = with_roofline(config)
+        loader = open_loader(folders, config)
     else:
         config = replace(config, train=replace(config.train, device=device or config.train.device))
         config = with_roofline(replace(config, train=config.train.resolved(500)))
-        open_loader(folders, config)  # a mistake in the mixture is found before there is a run
+        loader = open_loader(folders, config)  # a mistake in the mixture is found before there is a run
         run = Run.create(out, "pretrain", to_dict(config), [*folders, tokenizer_dir], argv, config.train.seed)
         if plan is not None:
             save_plan(plan, run.path / "plan.json")
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
     model = init_model(config.model, config.transfer, torch.Generator().manual_seed(config.train.seed))
-    loader = open_loader(folders, config)
     for text in loader.warnings(config.train.steps):
         warn(text)
     summary = train(

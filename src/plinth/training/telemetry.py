@@ -109,7 +109,8 @@ class Telemetry:
     ) -> str:
         """Write the line of a step (counted from 1) and return a note for the progress bar.
 
-        `tokens` and `time_s` are totals of the run, `more` fields that the stage adds. A loss or norm that is not finite is written as null.
+        `tokens` and `time_s` are totals of the run, `more` fields of the stage. A loss or norm that is not finite is
+        written as null.
         """
         tokens_per_s = result.count / step_s
         mfu = tokens_per_s * self._mfu_factor if self._mfu_factor else None
