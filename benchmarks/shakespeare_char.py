@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from plain_gpt import PlainGPT, build_adamw
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.run import usable_cores
@@ -55,48 +56,13 @@ def validate(logits, data: torch.Tensor, length: int) -> float:
     return total / targets.numel()
 
 
-class PlainBlock(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x):
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class PlainGPT(nn.Module):
-    """The usual small GPT: learnt positions, LayerNorm, GELU, tied head."""
-
-    def __init__(self, vocab: int, layers: int = 4, width: int = 128, heads: int = 4, context: int = 64):
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(PlainBlock(width, heads) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, 0.0, 0.02 / math.sqrt(2 * layers) if name.endswith(("out.weight", "down.weight")) else 0.02)
-
-    def forward(self, x):
-        hidden = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
-        return F.linear(self.norm(self.blocks(hidden)), self.tokens.weight)
-
-
 def run_plain(train_data, val_data, vocab: int, seed: int, steps: int = 2000) -> tuple[float, float]:
     """Return (seconds, validation loss) of the eager fp32 loop."""
     torch.manual_seed(seed)
     torch.set_num_threads(usable_cores())
     generator = torch.Generator().manual_seed(seed)
     model = PlainGPT(vocab)
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    optimizer = build_adamw(model)
     started = time.perf_counter()
     for step in range(steps):
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - 100) / (steps - 100)))
