@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from plinth.ops import kernels
 from plinth.ops.attention import qk_norm_rope_attention, swap_halves
-from plinth.ops.linear import linear
+from plinth.ops.linear import WeightGradient, collect_gradients, linear
 from plinth.ops.loss import linear_cross_entropy
 from plinth.ops.norm import add_rms_norm
 from plinth.ops.rope import rope_table
@@ -105,6 +105,27 @@ def test_cross_entropy_of_a_sure_model_is_not_cut():
     hidden[:, 0], weight[0, 0] = 16.0, 16.0
     loss = linear_cross_entropy(hidden, weight, torch.ones(32, dtype=torch.long))
     assert loss.item() == pytest.approx(32 * 256.0, rel=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+def test_collected_gradients_are_those_of_autograd(factor):
+    w, v = leaf(96, 64, seed=1), leaf(128, 96, seed=2)
+    batches = [(leaf(64, 64, seed=3 + i), torch.arange(64) + i) for i in range(3)]
+    loss = lambda x, y: factor * linear_cross_entropy(linear(x, w), v, y)  # noqa: E731
+    exact = torch.autograd.grad(
+        sum(factor * F.cross_entropy(F.linear(F.linear(x.double(), w.double()), v.double()), y, reduction="sum") for x, y in batches),
+        (w, v),
+    )
+    with collect_gradients() as sums:
+        for x, y in batches:
+            given = torch.autograd.grad(loss(x, y), (w, v), allow_unused=True)
+            assert given == (None, None)
+    for weight, wanted in zip((w, v), exact):
+        start = torch.ones(weight.shape)
+        found = WeightGradient.gather([*sums.filled(weight), *sums.filled(weight)], start)  # as if from two threads, on top of another
+        error = ((found.double() - 1) / 2 - wanted.double()).norm() / wanted.double().norm()
+        assert error < 5 * ROUNDING, error  # sharp logits, rounded: PyTorch's own bf16 products give 2 % here as well
 
 
 @needs_kernels

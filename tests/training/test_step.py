@@ -33,6 +33,23 @@ def make_rows(rows=6, seed=1):
 
 @pytest.mark.parametrize("sizes", [[1, 5], [2, 2, 2], [1, 1, 1, 3], [6]])
 @pytest.mark.parametrize("threads", [1, 2, 3])
+def test_kernels_and_autograd_add_up_to_one_gradient(sizes, threads):
+    """In bf16 whole blocks of 32 rows go through kernels that collect their sums, others through autograd."""
+    tokens = torch.randint(CONFIG.vocab_size, (6, 17), generator=torch.Generator().manual_seed(1))
+    rows = tokens[:, :16].contiguous(), tokens[:, 1:].contiguous()
+    with open_workers(threads) as workers:
+        exact = split_gradients(make_masters(), causal_lm_loss, [rows], workers)
+        parts = list(zip(*(t.split(sizes) for t in rows)))
+        rounded = split_gradients(make_masters(torch.bfloat16), causal_lm_loss, parts, workers)
+    assert rounded[1] == exact[1] == 96
+    assert rounded[0] == pytest.approx(float(exact[0]), rel=0.01)
+    for a, b in zip(rounded[3], exact[3]):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+@pytest.mark.parametrize("sizes", [[1, 5], [2, 2, 2], [1, 1, 1, 3], [6]])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_split_of_a_batch_gives_the_same_gradient(sizes, threads):
     inputs, targets = make_rows()
     masters = make_masters()

@@ -1,7 +1,8 @@
 """Kernels in C for processors with AVX-512 and a bf16 matrix unit (AMX), built once with the system's compiler.
 
-Calls run without Python's lock, so worker threads run side by side. Where there is no such processor or no C compiler, every operation of this package runs on PyTorch's own kernels; results
-differ by rounding only. PLINTH_KERNELS=torch in the environment asks for that everywhere.
+Calls run without Python's lock, so worker threads run side by side. Where there is no such processor or no C compiler, every
+operation of this package runs on PyTorch's own kernels; results differ by rounding only.
+PLINTH_KERNELS=torch in the environment asks for that everywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ SIGNATURES = {
     "swiglu_forward": (P, P, L, I),
     "swiglu_backward": (P, P, P, L, I),
     "cross_entropy": (P, P, P, L, I),
-    "add_products": (P, P, L, I, I, P),
+    "add_products": (P, P, L, I, I, P, I),
+    "gather_sums": (P, I, P, I, I, I, I),
     "round_sums": (P, P, I, I, I),
 }
 

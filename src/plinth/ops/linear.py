@@ -9,6 +9,10 @@ machine's kernel was seen to give the very same bits as the tiles.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -20,10 +24,93 @@ ROW_TILE = 16
 WIDEST_TILE = 256
 
 
+class WeightGradient:
+    """The gradient of a matrix (F, D), summed in fp32 over any number of blocks of rows."""
+
+    def __init__(self, shape: torch.Size):
+        self._shape, self._transposed = shape, shape[0] > shape[1]
+        self._sums = torch.empty(sorted(shape), dtype=torch.float32)
+        self.is_empty = True
+
+    def add(self, grad_NF: torch.Tensor, x_ND: torch.Tensor) -> None:
+        """Add gradᵀ · x; the operand with fewer columns is the one that the kernel transposes."""
+        left, right = (x_ND, grad_NF) if self._transposed else (grad_NF, x_ND)
+        kernels.call("add_products", left, right, *left.shape, right.shape[1], self._sums, int(self.is_empty))
+        self.is_empty = False
+
+    def scaled(self, factor: torch.Tensor) -> WeightGradient:
+        """Return the sums times a scalar; a factor of 1 costs nothing."""
+        if factor == 1.0:
+            return self
+        other = WeightGradient(self._shape)
+        other._sums, other.is_empty = self._sums * factor, self.is_empty
+        return other
+
+    def absorb(self, other: WeightGradient) -> None:
+        """Add the sums of `other`, which may not be used any more."""
+        self._sums = other._sums if self.is_empty else self._sums.add_(other._sums)
+        self.is_empty = self.is_empty and other.is_empty
+
+    def rounded(self) -> torch.Tensor:
+        """Return the sums in bf16, shape (F, D)."""
+        gradient = torch.empty(self._shape, dtype=torch.bfloat16)
+        kernels.call("round_sums", self._sums, gradient, *self._shape, int(self._transposed))
+        return gradient
+
+    @staticmethod
+    def gather(parts: Sequence[WeightGradient], gradient: torch.Tensor | None) -> torch.Tensor:
+        """Return the sum of the parts, fp32, shape (F, D), added to `gradient`, in place, where there is one."""
+        first = parts[0]
+        out = torch.empty(first._shape, dtype=torch.float32) if gradient is None else gradient
+        addresses = (ctypes.c_void_p * len(parts))(*(part._sums.data_ptr() for part in parts))
+        kernels.call("gather_sums", addresses, len(parts), out, *first._shape, int(first._transposed), int(gradient is not None))
+        return out
+
+
+class GradientSums:
+    """The gradients of one thread's weights, summed over its backward passes where they arise.
+
+    Between `collect_gradients` and its end autograd gets no gradient of the matrices that the kernels sum: rounding them to the
+    model's dtype for every micro-batch, only to add them up again, would be four passes over all weights.
+    """
+
+    def __init__(self) -> None:
+        self._by_weight: dict[int, WeightGradient] = {}
+
+    def of(self, weight_FD: torch.Tensor) -> WeightGradient:
+        """Return the sums that belong to a weight."""
+        return self._by_weight.setdefault(id(weight_FD), WeightGradient(weight_FD.shape))
+
+    def filled(self, weight: torch.Tensor) -> list[WeightGradient]:
+        """Return the sums of a weight in a list, which is empty if nothing was added."""
+        found = self._by_weight.get(id(weight))
+        return [found] if found is not None and not found.is_empty else []
+
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def collect_gradients() -> Iterator[GradientSums]:
+    """Let the kernels keep the sums of weights' gradients of this thread, to be taken up by `WeightGradient.gather`."""
+    _thread.sums = GradientSums()
+    try:
+        yield _thread.sums
+    finally:
+        _thread.sums = None
+
+
+def collected(weight_FD: torch.Tensor) -> WeightGradient | None:
+    """Return where this thread collects the gradient of a weight, None outside of `collect_gradients`."""
+    sums = getattr(_thread, "sums", None)
+    return None if sums is None else sums.of(weight_FD)
+
+
 class _KernelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_FD):
+    def forward(ctx, x, weight_FD, sums):
         ctx.save_for_backward(x, weight_FD)
+        ctx.sums = sums
         return F.linear(x, weight_FD)
 
     @staticmethod
@@ -32,29 +119,10 @@ class _KernelLinear(torch.autograd.Function):
         x_ND, grad_NF = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x = torch.mm(grad_NF, weight_FD).view(x.shape) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return grad_x, None
-        sums = WeightGradient(weight_FD)
+            return grad_x, None, None
+        sums = ctx.sums or WeightGradient(weight_FD.shape)
         sums.add(grad_NF.contiguous(), x_ND.contiguous())
-        return grad_x, sums.rounded()
-
-
-class WeightGradient:
-    """The gradient of a matrix (F, D), summed in fp32 over any number of blocks of rows."""
-
-    def __init__(self, weight_FD: torch.Tensor):
-        self._shape, self._transposed = weight_FD.shape, weight_FD.shape[0] > weight_FD.shape[1]
-        self._sums = torch.zeros(sorted(weight_FD.shape), dtype=torch.float32)
-
-    def add(self, grad_NF: torch.Tensor, x_ND: torch.Tensor) -> None:
-        """Add gradᵀ · x; the operand with fewer columns is the one that the kernel transposes."""
-        left, right = (x_ND, grad_NF) if self._transposed else (grad_NF, x_ND)
-        kernels.call("add_products", left, right, left.shape[0], left.shape[1], right.shape[1], self._sums)
-
-    def rounded(self) -> torch.Tensor:
-        """Return the sums in bf16, shape (F, D)."""
-        gradient = torch.empty(self._shape, dtype=torch.bfloat16)
-        kernels.call("round_sums", self._sums, gradient, *self._shape, int(self._transposed))
-        return gradient
+        return grad_x, None if ctx.sums else sums.rounded(), None
 
 
 def takes_rows(x: torch.Tensor, weight_FD: torch.Tensor) -> bool:
@@ -66,7 +134,7 @@ def takes_rows(x: torch.Tensor, weight_FD: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
     """Return x · weightᵀ, shape (..., F).  The slow twin is torch.nn.functional.linear."""
     if torch.is_grad_enabled() and takes_rows(x, weight_FD):
-        return _KernelLinear.apply(x, weight_FD)
+        return _KernelLinear.apply(x, weight_FD, collected(weight_FD) if weight_FD.requires_grad else None)
     return F.linear(x, weight_FD)
 
 

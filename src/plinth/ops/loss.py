@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from plinth.ops import kernels
 from plinth.ops.chunked_loss import chunked_cross_entropy
-from plinth.ops.linear import WeightGradient, takes_rows
+from plinth.ops.linear import WeightGradient, collected, takes_rows
 from plinth.ops.vocab_parallel import spread_cross_entropy
 
 CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread: 4 MB in bf16
@@ -52,11 +52,11 @@ class _KernelCrossEntropy(torch.autograd.Function):
     """The same on our kernels: one pass turns a chunk of logits into its gradient, and the loss is the fp32 logarithm of a sum."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N):
+    def forward(ctx, hidden_ND, weight_VD, targets_N, sums):
         (N, V), targets_N = (hidden_ND.shape[0], weight_VD.shape[0]), targets_N.contiguous()
         hidden_ND, losses_N = hidden_ND.contiguous(), torch.empty(N, dtype=torch.float32)
-        wanted = any(ctx.needs_input_grad)
-        grad_hidden, sums = torch.empty_like(hidden_ND), WeightGradient(weight_VD)
+        wanted, weight_wanted = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
+        grad_hidden, gradient = torch.empty_like(hidden_ND), WeightGradient(weight_VD.shape)
         rows = min(N, max(32, CHUNK_ELEMENTS // V // 32 * 32))
         logits = torch.empty((rows, V), dtype=torch.bfloat16)
         for start in range(0, N, rows):
@@ -66,14 +66,24 @@ class _KernelCrossEntropy(torch.autograd.Function):
             kernels.call("cross_entropy", chunk, targets_N[part], losses_N[part], *chunk.shape)
             if wanted:
                 torch.mm(chunk, weight_VD, out=grad_hidden[part])
-                sums.add(chunk, hidden)
+                if weight_wanted:
+                    gradient.add(chunk, hidden)
         if wanted:
-            ctx.save_for_backward(grad_hidden, sums.rounded())
+            ctx.save_for_backward(grad_hidden)
+            ctx.gradient, ctx.sums = gradient if weight_wanted else None, sums
         return losses_N.sum(dtype=torch.float64).float()
 
     @staticmethod
     def backward(ctx, grad):
-        return _LinearCrossEntropy.backward(ctx, grad)
+        (grad_hidden,) = ctx.saved_tensors
+        if grad != 1.0:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        if ctx.gradient is None:
+            return grad_hidden, None, None, None
+        if ctx.sums is None:
+            return grad_hidden, ctx.gradient.scaled(grad).rounded(), None, None
+        ctx.sums.absorb(ctx.gradient.scaled(grad))
+        return grad_hidden, None, None, None
 
 
 def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -89,7 +99,8 @@ def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targe
     if hidden_ND.device.type != "cpu":
         return chunked_cross_entropy(hidden_ND, weight_VD, targets_N)
     if takes_rows(hidden_ND, weight_VD):
-        return _KernelCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
+        sums = collected(weight_VD) if weight_VD.requires_grad and torch.is_grad_enabled() else None
+        return _KernelCrossEntropy.apply(hidden_ND, weight_VD, targets_N, sums)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
 
 

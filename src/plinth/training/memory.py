@@ -7,6 +7,7 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 HOLD_BYTES = (1 << 31) - 1
+HUGE_PAGE_BYTES, MADV_HUGEPAGE = 2 << 20, 14
 USUAL_BYTES = 128 * 1024  # glibc's own threshold for both
 
 
@@ -17,7 +18,28 @@ def keep_freed_memory() -> bool:
     touch of a page is a fault.
     Other C libraries are left alone.
     """
-    return _mallopt((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, HOLD_BYTES))
+    obeyed = _mallopt((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, HOLD_BYTES))
+    if obeyed:
+        _advise_huge_pages()
+    return obeyed
+
+
+def _advise_huge_pages(reserve_bytes: int = (1 << 30) - (1 << 16)) -> None:
+    """Ask Linux for pages of 2 MB in the next stretch of the heap, so that a step, which touches all of it, needs fewer page-table entries.
+
+    The stretch is taken and given back untouched, so it costs no memory.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    blocks = [libc.malloc(reserve_bytes), libc.malloc(HOLD_BYTES - reserve_bytes - (1 << 27))]
+    for block, size in zip(blocks, (reserve_bytes, HOLD_BYTES - reserve_bytes - (1 << 27))):
+        if block:
+            start = -(-block // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+            libc.madvise(start, (block + size - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, MADV_HUGEPAGE)
+    for block in reversed(blocks):
+        libc.free(block)
 
 
 def release_freed_memory() -> bool:

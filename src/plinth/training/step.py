@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from plinth.ops.linear import GradientSums, WeightGradient, collect_gradients
 from plinth.training.device import move_batch
 from plinth.training.memory import keep_freed_memory, release_freed_memory
 from plinth.training.optim import Optimizer
@@ -138,21 +139,22 @@ def split_gradients(
         return masters.gradients(loss_function, batches)
 
     def run(share: Sequence[Batch]):
-        total, loss_sum, count, sums = None, 0.0, 0.0, {}
-        for batch in share:
-            loss, batch_count, metrics, grads = gradients(masters, loss_function, batch)
-            total = _accumulate(total, grads, masters.parameters)
-            loss_sum, count = loss_sum + loss.double(), count + batch_count
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
-        return loss_sum, count, sums, total
+        total, loss_sum, count, sums = [None] * len(masters.parameters), 0.0, 0.0, {}
+        with collect_gradients() as collected:
+            for batch in share:
+                loss, batch_count, metrics, grads = gradients(masters, loss_function, batch)
+                _accumulate(total, grads)
+                loss_sum, count = loss_sum + loss.double(), count + batch_count
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+        return loss_sum, count, sums, total, collected
 
     n = min(workers.num_threads, len(batches))
     bounds = [len(batches) * i // n for i in range(n + 1)]
     parts = workers.map(run, [batches[a:b] for a, b in zip(bounds, bounds[1:])])
-    grads = parts[0][3]
-    for part in parts[1:]:
-        torch._foreach_add_(grads, part[3])
+    totals, collected = [part[3] for part in parts], [part[4] for part in parts]
+    jobs = [(parameter, [total[i] for total in totals]) for i, parameter in enumerate(masters.parameters)]
+    grads = workers.map(lambda job: _add_up(*job, collected), jobs)
     sums: dict[str, Sum] = {}
     for part in parts:
         for name, value in part[2].items():
@@ -167,12 +169,25 @@ def read_scalars(values: Sequence[Sum]) -> list[float]:
     return [next(numbers) if isinstance(value, torch.Tensor) else value for value in values]
 
 
-def _accumulate(total, grads, parameters):
-    wide = [torch.zeros(p.shape, device=p.device) if g is None else g.float() for g, p in zip(grads, parameters)]
-    if total is None:
-        return wide
-    torch._foreach_add_(total, wide)
-    return total
+def _accumulate(total: list[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> None:
+    """Add the gradients of a micro-batch to fp32 totals, in place; None is no gradient."""
+    both = [i for i, grad in enumerate(grads) if grad is not None and total[i] is not None]
+    for i, grad in enumerate(grads):
+        if grad is not None and total[i] is None:
+            total[i] = grad.float()
+    if both:
+        torch._foreach_add_([total[i] for i in both], [grads[i].float() for i in both])
+
+
+def _add_up(parameter: torch.Tensor, totals: Sequence[torch.Tensor | None], collected: Sequence[GradientSums]) -> torch.Tensor:
+    """Return one parameter's gradient over all threads, fp32: what autograd gave and what the kernels collected."""
+    found = [total for total in totals if total is not None]
+    whole = found[0] if found else None
+    for other in found[1:]:
+        whole.add_(other)
+    if sums := [part for thread in collected for part in thread.filled(parameter)]:
+        return WeightGradient.gather(sums, whole)
+    return torch.zeros(parameter.shape, device=parameter.device) if whole is None else whole
 
 
 def train_step(

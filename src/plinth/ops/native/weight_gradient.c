@@ -26,8 +26,8 @@ INLINE void pack_left(const bf16 *a, size_t stride, int rows, uint32_t *tiles) {
         }
 }
 
-/* sums (M, C), fp32, += a^T b; a (N, M), b (N, C) contiguous; N, M and C multiples of 32. */
-EXPORT void add_products(const bf16 *a, const bf16 *b, long N, int M, int C, float *sums) {
+/* sums (M, C), fp32, += a^T b, or = where they are fresh; a (N, M), b (N, C) contiguous; N, M and C multiples of 32. */
+EXPORT void add_products(const bf16 *a, const bf16 *b, long N, int M, int C, float *sums, int fresh) {
     uint32_t *pairs = aligned((size_t)ROWS * COLUMNS * 2), *left = aligned((size_t)N * M * 2);
     configure_tiles();
     for (long n = 0; n < N; n += ROWS) {
@@ -43,7 +43,10 @@ EXPORT void add_products(const bf16 *a, const bf16 *b, long N, int M, int C, flo
                 const uint32_t *tiles = left + (n * M + (size_t)m * rows) / 2;
                 for (int c = 0; c < columns; c += 32) {
                     float *block = sums + (size_t)m * C + start + c;
-                    load_results(block, C);
+                    if (fresh && n == 0)
+                        zero_results();
+                    else
+                        load_results(block, C);
                     for (int k = 0; k < rows; k += 32) {
                         const uint32_t *tile = tiles + (size_t)k * 16, *pair = pairs_at(pairs, rows, k, c);
                         multiply(tile, tile + 256, 64, pair, pair + 16, 128);
@@ -55,6 +58,24 @@ EXPORT void add_products(const bf16 *a, const bf16 *b, long N, int M, int C, flo
     }
     _tile_release();
     free(pairs), free(left);
+}
+
+/* out (F, D), fp32, (+)= the sum of n blocks of sums (F, D), or of sums (D, F) when transposed. F and D multiples of 16. */
+EXPORT void gather_sums(const float **sums, int n, float *out, int F, int D, int transposed, int add) {
+    for (int f = 0; f < F; f += 16)
+        for (int d = 0; d < D; d += 16) {
+            __m512 v[16];
+            for (int i = 0; i < 16; i++) {
+                const size_t at = transposed ? (size_t)(d + i) * F + f : (size_t)(f + i) * D + d;
+                v[i] = _mm512_loadu_ps(sums[0] + at);
+                for (int k = 1; k < n; k++) v[i] = _mm512_add_ps(v[i], _mm512_loadu_ps(sums[k] + at));
+            }
+            if (transposed) transpose16((__m512i *)v);
+            for (int i = 0; i < 16; i++) {
+                float *row = out + (size_t)(f + i) * D + d;
+                _mm512_storeu_ps(row, add ? _mm512_add_ps(v[i], _mm512_loadu_ps(row)) : v[i]);
+            }
+        }
 }
 
 /* out (F, D) in bf16 of sums (F, D), or of sums (D, F) when transposed. */
