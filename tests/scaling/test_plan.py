@@ -117,6 +117,8 @@ def test_every_core_gets_a_part_of_a_step(corpus, probe):
     for cores in (1, 2, 6):
         plan = make_plan("4m", corpus, dataclasses.replace(probe, cores=cores))
         assert plan.tokens_per_step // plan.seq_len // plan.micro_batch_size >= cores
+    on_gpu = make_plan("4m", corpus, dataclasses.replace(probe, cores=6, device="cuda"))
+    assert on_gpu.micro_batch_size * on_gpu.seq_len == on_gpu.tokens_per_step  # it works on the whole at once where that fits
 
 
 def test_muon_by_rule(corpus, probe):

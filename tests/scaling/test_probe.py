@@ -1,6 +1,7 @@
 """The probe measures this machine for real, with the project's own training step."""
 
 import pytest
+import torch
 
 from plinth.config import from_dict, to_dict
 from plinth.scaling.probe import Probe, cgroup_limit_files, mfu, probe_machine, resident_bytes, usable_memory
@@ -16,6 +17,7 @@ def test_probe_of_this_machine():
     assert probe.bandwidth_bytes_per_s > 1e7 and probe.memory_bytes > 1e8 and probe.cores >= 1
     point = probe.train_points[0]
     assert point.tokens_per_step == probe.cores * point.micro_batch_size * point.seq_len
+    assert probe.device == "cpu" and probe.workers == probe.cores
     assert probe.time_model.num_points == len(probe.train_points) >= 1
     assert mfu(probe, point.config, point.seq_len, point.tokens_per_s) > 0
     assert lines[0] == "matrix products" and any("layers x" in line for line in lines)
@@ -53,3 +55,15 @@ def test_memory_that_the_process_holds_is_counted_in_the_plan(tmp_path):
     block = bytearray(b"x" * 50_000_000)
     assert held == 0 or resident_bytes() - held > 40_000_000
     assert resident_bytes(tmp_path / "absent") == 0 and len(block) == 50_000_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
+def test_probe_of_a_gpu():
+    probe = probe_machine(measure_tokens_per_s, device="cuda")
+    assert probe.cpu.startswith(torch.cuda.get_device_name(0)) and probe.memory_source == "the GPU"
+    assert probe.memory_bytes == torch.cuda.get_device_properties(0).total_memory
+    assert probe.dtype == "bfloat16" and probe.workers == 1 and probe.process_bytes == 0
+    point = probe.train_points[-1]
+    assert point.tokens_per_step == point.micro_batch_size * point.seq_len
+    assert from_dict(Probe, to_dict(probe)) == probe

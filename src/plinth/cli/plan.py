@@ -70,6 +70,7 @@ def plan_paths(paths, budget, options: PlanConfig, *, instructions: bool | None 
 def probe_here(*, seed: int = 0):
     """Measure this machine with the project's own training step, saying on standard error what is measured."""
     from plinth.scaling.probe import probe_machine
+    from plinth.training.device import choose_device
     from plinth.training.throughput import measure_tokens_per_s
 
-    return probe_machine(measure_tokens_per_s, seed=seed, on_progress=lambda line: say(f"probing: {line}"))
+    return probe_machine(measure_tokens_per_s, device=choose_device(), seed=seed, on_progress=lambda line: say(f"probing: {line}"))

@@ -30,6 +30,7 @@ from plinth.scaling.probe import probe_machine
 from plinth.tasks.facts import build_facts
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
+from plinth.training.device import choose_device
 from plinth.training.throughput import measure_tokens_per_s
 
 
@@ -55,7 +56,7 @@ def build(
     with stage("plan") as needed:
         if needed(out / "plan.json"):
             stats = describe_corpus(texts, has_instructions=config.own_facts or config.sft is not None)
-            probe = probe_machine(measure_tokens_per_s, seed=config.seed)
+            probe = probe_machine(measure_tokens_per_s, device=choose_device(), seed=config.seed)
             save_plan(make_plan(config.budget, stats, probe, config.plan), out / "plan.json")
     plan = load_plan(out / "plan.json")
     show_plan(plan)

@@ -240,15 +240,15 @@ def choose_micro_batch(
 ) -> tuple[int | None, int]:
     """Return the sequences a forward pass, and the bytes that a step then needs.
 
-    Every core works on its own part of the step, so the step is split in at least as many parts as there are cores,
+    Every core works on its own part of the step, so on a CPU the step is split in at least as many parts as there are cores,
     and further until it fits in memory. None when even single sequences do not fit.
     """
     sequences = tokens_per_step // seq_len
     needed = 0
-    for micro_batch_size in range(max(1, sequences // probe.cores), 0, -1):
+    for micro_batch_size in range(max(1, sequences // probe.workers), 0, -1):
         if sequences % micro_batch_size:
             continue
-        workers = min(probe.cores, sequences // micro_batch_size)
+        workers = min(probe.workers, sequences // micro_batch_size)
         needed = training_memory_bytes(config, micro_batch_size, seq_len, optimizer, probe.dtype, workers)
         if needed <= memory_bytes:
             return micro_batch_size, needed

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ CGROUP = Path("/sys/fs/cgroup")
 DTYPES = ("float32", "bfloat16")
 BF16_ADVANTAGE = 1.3  # below this bf16 does not pay for the copies of the weights that it needs
 PROBE_SEQ_LEN = 256
-PROBE_TOKENS = 4096
+PROBE_TOKENS = {"cpu": 4096, "cuda": 65_536}  # a step's
 PROBE_STEPS = 3  # after one that warms up
 PROBE_LIMIT_S = 7.0
 PROBE_SHAPES = (  # vocab_size, hidden_size, num_layers, head_dim
@@ -55,6 +56,7 @@ class MeasureTraining(Protocol):
         optimizer: str,
         steps: int,
         seed: int,
+        device: str,
     ) -> Throughput: ...
 
 
@@ -87,13 +89,13 @@ class Probe:
     """The machine as measured."""
 
     cpu: str
-    """processor's name"""
+    """name of the processor, behind that of the GPU where one was measured"""
     cores: int
     """cores that this process may use"""
     memory_bytes: int
-    """memory that this process may use, bytes"""
+    """memory that this process may use, bytes; the GPU's where one was measured"""
     memory_source: str
-    """what sets memory_bytes: the machine or the control group"""
+    """what sets memory_bytes: the machine, the control group or the GPU"""
     dtype: str
     """dtype chosen for matrix products: bfloat16 where it is measured to be faster, else float32"""
     matmul_flops_per_s: dict[str, float]
@@ -110,16 +112,24 @@ class Probe:
     """processes that wanted a core in the minute before the probe; other work slows what is measured"""
     process_bytes: int = 0
     """memory that this process held after the probe, before training"""
+    device: str = "cpu"
+    """what was measured and will train: cpu, cuda or cuda:N"""
+
+    @property
+    def workers(self) -> int:
+        """Return how many micro-batches run side by side: one a core, or one on a GPU."""
+        return self.cores if self.device == "cpu" else 1
 
 
 def probe_machine(
     measure_training: MeasureTraining,
     *,
+    device: str = "cpu",
     seed: int = 0,
     limit_s: float = PROBE_LIMIT_S,
     on_progress: Callable[[str], None] | None = None,
 ) -> Probe:
-    """Measure the machine: at most `limit_s` seconds and one more training shape.
+    """Measure the machine, or the GPU that `device` names: at most `limit_s` seconds and one more training shape.
 
     `measure_training` is `plinth.training.throughput.measure_tokens_per_s`. `on_progress` gets one line before each
     measurement. A shape that would pass the limit is left out; the time
@@ -129,14 +139,17 @@ def probe_machine(
     started = time.perf_counter()
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     say("matrix products")
-    rates = {dtype: matmul_rate(dtype, seed=seed) for dtype in DTYPES}
+    rates = {dtype: matmul_rate(dtype, device=device, seed=seed) for dtype in DTYPES}
     dtype = "bfloat16" if rates["bfloat16"] > BF16_ADVANTAGE * rates["float32"] else "float32"
     say("memory")
-    bandwidth = copy_bandwidth()
-    memory_bytes, memory_source = usable_memory()
-    points = _measure_shapes(measure_training, rates[dtype], bandwidth, dtype, seed, started + limit_s, say)
+    bandwidth = copy_bandwidth(device=device)
+    hardware = describe_hardware()
+    gpu = hardware["gpus"][int(device.partition(":")[2] or 0)] if device != "cpu" else None
+    memory_bytes, memory_source = (gpu["memory_bytes"], "the GPU") if gpu else usable_memory()
+    measure = partial(measure_training, dtype=dtype, optimizer="adamw", steps=PROBE_STEPS, seed=seed, device=device)
+    points = _measure_shapes(measure, rates[dtype], bandwidth, dtype, device, started + limit_s, say)
     return Probe(
-        cpu=describe_hardware()["cpu"],
+        cpu=f"{gpu['name']}, {hardware['cpu']}" if gpu else hardware["cpu"],
         cores=usable_cores(),
         memory_bytes=memory_bytes,
         memory_source=memory_source,
@@ -147,7 +160,8 @@ def probe_machine(
         time_model=_time_model(points, rates[dtype], bandwidth),
         probe_s=time.perf_counter() - started,
         load_average=load_average,
-        process_bytes=resident_bytes(),
+        process_bytes=0 if gpu else resident_bytes(),
+        device=device,
     )
 
 
@@ -208,39 +222,32 @@ def probe_config(vocab_size: int, hidden_size: int, num_layers: int, head_dim: i
 
 
 def _measure_shapes(
-    measure_training: MeasureTraining,
+    measure: Callable[..., Throughput],
     rate: float,
     bandwidth: float,
     dtype: str,
-    seed: int,
+    device: str,
     deadline: float,
     say: Callable[[str], None],
 ) -> list[TrainPoint]:
     """Time training steps at each probe shape, as many as fit before the deadline, at least one shape."""
     points: list[TrainPoint] = []
+    workers = usable_cores() if device == "cpu" else 1
     for index, shape in enumerate(PROBE_SHAPES):
         config = probe_config(*shape)
         sequence_s = _time_model(points, rate, bandwidth).step_s(step_cost(config, PROBE_SEQ_LEN, PROBE_SEQ_LEN, "adamw"))
         share_s = (deadline - time.perf_counter()) / (len(PROBE_SHAPES) - index)
-        per_worker = int(share_s / (PROBE_STEPS + 1) / sequence_s / usable_cores())
+        per_worker = int(share_s / (PROBE_STEPS + 1) / sequence_s / workers)
         if points and per_worker < 1:  # a slow or busy machine: what is measured must do
             break
         say(f"training steps, {config.num_layers} layers x {config.hidden_size}")
-        most = max(1, PROBE_TOKENS // PROBE_SEQ_LEN // usable_cores())
-        points.append(_measure(measure_training, config, min(max(1, per_worker), most), dtype, seed))
+        most = max(1, PROBE_TOKENS[device.partition(":")[0]] // PROBE_SEQ_LEN // workers)
+        points.append(_measure(measure, config, min(max(1, per_worker), most), dtype))
     return points
 
 
-def _measure(measure_training: MeasureTraining, config: DecoderConfig, micro_batch_size: int, dtype: str, seed: int) -> TrainPoint:
-    sample = measure_training(
-        config,
-        micro_batch_size=micro_batch_size,
-        seq_len=PROBE_SEQ_LEN,
-        dtype=dtype,
-        optimizer="adamw",
-        steps=PROBE_STEPS,
-        seed=seed,
-    )
+def _measure(measure: Callable[..., Throughput], config: DecoderConfig, micro_batch_size: int, dtype: str) -> TrainPoint:
+    sample = measure(config, micro_batch_size=micro_batch_size, seq_len=PROBE_SEQ_LEN)
     return TrainPoint(
         config=config,
         micro_batch_size=micro_batch_size,

@@ -33,7 +33,7 @@ def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]):
     targets_N = targets_BT.flatten()
     counted_N = targets_N >= 0
     if targets_N.device.type != "cpu":
-        return linear_cross_entropy(hidden_ND, model.output_weight, targets_N), counted_N.sum(), {}
+        return linear_cross_entropy(hidden_ND, model.output_weight, targets_N), counted_N.sum(dtype=torch.float64), {}
     count = int(counted_N.sum())
     if padded_rows(count) < targets_N.numel():
         rows = select_rows(counted_N, count)
