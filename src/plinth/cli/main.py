@@ -16,6 +16,11 @@ VERBS = {
     "data curate": ("plinth.cli.data_curate", "text files to a deduplicated, filtered corpus with a manifest"),
     "data pack": ("plinth.cli.data_pack", "a corpus to token shards"),
     "tokenizer train": ("plinth.cli.tokenizer_train", "a byte-level BPE tokenizer from a corpus"),
+    "transfer coord-check": (
+        "plinth.cli.transfer_coord_check",
+        "do activations move alike at every width or depth? a picture and a verdict",
+    ),
+    "transfer lr-overlay": ("plinth.cli.transfer_lr_overlay", "loss against learning rate for several widths or depths, overlaid"),
     "pretrain": ("plinth.cli.pretrain", "a decoder from token shards"),
     "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
     "prefer": ("plinth.cli.prefer", "preference tuning (DPO) on pairs"),
