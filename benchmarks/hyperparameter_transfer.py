@@ -23,8 +23,8 @@ from record import RECORDS, write_record
 
 EXPERIMENTS = {
     "AdamW along the width": ("adamw", "width"),
-    "Muon along the width": ("muon", "width"),
     "AdamW along the depth": ("adamw", "depth"),
+    "Muon along the width": ("muon", "width"),
 }
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--steps", type=int, default=100, help="updates of each run")
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens a sequence; an update has 16")
     parser.add_argument("--pictures", type=Path, help="also copy the pictures into this folder")
     options = parser.parse_args()
     started, rows, coordinates = time.perf_counter(), [], []
@@ -60,7 +61,7 @@ def main() -> None:
         if options.pictures:
             shutil.copy(options.out / "coordinates.svg", options.pictures / f"coordinates_{name}.svg")
         config = OverlayConfig(along=along, widths=tuple(options.widths), depths=tuple(options.depths), steps=options.steps)
-        config = replace(config, family=replace(config.family, optimizer=optimizer))
+        config = replace(config, family=replace(config.family, optimizer=optimizer, seq_len=options.seq_len))
         shards = options.shards or options.out / "shards"
         result = overlay(shards, options.out / name, config, print)
         rows += overlay_rows(label, result)
@@ -71,7 +72,7 @@ def main() -> None:
     question = (
         "How far does the best learning rate move with width and depth (octaves), and what does the small model's cost the large one?"
     )
-    tokens = options.steps * OverlayConfig().family.sequences_per_step * OverlayConfig().family.seq_len
+    tokens = options.steps * OverlayConfig().family.sequences_per_step * options.seq_len
     write_record(
         "hyperparameter_transfer", question, rows, coordinate_check=coordinates, tokens_a_run=tokens,
         seeds=1, time_s=round(time.perf_counter() - started, 1),
