@@ -112,18 +112,20 @@ INLINE void pack_transposed(const bf16 *x, size_t stride, int rows, int columns,
         }
 }
 
+/* Compilers do not know that tile instructions read and write memory: what was stored before must be stored, what is read after be read. */
+INLINE void settle_memory(void) { __asm__ volatile("" ::: "memory"); }
+
 /* Eight tiles of sixteen rows of 64 bytes: 0-3 gather results, 4 and 5 hold the first operand, 6 and 7 the second. */
-INLINE void configure_tiles(void) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t bytes_a_row[16];
-        uint8_t rows[16];
-    } __attribute__((aligned(64))) config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes_a_row[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-}
+static const struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes_a_row[16];
+    uint8_t rows[16];
+} tile_config __attribute__((aligned(64))) = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+INLINE void configure_tiles(void) { _tile_loadconfig(&tile_config); }
 
 INLINE void zero_results(void) {
+    settle_memory();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -131,6 +133,7 @@ INLINE void zero_results(void) {
 }
 
 INLINE void load_results(const float *c, size_t stride) {
+    settle_memory();
     _tile_loadd(0, c, stride * 4);
     _tile_loadd(1, c + 16, stride * 4);
     _tile_loadd(2, c + 16 * stride, stride * 4);
@@ -142,6 +145,7 @@ INLINE void store_results(float *c, size_t stride) {
     _tile_stored(1, c + 16, stride * 4);
     _tile_stored(2, c + 16 * stride, stride * 4);
     _tile_stored(3, c + 16 * stride + 16, stride * 4);
+    settle_memory();
 }
 
 /* results (32 x 32) += a (32 x 32) b (32 x 32): a as rows of bf16 in two tiles, b as pairs of rows in two tiles. */
