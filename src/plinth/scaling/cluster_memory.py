@@ -1,0 +1,148 @@
+"""Memory of one accelerator in a training step, item by item, from a model's shape and a layout.
+
+Activations: Korthikanti et al. 2022, arXiv:2205.05198, counted again for attention that keeps no probabilities, grouped heads and SwiGLU.
+Sharded state: Rajbhandari et al. 2020, arXiv:1910.02054.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from plinth.ops.loss import CHUNK_ELEMENTS
+from plinth.scaling.cluster_config import Layout
+from plinth.scaling.known_models import ModelShape
+
+MASTER = 4  # bytes of an fp32 value: weights that the optimizer updates, its moments, reduced gradients
+COMPUTE = 2  # bytes of a bf16 value: gathered parameters, activations
+FULL_LOGIT = 12  # bytes of a logit: bf16 and an fp32 copy, and the gradient of each
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes on the accelerator that holds most, at the peak of a step."""
+
+    parameters: int
+    """this rank's share of the fp32 parameters, and a bf16 copy where parameters stay gathered"""
+    gradients: int
+    """fp32 gradients: this rank's share, or those of its whole stage where they are accumulated unsharded"""
+    optimizer: int
+    """optimizer state, fp32"""
+    activations: int
+    """what the forward passes in flight keep for their backward passes"""
+    logits: int
+    """logits of a micro-batch with their gradient, or of one chunk of it"""
+    buffers: int
+    """parameters of two layers, embedding and head gathered in bf16, and the gradients of the largest of them before they are reduced"""
+    margin: int
+    """kept free against fragmentation"""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all items."""
+        return self.used + self.margin
+
+    @property
+    def used(self) -> int:
+        """Bytes of all items but the margin: what an allocator would report."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.buffers
+
+
+def layers_a_stage(shape: ModelShape, layout: Layout) -> int:
+    """Return the layers of the stage that has most."""
+    return math.ceil(shape.decoder.num_layers / layout.pipeline)
+
+
+def local_params(shape: ModelShape, layout: Layout) -> float:
+    """Return the parameters of the largest stage on one tensor-parallel rank, before sharding: layers, with embedding or head."""
+    ends = shape.head_params * (1 if shape.decoder.tie_embeddings or layout.pipeline > 1 else 2)
+    body = shape.num_params - shape.head_params * (1 if shape.decoder.tie_embeddings else 2)
+    return (body / shape.decoder.num_layers * layers_a_stage(shape, layout) + ends) / layout.tensor
+
+
+def activation_bytes_per_token(shape: ModelShape, checkpointing: str = "none") -> int:
+    """Return the bf16 bytes that one block keeps a token for the backward pass.
+
+    none: the inputs of both norms and of the products behind them (8 D), queries, keys, values and attention's output with an fp32 scale a
+    head (4 H E + 4 K E + 4 H; 2 H E + 2 K E more where queries and keys are normalised), and the feed-forward layer's hidden values (6 F with
+    a gate, 4 F without). For D = H E, K = H / 4 and F = 3.5 D that is the 34 D of Korthikanti et al. 2022, eq. 2 without its quadratic term.
+    selective: the block's input (2 D), attention's output, and every second product's output. full: the block's input.
+    """
+    decoder = shape.decoder
+    width, feed_forward = decoder.hidden_size, decoder.intermediate_size
+    heads, kv_heads = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    up = 2 if shape.gated else 1
+    if checkpointing == "full":
+        return COMPUTE * width
+    if checkpointing == "selective":
+        products = heads + 2 * kv_heads + 2 * width + up * feed_forward
+        return COMPUTE * (width + heads) + 4 * decoder.num_heads + COMPUTE * products // 2
+    normed = 0 if shape.qk_norm == "none" else heads + kv_heads
+    return COMPUTE * (4 * width + 2 * heads + 2 * kv_heads + normed + (up + 1) * feed_forward) + 4 * decoder.num_heads
+
+
+def gpu_memory(
+    shape: ModelShape,
+    layout: Layout,
+    seq_len: int,
+    micro_batches: int,
+    *,
+    optimizer: str = "adamw",
+    chunked_loss: bool = True,
+    margin: float = 0.0,
+) -> GpuMemory:
+    """Return the memory of the fullest accelerator; `micro_batches` are those of one data-parallel rank a step."""
+    local = local_params(shape, layout)
+    kept = not layout.reshard or layout.state_ranks == 1
+    accumulated = layout.state_ranks == 1 or (not layout.reshard and micro_batches > 1)
+    moments = 2.0
+    if optimizer == "muon":
+        matrix = shape.layer_matrix_params * layers_a_stage(shape, layout) / layout.tensor
+        moments -= matrix / local
+    items = {
+        "parameters": MASTER * local / layout.state_ranks + (COMPUTE * local if kept else 0),
+        "gradients": MASTER * local / (1 if accumulated else layout.state_ranks),
+        "optimizer": moments * MASTER * local / layout.state_ranks,
+        "activations": _activations(shape, layout, seq_len, micro_batches),
+        "logits": _logits(shape, layout, seq_len, chunked_loss),
+        "buffers": _buffers(shape, layout, kept, accumulated),
+    }
+    rounded = {name: math.ceil(value) for name, value in items.items()}
+    return GpuMemory(**rounded, margin=math.ceil(margin * sum(rounded.values())))
+
+
+def in_flight(layout: Layout, micro_batches: int) -> float:
+    """Return how many micro-batches' activations the first stage holds at once.
+
+    One without a pipeline; as many as there are stages with the schedule of one forward, one backward; with v interleaved chunks
+    1 + (p - 1) / (p v) times that. Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.3.
+    """
+    stages = layout.pipeline
+    held = float(min(stages, micro_batches))
+    if stages > 1 and layout.virtual_stages > 1:
+        held = min(held * (1 + (stages - 1) / (stages * layout.virtual_stages)), float(micro_batches))
+    return held
+
+
+def _activations(shape: ModelShape, layout: Layout, seq_len: int, micro_batches: int) -> float:
+    tokens = layout.micro_batch_size * seq_len / layout.context
+    layer = tokens * activation_bytes_per_token(shape, layout.checkpointing) / layout.tensor
+    working = tokens * activation_bytes_per_token(shape) / layout.tensor if layout.checkpointing != "none" else 0.0
+    whole = 2 * COMPUTE * tokens * shape.decoder.hidden_size  # a tensor-parallel rank's gathered input and its gradient; or the head's
+    return layer * layers_a_stage(shape, layout) * in_flight(layout, micro_batches) + working + whole
+
+
+def _logits(shape: ModelShape, layout: Layout, seq_len: int, chunked: bool) -> float:
+    vocab = shape.decoder.vocab_size / layout.tensor
+    tokens = layout.micro_batch_size * seq_len / layout.context
+    if chunked:
+        tokens = min(tokens, max(1.0, CHUNK_ELEMENTS / vocab))
+    return FULL_LOGIT * tokens * vocab
+
+
+def _buffers(shape: ModelShape, layout: Layout, kept: bool, accumulated: bool) -> float:
+    layer = shape.layer_matrix_params / layout.tensor
+    ends = shape.head_params / layout.tensor
+    gathered = 0.0 if kept else COMPUTE * (2 * layer + ends)
+    reduced = 0.0 if accumulated else (COMPUTE + MASTER) * max(layer, ends)
+    return gathered + reduced
