@@ -17,7 +17,10 @@ from plinth.scaling.plan_config import PlanConfig
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """Measure this machine, weigh the runs that a budget allows, and show the one with the lowest predicted loss."""
+    """Measure this machine, weigh the runs that a budget allows, and show the one with the lowest predicted loss.
+
+    For a cluster instead, on paper: `plinth plan --gpus 1024 --model llama-3-70b`; `plinth plan --gpus 1024 --help` shows its options.
+    """
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ("stdlib",)
     """files or folders of text; `stdlib` is the embedded default, the standard library of this Python"""
@@ -36,7 +39,11 @@ class PlanCommand:
 
 
 def main(argv: list[str]) -> int:
-    """Print a plan; exit code 0 on success."""
+    """Print a plan for this machine, or with `--gpus` and `--model` for a cluster; exit code 0 on success."""
+    from plinth.cli import plan_cluster
+
+    if plan_cluster.wants_cluster(argv):
+        return plan_cluster.main(argv)
     command = tyro.cli(PlanCommand, args=argv, prog="plinth plan", description=PlanCommand.__doc__)
     budget = parse_budget(command.budget)  # a mistake here should not wait for the probe
     from plinth.scaling.plan import save_plan

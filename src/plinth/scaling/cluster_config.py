@@ -7,7 +7,7 @@ from typing import Literal
 
 from plinth.config import UserError
 
-Checkpointing = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "selective", "alternate", "block"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ClusterConfig:
     micro_batch_size: int | None = None
     """sequences a forward pass"""
     checkpointing: Checkpointing | None = None
-    """activations recomputed in the backward pass: none, selective (every second product), full (all but a block's input)"""
+    """what the backward pass computes again: none; selective, all but products; alternate, every second product too; block, whole blocks"""
     chunked_loss: bool = True
     """a loss that never holds all logits, as Plinth's; false: all logits of a micro-batch, in bf16 and fp32, with their gradient"""
     memory_margin: float = 0.08
@@ -60,8 +60,8 @@ class ClusterConfig:
     """power of host, memory and network over that of the accelerators"""
     price_per_gpu_hour: float = 0.0
     """price of one accelerator for an hour, in a currency of yours; 0: no price"""
-    grid_g_per_kwh: float = 0.0
-    """grams of CO2 for a kilowatt hour where the cluster stands; 0: not given"""
+    co2_g_per_kwh: float = 0.0
+    """grams of CO2 equivalent a kWh where the cluster stands; 0: not given"""
     alternatives: int = 5
     """runners-up to show"""
 
@@ -71,7 +71,7 @@ class ClusterConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{name}={value:g} must be positive.")
-        for name in ("price_per_gpu_hour", "grid_g_per_kwh", "host_share"):
+        for name in ("price_per_gpu_hour", "co2_g_per_kwh", "host_share"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name):g} must not be negative.")
         if not 0 <= self.memory_margin < 1:
@@ -115,7 +115,7 @@ class Layout:
     shard: int = 1
     """ranks that share parameters, gradients and optimizer state (FSDP)"""
     tensor: int = 1
-    """ranks that share each matrix, with sequence parallelism between them"""
+    """ranks that share each matrix"""
     pipeline: int = 1
     """stages of layers"""
     context: int = 1
@@ -125,9 +125,13 @@ class Layout:
     checkpointing: Checkpointing = "none"
     """activations that are recomputed"""
     reshard: bool = True
-    """free gathered parameters after each use (ZeRO-3); else they stay for the whole step, as do unsharded gradients (ZeRO-2)"""
+    """free gathered parameters after each use (ZeRO-3); else they stay for the whole step (ZeRO-2)"""
+    reduce_each: bool = True
+    """reduce gradients to shards after every micro-batch; else they add up whole and are reduced once a step"""
     virtual_stages: int = 1
     """chunks of layers a rank holds in an interleaved pipeline"""
+    sequence_parallel: bool = True
+    """tensor-parallel ranks divide norms and residuals by position too; else each has them whole"""
     overlap_tensor: bool = False
     """tensor-parallel transfers run behind the products (asynchronous tensor parallelism)"""
 
@@ -149,15 +153,23 @@ class Layout:
     @property
     def runs_in_plinth(self) -> bool:
         """Say whether Plinth itself has all that the layout needs."""
-        return self.pipeline == 1 and self.context == 1 and self.checkpointing != "selective" and not self.overlap_tensor
+        return (
+            self.pipeline == 1
+            and self.context == 1
+            and self.checkpointing != "alternate"
+            and self.reshard == (self.shard > 1)
+            and not self.reduce_each
+            and (self.tensor == 1 or not self.sequence_parallel)
+            and not self.overlap_tensor
+        )
 
     def __str__(self) -> str:
-        parts = [f"{'HSDP' if self.replicate > 1 else 'FSDP'} {self.replicate} x {self.shard}" if self.replicate > 1 else f"FSDP {self.shard}"]
+        parts = [f"HSDP {self.replicate} x {self.shard}" if self.replicate > 1 else f"FSDP {self.shard}"]
         parts += [f"{label} {size}" for label, size in (("TP", self.tensor), ("PP", self.pipeline), ("CP", self.context)) if size > 1]
         parts.append(f"micro-batch {self.micro_batch_size}")
-        parts.append({"none": "nothing recomputed", "selective": "selective checkpointing", "full": "full checkpointing"}[self.checkpointing])
-        if self.shard > 1 and not self.reshard:
-            parts.append("parameters kept gathered")
+        parts += [f"{self.checkpointing} checkpointing"] * (self.checkpointing != "none")
+        parts += ["parameters kept"] * (self.state_ranks > 1 and not self.reshard)
+        parts += ["gradients reduced each time"] * self.reduce_each
         return ", ".join(parts)
 
     def group_on_node(self, dimension: str, gpus_per_node: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ Sharded state: Rajbhandari et al. 2020, arXiv:1910.02054.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plinth.ops.loss import CHUNK_ELEMENTS
 from plinth.scaling.cluster_config import Layout
@@ -60,25 +60,29 @@ def local_params(shape: ModelShape, layout: Layout) -> float:
     return (body / shape.decoder.num_layers * layers_a_stage(shape, layout) + ends) / layout.tensor
 
 
-def activation_bytes_per_token(shape: ModelShape, checkpointing: str = "none") -> int:
-    """Return the bf16 bytes that one block keeps a token for the backward pass.
+def activation_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
+    """Return the bf16 bytes that one block keeps a token on one rank for the backward pass.
 
     none: the inputs of both norms and of the products behind them (8 D), queries, keys, values and attention's output with an fp32 scale a
     head (4 H E + 4 K E + 4 H; 2 H E + 2 K E more where queries and keys are normalised), and the feed-forward layer's hidden values (6 F with
     a gate, 4 F without). For D = H E, K = H / 4 and F = 3.5 D that is the 34 D of Korthikanti et al. 2022, eq. 2 without its quadratic term.
-    selective: the block's input (2 D), attention's output, and every second product's output. full: the block's input.
+    selective: the block's input and the products' outputs. alternate: input, attention's output, half of the products' outputs. block: input.
+    Tensor parallelism divides what lies between its products, and the rest too with sequence parallelism (their eq. 4).
     """
     decoder = shape.decoder
     width, feed_forward = decoder.hidden_size, decoder.intermediate_size
     heads, kv_heads = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     up = 2 if shape.gated else 1
-    if checkpointing == "full":
-        return COMPUTE * width
-    if checkpointing == "selective":
-        products = heads + 2 * kv_heads + 2 * width + up * feed_forward
-        return COMPUTE * (width + heads) + 4 * decoder.num_heads + COMPUTE * products // 2
     normed = 0 if shape.qk_norm == "none" else heads + kv_heads
-    return COMPUTE * (4 * width + 2 * heads + 2 * kv_heads + normed + (up + 1) * feed_forward) + 4 * decoder.num_heads
+    scales = 4 * decoder.num_heads
+    products = heads + 2 * kv_heads + up * feed_forward
+    whole, cut = {
+        "none": (4 * width, COMPUTE * (2 * heads + 2 * kv_heads + normed + (up + 1) * feed_forward) + scales),
+        "selective": (3 * width, COMPUTE * products),
+        "alternate": (2 * width, COMPUTE * (heads + products / 2) + scales),
+        "block": (width, 0),
+    }[layout.checkpointing]
+    return COMPUTE * whole / (layout.tensor if layout.sequence_parallel else 1) + cut / layout.tensor
 
 
 def gpu_memory(
@@ -94,7 +98,7 @@ def gpu_memory(
     """Return the memory of the fullest accelerator; `micro_batches` are those of one data-parallel rank a step."""
     local = local_params(shape, layout)
     kept = not layout.reshard or layout.state_ranks == 1
-    accumulated = layout.state_ranks == 1 or (not layout.reshard and micro_batches > 1)
+    accumulated = layout.state_ranks == 1 or (not layout.reduce_each and micro_batches > 1)
     moments = 2.0
     if optimizer == "muon":
         matrix = shape.layer_matrix_params * layers_a_stage(shape, layout) / layout.tensor
@@ -126,8 +130,8 @@ def in_flight(layout: Layout, micro_batches: int) -> float:
 
 def _activations(shape: ModelShape, layout: Layout, seq_len: int, micro_batches: int) -> float:
     tokens = layout.micro_batch_size * seq_len / layout.context
-    layer = tokens * activation_bytes_per_token(shape, layout.checkpointing) / layout.tensor
-    working = tokens * activation_bytes_per_token(shape) / layout.tensor if layout.checkpointing != "none" else 0.0
+    layer = tokens * activation_bytes_per_token(shape, layout)
+    working = 0.0 if layout.checkpointing == "none" else tokens * activation_bytes_per_token(shape, replace(layout, checkpointing="none"))
     whole = 2 * COMPUTE * tokens * shape.decoder.hidden_size  # a tensor-parallel rank's gathered input and its gradient; or the head's
     return layer * layers_a_stage(shape, layout) * in_flight(layout, micro_batches) + working + whole
 
@@ -142,7 +146,8 @@ def _logits(shape: ModelShape, layout: Layout, seq_len: int, chunked: bool) -> f
 
 def _buffers(shape: ModelShape, layout: Layout, kept: bool, accumulated: bool) -> float:
     layer = shape.layer_matrix_params / layout.tensor
-    ends = shape.head_params / layout.tensor
+    head = shape.head_params / layout.tensor
+    ends = head * (1 if shape.decoder.tie_embeddings or layout.pipeline > 1 else 2)
     gathered = 0.0 if kept else COMPUTE * (2 * layer + ends)
-    reduced = 0.0 if accumulated else (COMPUTE + MASTER) * max(layer, ends)
+    reduced = 0.0 if accumulated else (COMPUTE + MASTER) * max(layer, head)
     return gathered + reduced

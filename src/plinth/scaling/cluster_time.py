@@ -14,7 +14,6 @@ from plinth.scaling.known_models import ModelShape
 from plinth.scaling.timing import OPTIMIZER_BYTES_PER_PARAM, muon_flops
 
 
-
 @dataclass(frozen=True)
 class StepConstants:
     """The one set of constants. Those that say so were fitted to the calibration rows of `published.py`, together with the shares of
@@ -50,7 +49,9 @@ class Transfer:
     """One kind of traffic of one accelerator in a step."""
 
     name: str
-    """what is moved, and why"""
+    """what is moved, and for which kind of parallelism"""
+    operation: str
+    """collective that moves it"""
     group: int
     """ranks that take part"""
     link: str
@@ -156,7 +157,7 @@ def stage_work(
     head_s = tokens * 2 * shape.head_params / wide
     cast_bytes = cast_values_per_token(shape) * constants.fp8_cast_bytes if dtype == "fp8" else 0.0
     passes_s = tokens * (pass_bytes_per_token(shape, layout) + cast_bytes) / (gpu.memory_bandwidth * constants.memory_share)
-    again = {"none": 0.0, "selective": 0.5 * linear_s, "full": linear_s + attention_s}[layout.checkpointing]
+    again = {"none": 0.0, "selective": attention_s, "alternate": 0.5 * linear_s, "block": linear_s + attention_s}[layout.checkpointing]
     layer = StageWork(linear_s + attention_s, again, passes_s, 3 * attention_s)
     slow = max(1.0, constants.floor_s / layer.total_s)
     layers = layers_a_stage(shape, layout)
@@ -175,13 +176,15 @@ def stage_work(
 def pass_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
     """Return the bf16 bytes that a block's norms, residuals, rotation and activation read and write a token, backward counted twice.
 
-    Forward: two norms with the residual added (9 D), queries and keys rotated (2 H E + 2 K E, twice that where they are normalised too), and
-    the activation (3 F with a gate, 2 F without). Recomputing adds another forward pass.
+    Forward: two norms with the residual added (9 D, on every tensor-parallel rank without sequence parallelism), queries and keys rotated
+    (2 H E + 2 K E, twice that where they are normalised too), and the activation (3 F with a gate, 2 F without). Recomputing adds another
+    forward pass. The caller divides by the tensor-parallel ranks.
     """
     decoder = shape.decoder
     heads = (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
     rotated = 2 * heads * (1 if shape.qk_norm == "none" else 2)
-    forward = 9 * decoder.hidden_size + rotated + (3 if shape.gated else 2) * decoder.intermediate_size
+    residual = 9 * decoder.hidden_size * (1 if layout.sequence_parallel else layout.tensor)
+    forward = residual + rotated + (3 if shape.gated else 2) * decoder.intermediate_size
     return COMPUTE * forward * (3 if layout.checkpointing == "none" else 4)
 
 
@@ -232,17 +235,18 @@ def _times(transfer: Transfer, count: int) -> Transfer:
 def _tensor_transfers(shape: ModelShape, layout: Layout, links: Links, seq_len: int) -> list[Transfer]:
     """Two gathers and two reduce-scatters of the activations a block forward, as many backward, and the forward ones again if recomputed.
 
-    Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2. Its further gather for the weights' gradient runs behind a product.
+    Without sequence parallelism they are two all-reduces, of the same bytes. Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2. Its further gather for the weights' gradient runs behind a product.
     """
     size = layout.tensor
     if size == 1:
         return []
-    calls = (12 if layout.checkpointing == "full" else 8) * layers_a_stage(shape, layout)
+    calls = (12 if layout.checkpointing == "block" else 8) * layers_a_stage(shape, layout)
     tokens = layout.micro_batch_size * seq_len / layout.context
     moved = calls * COMPUTE * tokens * shape.decoder.hidden_size * (size - 1) / size
     seconds, link = links.ring(layout, "tensor", moved, calls=calls)
+    operation = "all-gather, reduce-scatter" if layout.sequence_parallel else "all-reduce"
     exposed = seconds * (1 - links.constants.tensor_overlap) if layout.overlap_tensor else seconds
-    return [Transfer("activations between tensor-parallel ranks (all-gather, reduce-scatter)", size, link, moved, seconds, exposed)]
+    return [Transfer("TP activations", operation, size, link, moved, seconds, exposed)]
 
 
 def _context_transfers(shape: ModelShape, layout: Layout, links: Links, seq_len: int, work: StageWork) -> list[Transfer]:
@@ -255,51 +259,61 @@ def _context_transfers(shape: ModelShape, layout: Layout, links: Links, seq_len:
         return []
     kv_values = 2 * shape.decoder.num_kv_heads * shape.decoder.head_dim / layout.tensor
     layers = layers_a_stage(shape, layout)
-    passes = 4 if layout.checkpointing == "full" else 3
+    passes = 4 if layout.checkpointing == "block" else 3
     moved = passes * layers * COMPUTE * layout.micro_batch_size * seq_len * kv_values * (size - 1) / size
     seconds, link = links.ring(layout, "context", moved, calls=passes * layers)
-    return [Transfer("keys and values around the context ring", size, link, moved, seconds, max(0.0, seconds - links.constants.overlap * work.attention_s))]
+    exposed = max(0.0, seconds - links.constants.overlap * work.attention_s)
+    return [Transfer("CP keys and values", "ring", size, link, moved, seconds, exposed)]
 
 
-def _pipeline_transfers(layout: Layout, links: Links, shape: ModelShape, seq_len: int, micro_batches: int, micro_s: float) -> list[Transfer]:
+def _pipeline_transfers(
+    layout: Layout, links: Links, shape: ModelShape, seq_len: int, micro_batches: int, micro_s: float
+) -> list[Transfer]:
     """The block's input to the next stage and its gradient back, for every chunk of layers."""
     if layout.pipeline == 1:
         return []
-    tokens = layout.micro_batch_size * seq_len / layout.context / layout.tensor
+    tokens = layout.micro_batch_size * seq_len / layout.context / (layout.tensor if layout.sequence_parallel else 1)
     sends = 2 * layout.virtual_stages * micro_batches
     moved = sends * COMPUTE * tokens * shape.decoder.hidden_size
     pair = replace(layout, pipeline=2)
     seconds, link = links.ring(pair, "pipeline", moved, calls=sends)
     hidden = links.constants.overlap * micro_batches * micro_s
-    return [Transfer("activations to the next pipeline stage", layout.pipeline, link, moved, seconds, max(0.0, seconds - hidden))]
+    return [Transfer("PP activations", "send", layout.pipeline, link, moved, seconds, max(0.0, seconds - hidden))]
 
 
 def _sharding_transfers(shape: ModelShape, layout: Layout, links: Links, micro_batches: int, work: StageWork) -> list[Transfer]:
-    """Gathers of bf16 parameters and reduce-scatters of fp32 gradients in the shard group, all-reduces between its copies.
+    """Gathers of bf16 parameters and reduce-scatters of fp32 gradients among the ranks that share the state, all-reduces between copies.
 
-    Freed after use (reshard), parameters are gathered for each forward and each backward pass, and gradients reduced after each; kept, both
-    are moved once a step, behind the first forward and the last backward pass. The first gather and the last reduction have nothing to
-    hide behind but a layer.
+    Freed after use, parameters are gathered for each forward and each backward pass; kept, once a step. A gather hides behind a forward
+    pass, a third of a micro-batch's computation; a backward pass hides its gather and the reduction of gradients.
     """
     local, layers = local_params(shape, layout), layers_a_stage(shape, layout)
-    size = layout.state_ranks
+    size, constants = layout.state_ranks, links.constants
+    forward_s, backward_s = work.total_s / 3, work.total_s * 2 / 3
     found = []
     if size > 1:
         share = (size - 1) / size
-        rounds = micro_batches if layout.reshard else 1
-        gathers = rounds * (2 if layout.reshard else 1)
-        gathered, reduced = gathers * COMPUTE * local * share, rounds * MASTER * local * share
-        gather_s, link = links.ring(layout, "state", gathered, calls=gathers * layers)
-        reduce_s, _ = links.ring(layout, "state", reduced, calls=rounds * layers)
-        ends_s = gather_s / (gathers * layers) + reduce_s / (rounds * layers)
-        part = _exposed(gather_s + reduce_s, ends_s, rounds * work.total_s, links.constants) / (gather_s + reduce_s)
-        found.append(Transfer("parameters gathered (all-gather)", size, link, gathered, gather_s, part * gather_s))
-        found.append(Transfer("gradients reduced (reduce-scatter)", size, link, reduced, reduce_s, part * reduce_s))
+        gather_s, link = links.ring(layout, "state", COMPUTE * local * share, calls=layers)
+        reduce_s, _ = links.ring(layout, "state", MASTER * local * share, calls=layers)
+        again = layout.reshard
+        gathers = 2 * micro_batches if again else 1
+        reductions = micro_batches if layout.reduce_each else 1
+        first = _exposed(gather_s, gather_s / layers, forward_s, constants)
+        plain = _exposed(gather_s, gather_s / layers, backward_s, constants) if again else 0.0
+        both_s = reduce_s + (gather_s if again else 0.0)
+        last = _exposed(both_s, both_s / layers, backward_s, constants)
+        exposed = (micro_batches if again else 1) * first + reductions * last + (micro_batches - reductions) * plain
+        moved_s = gathers * gather_s + reductions * reduce_s
+        for name, operation, count, bytes_each, seconds in (
+            ("FSDP parameters", "all-gather", gathers, COMPUTE * local * share, gather_s),
+            ("FSDP gradients", "reduce-scatter", reductions, MASTER * local * share, reduce_s),
+        ):
+            found.append(Transfer(name, operation, size, link, count * bytes_each, count * seconds, exposed * count * seconds / moved_s))
     if layout.replicate > 1:
         moved = 2 * MASTER * local / size * (layout.replicate - 1) / layout.replicate
         seconds, link = links.ring(layout, "replicate", moved, calls=2 * layers)
-        exposed = _exposed(seconds, seconds / layers, 2 / 3 * work.total_s, links.constants)
-        found.append(Transfer("gradients between copies (all-reduce)", layout.replicate, link, moved, seconds, exposed))
+        exposed = _exposed(seconds, seconds / layers, backward_s, constants)
+        found.append(Transfer("HSDP gradients", "all-reduce", layout.replicate, link, moved, seconds, exposed))
     return found
 
 

@@ -135,7 +135,12 @@ HF_DIFFERENCES: Mapping[str, dict[str, Any]] = {
     "olmo2": {"qk_norm": "full"},
     "gpt2": {"gated": False, "all_biases": True},
 }
-GPT2_FIELDS = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}
+GPT2_FIELDS = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 
 
 def find_model(name: str) -> ModelShape:

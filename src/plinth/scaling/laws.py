@@ -71,6 +71,11 @@ class ChinchillaLaw:
         slope = self.token_exponent * self.token_coefficient * tokens**-self.token_exponent
         return (self.param_exponent * self.param_coefficient / slope) ** (1.0 / self.param_exponent)
 
+    def optimal_tokens(self, params: float) -> float:
+        """Return the tokens for which `params` is the compute-optimal number of parameters; the inverse of `optimal_params`."""
+        slope = self.param_exponent * self.param_coefficient * params**-self.param_exponent
+        return (self.token_exponent * self.token_coefficient / slope) ** (1.0 / self.token_exponent)
+
     def is_outside(self, params: float, text_bytes: float) -> bool:
         """Say whether a prediction extrapolates beyond the sizes or the run lengths of the fit."""
         tokens = text_bytes / self.bytes_per_token

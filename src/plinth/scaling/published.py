@@ -6,6 +6,7 @@ constants (`StepConstants.contention`, and the accelerators' `sustained_share`);
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from plinth.scaling.accelerators import Accelerator, find_accelerator
@@ -86,19 +87,21 @@ class PublishedRun:
 def _mpt(
     size: str, gpu: str, gpus: int, seq_len: int, micro_batch: int, accumulate: int, recompute: bool, tokens_per_s: float, *, calibration: bool = False
 ) -> PublishedRun:  # fmt: skip
-    layout = Layout(shard=gpus, micro_batch_size=micro_batch, checkpointing="full" if recompute else "none")
+    layout = Layout(shard=gpus, micro_batch_size=micro_batch, checkpointing="block" if recompute else "none")
     name = f"MPT {size}, {gpus} {gpu}, {seq_len}"
     return PublishedRun(name, MPT, f"mpt-{size}", gpu, layout, seq_len, accumulate, tokens_per_s, calibration=calibration)
 
 
-def _titan(name: str, model: str, layout: Layout, micro_batches: int, tokens_per_s: float, gib: float, dtype: str, assumed: str = "") -> PublishedRun:
+def _titan(
+    name: str, model: str, layout: Layout, micro_batches: int, tokens_per_s: float, gib: float, dtype: str, assumed: str = ""
+) -> PublishedRun:
     name = f"torchtitan {name}, {layout.gpus} h100, {dtype}"
     assumed = "; ".join(filter(None, ["context 8192, as its configurations", assumed]))
     return PublishedRun(name, TITAN, model, "h100-sxm-500w", layout, 8192, micro_batches, tokens_per_s, None, gib * GIB, dtype, assumed)
 
 
 def _llama(data: int, context: int, seq_len: int, micro_batches: int, tflops: float) -> PublishedRun:
-    layout = Layout(shard=data, tensor=8, pipeline=16, context=context, reshard=False, virtual_stages=8)
+    layout = Layout(shard=data, tensor=8, pipeline=16, context=context, reshard=False, reduce_each=False, virtual_stages=8)
     name = f"Llama 3 405B, {layout.gpus} h100, {seq_len}"
     assumed = "a layer a virtual stage; gradients reduced once a step; its FLOP/s count causal attention"
     return PublishedRun(name, LLAMA, "llama-3-405b", "h100-sxm", layout, seq_len, micro_batches, None, tflops * 1e12, assumed=assumed)
@@ -106,19 +109,25 @@ def _llama(data: int, context: int, seq_len: int, micro_batches: int, tflops: fl
 
 def _olmo(name: str, model: str, layout: Layout, tokens_per_s: float, assumed: str = OLMO_ASSUMED) -> PublishedRun:
     micro_batches = 2048 // (layout.data * layout.micro_batch_size)
-    return PublishedRun(f"OLMo-core {name}, h100, 4096", OLMO, model, "h100-sxm", layout, 4096, micro_batches, tokens_per_s, assumed=assumed)
+    return PublishedRun(
+        f"OLMo-core {name}, h100, 4096", OLMO, model, "h100-sxm", layout, 4096, micro_batches, tokens_per_s, assumed=assumed
+    )
 
 
-def _megatron(source: str, name: str, model: str, gpu: str, layout: Layout, seq_len: int, micro_batches: int, tokens_per_s: float) -> PublishedRun:
-    layout = replace(layout, reshard=False)
+def _megatron(
+    source: str, name: str, model: str, gpu: str, layout: Layout, seq_len: int, micro_batches: int, tokens_per_s: float
+) -> PublishedRun:
+    layout = replace(layout, reshard=False, reduce_each=False)
     name = f"Megatron {name}, {layout.gpus} {gpu}, {seq_len}, fp8"
     return PublishedRun(name, source, model, gpu, layout, seq_len, micro_batches, tokens_per_s, dtype="fp8", assumed=MEGATRON_ASSUMED)
 
 
 _PIPELINE = "as many micro-batches as stages, its default"
-_TITAN_8B = Layout(micro_batch_size=2, checkpointing="selective")
-_TITAN_70B = Layout(shard=32, tensor=8, micro_batch_size=16, checkpointing="full")
-_TITAN_405B = Layout(shard=8, tensor=8, pipeline=8, micro_batch_size=4, checkpointing="full", overlap_tensor=True, reshard=False)
+_TITAN_8B = Layout(micro_batch_size=2, checkpointing="alternate")
+_TITAN_70B = Layout(shard=32, tensor=8, micro_batch_size=16, checkpointing="block")
+_TITAN_405B = Layout(
+    shard=8, tensor=8, pipeline=8, micro_batch_size=4, checkpointing="block", overlap_tensor=True, reshard=False, reduce_each=False
+)
 
 PUBLISHED_RUNS: tuple[PublishedRun, ...] = (
     _mpt("7b", "h100-sxm", 8, 2048, 6, 1, False, 10643, calibration=True),
@@ -139,7 +148,7 @@ PUBLISHED_RUNS: tuple[PublishedRun, ...] = (
     _titan("405B interleaved", "llama-3-405b", replace(_TITAN_405B, virtual_stages=2), 8, 128, 72.7, "fp8", f"{_PIPELINE}; two chunks a rank"),
     _olmo("7B", "olmo-2-7b", Layout(replicate=8, shard=8, micro_batch_size=2), 10_000),
     _olmo("13B", "olmo-2-13b", Layout(replicate=8, shard=8), 4_600),
-    _olmo("32B", "olmo-2-32b", Layout(replicate=32, shard=16, checkpointing="full"), 1_500,
+    _olmo("32B", "olmo-2-32b", Layout(replicate=32, shard=16, checkpointing="block"), 1_500,
           "512 GPUs in 32 copies, full checkpointing, as its script; full logits"),
     _olmo("Llama 8B", "llama-3-8b", Layout(replicate=8, shard=8, micro_batch_size=2), 9_500),
     _mpt("3b", "h100-sxm", 16, 2048, 10, 3, False, 24142),
@@ -164,3 +173,23 @@ PUBLISHED_RUNS: tuple[PublishedRun, ...] = (
               8192, 64, 292),
     _megatron(BRIDGE, "Llama 3 8B", "llama-3-8b", "b200-sxm", Layout(shard=8, micro_batch_size=2), 8192, 8, 30624),
 )  # fmt: skip
+
+
+def fit_constants() -> tuple[float, float, float]:
+    """Return (contention, Hopper's share, Ampere's share) that least squares of log speed find on the calibration rows, on a grid."""
+    rows = [run for run in PUBLISHED_RUNS if run.calibration]
+    hopper = [run for run in rows if run.gpu.startswith("h100")]
+    ampere = [run for run in rows if run.gpu.startswith("a100")]
+    shares = [i / 100 for i in range(55, 101)]
+
+    def misfit(runs: list[PublishedRun], contention: float, share: float) -> float:
+        constants = replace(CONSTANTS, contention=contention)
+        speeds = [run.predict(constants, replace(find_accelerator(run.gpu), sustained_share=share))[0] for run in runs]
+        return sum(math.log(speed / run.published_tokens_per_s) ** 2 for speed, run in zip(speeds, runs))
+
+    def best(runs: list[PublishedRun], contention: float) -> tuple[float, float]:
+        return min((misfit(runs, contention, share), share) for share in shares)
+
+    fits = [(best(hopper, i / 10), best(ampere, i / 10), i / 10) for i in range(11)]
+    (_, hopper_share), (_, ampere_share), contention = min(fits, key=lambda fit: fit[0][0] + fit[1][0])
+    return contention, hopper_share, ampere_share
