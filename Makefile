@@ -39,6 +39,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/inference_throughput.py
 	$(BIN)/python benchmarks/build_default.py
 	$(if $(SHAKESPEARE),$(BIN)/python benchmarks/shakespeare_char.py --data $(SHAKESPEARE))
+	$(BIN)/python benchmarks/cluster_plan.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

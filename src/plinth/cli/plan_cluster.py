@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -62,5 +62,4 @@ def plan_record(plan: ClusterPlan) -> dict:
     record["chosen"]["step"] |= {"total_s": step.total_s, "exposed_s": step.exposed_s}
     for entry, option in zip(record["alternatives"], plan.alternatives):
         entry |= {"step_s": option.step_s, "runs_in_plinth": option.runs_in_plinth}
-    record["predicted"] = asdict(plan.predicted)
     return record

@@ -75,7 +75,7 @@ ACCELERATORS: Mapping[str, Accelerator] = {
         H100,
         Accelerator("h100-sxm-500w", "NVIDIA H100 SXM 96 GB HBM2e at 500 W", 989e12, 794.5e12 * CAPPED, 96e9, 2.4e12, 450e9, 50e9, 500,
                     1979e12, 1402.6e12 * CAPPED, calibrated=True,
-                    source="as torchtitan's benchmarks/llama3_h100_202412_torchtitan.md describes its machines; rates scaled by (500/700)^(1/3)"),
+                    source="torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, describes it; rates scaled by (500/700)^(1/3)"),
         Accelerator("h200-sxm", "NVIDIA H200 SXM 141 GB", 989e12, 794.5e12, 141e9, 4.8e12, 450e9, 50e9, 700, 1979e12, 1453.4e12,
                     calibrated=True),
         Accelerator("b200-sxm", "NVIDIA B200 SXM 180 GB", 2250e12, 1745e12, 180e9, 8.0e12, 900e9, 50e9, 1000, 4500e12, 3432.5e12),

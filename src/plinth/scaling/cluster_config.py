@@ -33,7 +33,7 @@ class ClusterConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """optimizer of the blocks' matrices"""
     parallelism: Literal["plinth", "any"] = "plinth"
-    """plinth: only what Plinth runs (FSDP, hybrid sharding, tensor parallelism, checkpointing); any: pipeline and context parallelism too"""
+    """plinth: only what Plinth runs (FSDP, hybrid sharding, tensor parallelism, checkpointing); any: pipeline and context too"""
     shard: int | None = None
     """ranks that share parameters, gradients and optimizer state (FSDP)"""
     tensor: int | None = None
@@ -48,7 +48,7 @@ class ClusterConfig:
     """what the backward pass computes again: none; selective, all but products; alternate, every second product too; block, whole blocks"""
     chunked_loss: bool = True
     """a loss that never holds all logits, as Plinth's; false: all logits of a micro-batch, in bf16 and fp32, with their gradient"""
-    memory_margin: float = 0.08
+    memory_margin: float = 0.1
     """share of the memory kept free: fragmentation, and what the formulas miss"""
     network_gbps: float | None = None
     """network of one accelerator, gigabits/s a direction; unset: the accelerator's usual one"""
@@ -164,7 +164,8 @@ class Layout:
         )
 
     def __str__(self) -> str:
-        parts = [f"HSDP {self.replicate} x {self.shard}" if self.replicate > 1 else f"FSDP {self.shard}"]
+        sharded = f"HSDP {self.replicate} x {self.shard}" if self.replicate > 1 else f"FSDP {self.shard}"
+        parts = [sharded] if self.shard > 1 else [f"DP {self.replicate}"]
         parts += [f"{label} {size}" for label, size in (("TP", self.tensor), ("PP", self.pipeline), ("CP", self.context)) if size > 1]
         parts.append(f"micro-batch {self.micro_batch_size}")
         parts += [f"{self.checkpointing} checkpointing"] * (self.checkpointing != "none")
@@ -173,12 +174,12 @@ class Layout:
         return ", ".join(parts)
 
     def group_on_node(self, dimension: str, gpus_per_node: int) -> tuple[int, int]:
-        """Return (size of a group, how many of its ranks share a node) for tensor, context, state, replicate or pipeline."""
+        """Return (size of a group, how many of its ranks share a node): tensor, context, state, replicate, or next stage (two ranks)."""
         size, stride = {
             "tensor": (self.tensor, 1),
             "context": (self.context, self.tensor),
             "state": (self.state_ranks, self.tensor),
             "replicate": (self.replicate, self.tensor * self.state_ranks),
-            "pipeline": (self.pipeline, self.tensor * self.state_ranks * self.replicate),
+            "next stage": (2, self.tensor * self.state_ranks * self.replicate),
         }[dimension]
         return size, max(1, min(size, gpus_per_node // stride))

@@ -112,6 +112,6 @@ def plan_sources(work: Workload) -> dict[str, str]:
         "tokens_per_step": given_batch,
         "memory": "counted from the shape (cluster_memory.py); activations after Korthikanti et al. 2022, arXiv:2205.05198",
         "time": "rates and constants of accelerators.py and cluster_time.py, checked against the runs of published.py",
-        "energy": f"estimate: {work.gpu.watts:g} W an accelerator, +{config.host_share:.0%} for hosts, x {config.pue:g} for the data centre",
+        "energy": f"estimate: {work.gpu.watts:g} W an accelerator, +{config.host_share:.0%} for hosts, x {config.pue:g} (data centre)",
         "loss": f"{BESIROGLU.name} ({BESIROGLU.source})",
     }

@@ -7,7 +7,7 @@ Sharded state: Rajbhandari et al. 2020, arXiv:1910.02054.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from plinth.ops.loss import CHUNK_ELEMENTS
 from plinth.scaling.cluster_config import Layout
@@ -60,13 +60,14 @@ def local_params(shape: ModelShape, layout: Layout) -> float:
     return (body / shape.decoder.num_layers * layers_a_stage(shape, layout) + ends) / layout.tensor
 
 
-def activation_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
-    """Return the bf16 bytes that one block keeps a token on one rank for the backward pass.
+def activation_bytes_per_token(shape: ModelShape, layout: Layout, checkpointing: str | None = None) -> float:
+    """Return the bf16 bytes that one block keeps a token on one rank for the backward pass, with the layout's checkpointing or another.
 
-    none: the inputs of both norms and of the products behind them (8 D), queries, keys, values and attention's output with an fp32 scale a
-    head (4 H E + 4 K E + 4 H; 2 H E + 2 K E more where queries and keys are normalised), and the feed-forward layer's hidden values (6 F with
-    a gate, 4 F without). For D = H E, K = H / 4 and F = 3.5 D that is the 34 D of Korthikanti et al. 2022, eq. 2 without its quadratic term.
-    selective: the block's input and the products' outputs. alternate: input, attention's output, half of the products' outputs. block: input.
+    none: the inputs of both norms and of the products behind them (8 D), queries, keys, values and attention's output with an fp32
+    scale a head (4 H E + 4 K E + 4 H; 2 H E + 2 K E more where queries and keys are normalised), and the feed-forward layer's hidden
+    values (6 F with a gate, 4 F without). For D = H E, K = H / 4 and F = 3.5 D that is the 34 D of Korthikanti et al. 2022, eq. 2
+    without its quadratic term. selective: the block's input and the products' outputs. alternate: the input, attention's output and
+    half of the products' outputs. block: the input.
     Tensor parallelism divides what lies between its products, and the rest too with sequence parallelism (their eq. 4).
     """
     decoder = shape.decoder
@@ -81,7 +82,7 @@ def activation_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
         "selective": (3 * width, COMPUTE * products),
         "alternate": (2 * width, COMPUTE * (heads + products / 2) + scales),
         "block": (width, 0),
-    }[layout.checkpointing]
+    }[checkpointing or layout.checkpointing]
     return COMPUTE * whole / (layout.tensor if layout.sequence_parallel else 1) + cut / layout.tensor
 
 
@@ -93,9 +94,9 @@ def gpu_memory(
     *,
     optimizer: str = "adamw",
     chunked_loss: bool = True,
-    margin: float = 0.0,
+    margin: int = 0,
 ) -> GpuMemory:
-    """Return the memory of the fullest accelerator; `micro_batches` are those of one data-parallel rank a step."""
+    """Return the memory of the fullest accelerator; `micro_batches` are those of one data-parallel rank a step, `margin` is kept free."""
     local = local_params(shape, layout)
     kept = not layout.reshard or layout.state_ranks == 1
     accumulated = layout.state_ranks == 1 or (not layout.reduce_each and micro_batches > 1)
@@ -112,7 +113,7 @@ def gpu_memory(
         "buffers": _buffers(shape, layout, kept, accumulated),
     }
     rounded = {name: math.ceil(value) for name, value in items.items()}
-    return GpuMemory(**rounded, margin=math.ceil(margin * sum(rounded.values())))
+    return GpuMemory(**rounded, margin=margin)
 
 
 def in_flight(layout: Layout, micro_batches: int) -> float:
@@ -131,7 +132,8 @@ def in_flight(layout: Layout, micro_batches: int) -> float:
 def _activations(shape: ModelShape, layout: Layout, seq_len: int, micro_batches: int) -> float:
     tokens = layout.micro_batch_size * seq_len / layout.context
     layer = tokens * activation_bytes_per_token(shape, layout)
-    working = 0.0 if layout.checkpointing == "none" else tokens * activation_bytes_per_token(shape, replace(layout, checkpointing="none"))
+    working = 0.0 if layout.checkpointing == "none" else tokens * activation_bytes_per_token(shape, layout, "none")
+    working += COMPUTE * tokens * (3 if shape.gated else 2) * shape.decoder.intermediate_size / layout.tensor  # gradients within a block
     whole = 2 * COMPUTE * tokens * shape.decoder.hidden_size  # a tensor-parallel rank's gathered input and its gradient; or the head's
     return layer * layers_a_stage(shape, layout) * in_flight(layout, micro_batches) + working + whole
 

@@ -205,7 +205,7 @@ def describe_workload(config: ClusterConfig) -> Workload:
 
 
 def _choose_tokens_per_step(tokens: float, seq_len: int, gpus: int) -> int:
-    """Return Step Law's batch in whole sequences: a round number an accelerator, or a divisor where there are fewer sequences than those."""
+    """Return Step Law's batch in whole sequences: a round number an accelerator, or a divisor of those."""
     sequences = STEP_LAW.tokens_per_step(tokens) / seq_len
     if sequences < gpus:
         return max(d for d in divisors(gpus) if d <= max(1.0, sequences)) * seq_len
@@ -215,7 +215,7 @@ def _choose_tokens_per_step(tokens: float, seq_len: int, gpus: int) -> int:
 
 def weigh(work: Workload) -> list[Option]:
     """Return every layout with its memory, and its time where it fits. Raises UserError where the degrees leave no layout."""
-    found = []
+    found, margin = [], math.ceil(work.gpu.memory_bytes - work.usable_bytes)
     for layout, micro_batches in layouts(work):
         memory = gpu_memory(
             work.shape,
@@ -224,10 +224,10 @@ def weigh(work: Workload) -> list[Option]:
             micro_batches,
             optimizer=work.config.optimizer,
             chunked_loss=work.config.chunked_loss,
+            margin=margin,
         )
-        memory = replace(memory, margin=math.ceil(work.gpu.memory_bytes - work.usable_bytes))
-        option = Option(layout, micro_batches, memory)
-        found.append(replace(option, step=_step(work, option)) if memory.total <= work.gpu.memory_bytes else option)
+        step = _step(work, layout, micro_batches) if memory.total <= work.gpu.memory_bytes else None
+        found.append(Option(layout, micro_batches, memory, step))
     if not found:
         raise UserError(
             f"no layout of gpus={work.config.gpus} deals {work.sequences} sequences a step (tokens_per_step={work.tokens_per_step}, "
@@ -237,14 +237,14 @@ def weigh(work: Workload) -> list[Option]:
     return found
 
 
-def _step(work: Workload, option: Option) -> StepTime:
+def _step(work: Workload, layout: Layout, micro_batches: int) -> StepTime:
     config = work.config
     return step_time(
         work.shape,
-        option.layout,
+        layout,
         work.gpu,
         work.seq_len,
-        option.micro_batches,
+        micro_batches,
         gpus_per_node=config.gpus_per_node,
         dtype=config.dtype,
         optimizer=config.optimizer,
@@ -383,6 +383,6 @@ def _nothing_fits(work: Workload, options: Sequence[Option]) -> str:
     least = min(options, key=lambda option: option.memory.used)
     return (
         f"{work.shape.name} does not fit on gpus={work.config.gpus} of {work.gpu.label}: the leanest layout ({least.layout}) needs "
-        f"{least.memory.used / 1e9:.1f} GB of the {work.usable_bytes / 1e9:.1f} GB that memory_margin={work.config.memory_margin:g} leaves. "
-        "Use more accelerators, a larger one, a shorter seq_len, or --parallelism any."
+        f"{least.memory.used / 1e9:.1f} GB, and memory_margin={work.config.memory_margin:g} leaves {work.usable_bytes / 1e9:.1f} GB. "
+        "Use more accelerators, a larger one, or a shorter seq_len."
     )

@@ -70,7 +70,7 @@ def _facts(plan: ClusterPlan) -> Table:
         ("speed", f"{predicted.tokens_per_s:,.0f} tokens/s, {predicted.tokens_per_s_per_gpu:,.0f} an accelerator"),
         (
             "utilisation",
-            f"MFU {predicted.mfu:.1%} of peak bf16 (causal attention {predicted.mfu_causal:.1%}, with recomputation {predicted.hfu:.1%})",
+            f"MFU {predicted.mfu:.1%} of peak bf16; attention counted causally {predicted.mfu_causal:.1%}, HFU {predicted.hfu:.1%}",
         ),
         ("time", f"{predicted.days:,.1f} days, {predicted.gpu_hours:,.0f} accelerator hours, without interruptions"),
         ("loss", f"{predicted.loss_nats:.2f} nats a token"),

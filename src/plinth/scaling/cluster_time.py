@@ -20,7 +20,7 @@ class StepConstants:
     `accelerators.py`; the others are from elsewhere."""
 
     attention_share: float = 0.6
-    """rate of attention's kernel over that of large products: 335 of 550 TFLOP/s on an H100, FlashAttention-2, arXiv:2307.08691, figure 7"""
+    """rate of attention's kernel over that of large products: some 335 of 590 TFLOP/s on an H100 (FlashAttention-2, arXiv:2307.08691)"""
     memory_share: float = 0.8
     """of the memory's bandwidth that passes over activations reach; assumed"""
     link_share: float = 0.8
@@ -189,7 +189,7 @@ def pass_bytes_per_token(shape: ModelShape, layout: Layout) -> float:
 
 
 def cast_values_per_token(shape: ModelShape) -> int:
-    """Return the values a token and block that fp8 products have cast: the inputs of the four products, and the gradients of their outputs."""
+    """Return the values a token and block that fp8 products have cast: inputs of the products, gradients of their outputs."""
     decoder = shape.decoder
     heads, kv_heads = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     inputs = 2 * decoder.hidden_size + heads + decoder.intermediate_size
@@ -235,7 +235,8 @@ def _times(transfer: Transfer, count: int) -> Transfer:
 def _tensor_transfers(shape: ModelShape, layout: Layout, links: Links, seq_len: int) -> list[Transfer]:
     """Two gathers and two reduce-scatters of the activations a block forward, as many backward, and the forward ones again if recomputed.
 
-    Without sequence parallelism they are two all-reduces, of the same bytes. Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2. Its further gather for the weights' gradient runs behind a product.
+    Without sequence parallelism they are two all-reduces, of the same bytes.
+    Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2. Its further gather for the weights' gradient runs behind a product.
     """
     size = layout.tensor
     if size == 1:
@@ -275,8 +276,7 @@ def _pipeline_transfers(
     tokens = layout.micro_batch_size * seq_len / layout.context / (layout.tensor if layout.sequence_parallel else 1)
     sends = 2 * layout.virtual_stages * micro_batches
     moved = sends * COMPUTE * tokens * shape.decoder.hidden_size
-    pair = replace(layout, pipeline=2)
-    seconds, link = links.ring(pair, "pipeline", moved, calls=sends)
+    seconds, link = links.ring(layout, "next stage", moved, calls=sends)
     hidden = links.constants.overlap * micro_batches * micro_s
     return [Transfer("PP activations", "send", layout.pipeline, link, moved, seconds, max(0.0, seconds - hidden))]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,17 @@ class ModelShape:
         """Matrix parameters of a block that the default decoder has and this one has not."""
         return 0 if self.gated else self.decoder.hidden_size * self.decoder.intermediate_size
 
-    @property
+    @cached_property
     def layer_matrix_params(self) -> int:
         """Parameters of one block's matrices."""
         return cost.count_params(self.decoder)["matrix"] // self.decoder.num_layers - self._mlp_correction
 
-    @property
+    @cached_property
     def head_params(self) -> int:
         """Parameters of the output head, which are the embedding's where they are tied."""
         return self.decoder.vocab_size * self.decoder.hidden_size
 
-    @property
+    @cached_property
     def num_params(self) -> int:
         """All parameters, exactly."""
         decoder = self.decoder
@@ -74,8 +75,8 @@ class ModelShape:
 
 
 def _shape(
-    name: str, layers: int, width: int, heads: int, kv_heads: int, feed_forward: int, vocab: int, seq_len: int, *, head_dim: int | None = None,
-    tied: bool = False, **differences: Any,
+    name: str, layers: int, width: int, heads: int, kv_heads: int, feed_forward: int, vocab: int, seq_len: int, *,
+    head_dim: int | None = None, tied: bool = False, **differences: Any,
 ) -> ModelShape:  # fmt: skip
     decoder = DecoderConfig(
         vocab_size=vocab,
@@ -163,7 +164,7 @@ def find_model(name: str) -> ModelShape:
 
 def shape_from_hf(values: dict[str, Any], where: str) -> ModelShape:
     """Read config.json of a dense Llama, Mistral, Qwen2, Qwen3, OLMo 2 or GPT-2. Raises UserError for another architecture."""
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in HF_DIFFERENCES:
         raise UserError(f"{where}: model_type={kind!r} cannot be planned. Supported: {', '.join(HF_DIFFERENCES)}.")
     if kind == "gpt2":

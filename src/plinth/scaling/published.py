@@ -1,7 +1,7 @@
 """Training runs that others measured and published: the yardstick of the cluster model.
 
-Every row was read at its source. What a source does not say and the prediction needs is in `assumed`. Rows with `calibration` set the fitted
-constants (`StepConstants.contention`, and the accelerators' `sustained_share`); all others are predicted with those.
+Every row was read at its source. What a source does not say and the prediction needs is in `assumed`. Rows with `calibration` set the
+fitted constants (`StepConstants.contention`, and the accelerators' `sustained_share`); all others are predicted with those.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class PublishedRun:
 
 
 def _mpt(
-    size: str, gpu: str, gpus: int, seq_len: int, micro_batch: int, accumulate: int, recompute: bool, tokens_per_s: float, *, calibration: bool = False
+    size: str, gpu: str, gpus: int, seq_len: int, micro_batch: int, accumulate: int, recompute: bool, tokens_per_s: float, *,
+    calibration: bool = False,
 ) -> PublishedRun:  # fmt: skip
     layout = Layout(shard=gpus, micro_batch_size=micro_batch, checkpointing="block" if recompute else "none")
     name = f"MPT {size}, {gpus} {gpu}, {seq_len}"
@@ -123,6 +124,7 @@ def _megatron(
 
 
 _PIPELINE = "as many micro-batches as stages, its default"
+_TWO_CHUNKS = f"{_PIPELINE}; two chunks a rank"
 _TITAN_8B = Layout(micro_batch_size=2, checkpointing="alternate")
 _TITAN_70B = Layout(shard=32, tensor=8, micro_batch_size=16, checkpointing="block")
 _TITAN_405B = Layout(
@@ -145,7 +147,7 @@ PUBLISHED_RUNS: tuple[PublishedRun, ...] = (
     _titan("70B 2D", "llama-3-70b", _TITAN_70B, 1, 829, 71.9, "fp8"),
     _titan("70B 2D async", "llama-3-70b", replace(_TITAN_70B, overlap_tensor=True), 1, 876, 67.6, "fp8"),
     _titan("405B 1F1B", "llama-3-405b", _TITAN_405B, 8, 100, 82.5, "fp8", _PIPELINE),
-    _titan("405B interleaved", "llama-3-405b", replace(_TITAN_405B, virtual_stages=2), 8, 128, 72.7, "fp8", f"{_PIPELINE}; two chunks a rank"),
+    _titan("405B interleaved", "llama-3-405b", replace(_TITAN_405B, virtual_stages=2), 8, 128, 72.7, "fp8", _TWO_CHUNKS),
     _olmo("7B", "olmo-2-7b", Layout(replicate=8, shard=8, micro_batch_size=2), 10_000),
     _olmo("13B", "olmo-2-13b", Layout(replicate=8, shard=8), 4_600),
     _olmo("32B", "olmo-2-32b", Layout(replicate=32, shard=16, checkpointing="block"), 1_500,
