@@ -1,8 +1,8 @@
 """How far is `plinth plan --gpus` from training runs that others measured and published? Also the plan of Llama 3 70B on 1,024 H100.
 
-Nothing is trained: published speed, utilisation and memory are set beside what the cluster model predicts for the same layouts, with one set of
-constants. Writes benchmarks/records/cluster_plan.json and the tables of docs/cluster_planning.md; with `--check` it only says whether
-those are what the code gives.
+Nothing is trained: published speed, utilisation and memory are set beside what the cluster model predicts for the same layouts, with one
+set of constants. Writes benchmarks/records/cluster_plan.json and the tables of docs/cluster_planning.md; with `--check` it only says
+whether those are what the code gives.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from record import write_record
 
 PAGE = Path(__file__).parents[1] / "docs" / "cluster_planning.md"
 MARKER = "<!-- {name}: written by benchmarks/cluster_plan.py -->"
-# Accelerator hours of whole runs, restarts and all: Llama 2, arXiv:2307.09288, table 2 (2.0 T tokens, batches of 4 M); model card of Llama 3
-# (15 T tokens and more). Neither says how many accelerators; 1,024 are assumed, and batches of 4 M and 16 M.
+# Accelerator hours of whole runs, restarts and all: Llama 2, arXiv:2307.09288, table 2 (2.0 T tokens, batches of 4 M); model card of
+# Llama 3 (15 T tokens and more). Neither says how many accelerators; 1,024 are assumed, and batches of 4 M and 16 M.
 WHOLE_RUNS = (
     ("llama-2-7b", "a100-sxm", 2.0e12, 2**22, 184_320),
     ("llama-2-13b", "a100-sxm", 2.0e12, 2**22, 368_640),
@@ -88,11 +88,13 @@ def whole_run(model: str, gpu: str, tokens: float, tokens_per_step: int, publish
 def table_of_runs(rows: list[dict[str, Any]], summary: dict[str, float]) -> str:
     """Return the comparison as Markdown."""
     lines = [
-        f"{summary['held_out']} runs that no constant was fitted to: median error {summary['median_error']:.0%}, {summary['within_10_percent']} "
-        f"within 10 %, {summary['within_15_percent']} within 15 %, the largest {summary['largest_error']:.0%}. Memory, {summary['memory_rows']} "
-        f"runs: median error {summary['median_memory_error']:.0%}, the largest {summary['largest_memory_error']:.0%}.",
+        f"{summary['held_out']} runs that no constant was fitted to: median error {summary['median_error']:.0%}, "
+        f"{summary['within_10_percent']} within 10 %, {summary['within_15_percent']} within 15 %, the largest "
+        f"{summary['largest_error']:.0%}. Memory, {summary['memory_rows']} runs: median error {summary['median_memory_error']:.0%}, "
+        f"the largest {summary['largest_memory_error']:.0%}.",
         "",
-        "| run | layout | tokens/s an accelerator: published | predicted | error | MFU: published | predicted | GiB: published | predicted |",
+        "| run | layout | tokens/s an accelerator: published | predicted | error | MFU: published | predicted "
+        "| GiB: published | predicted |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -134,8 +136,8 @@ def table_of_plan(own: ClusterPlan, wide: ClusterPlan) -> str:
     names = dict.fromkeys(each.name for plan in both for each in plan.chosen.step.transfers)
     for name in names:
         found = [{each.name: each for each in plan.chosen.step.transfers}.get(name) for plan in both]
-        row(f"{name}, GB a step (seconds, of them not hidden)",
-            *("none" if each is None else f"{each.bytes / 1e9:.0f} ({each.seconds:.2f}, {each.exposed_s:.2f})" for each in found))  # fmt: skip
+        shown = ("none" if each is None else f"{each.bytes / 1e9:.0f} ({each.seconds:.2f}, {each.exposed_s:.2f})" for each in found)
+        row(f"{name}, GB a step (seconds, of them not hidden)", *shown)
     row("step, s", *(f"{plan.predicted.step_s:.2f}" for plan in both))
     row("tokens/s an accelerator", *(f"{plan.predicted.tokens_per_s_per_gpu:,.0f}" for plan in both))
     row("MFU", *(f"{plan.predicted.mfu:.1%}" for plan in both))
