@@ -32,8 +32,8 @@ def small_blocks(monkeypatch):
 def read_stretch(stream, split, start, n):
     if n == 0:
         return []
-    _, _, position, length = stream.stretch(start, n)
-    return np.concatenate([split.tokens[p : p + k] for p, k in zip(position, length)]).tolist()
+    pieces = stream.stretches(np.array([start]), n)
+    return np.concatenate([split.tokens[p : p + k] for p, k in zip(pieces.position, pieces.length)]).tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,7 +79,7 @@ def test_documents_stay_whole_and_in_another_order_each_epoch(tmp_path):
 
 def test_blocks_and_their_documents_both_change_places(tmp_path):
     split = open_split(write_shards(tmp_path / "s", [0] * 64))
-    order = Stream(split, None, 2).stretch(0, 64)[0]
+    order = Stream(split, None, 2).stretches(np.array([0]), 64).document
     blocks = order // stream_module.BLOCK
     assert [len(set(blocks[i : i + 4])) for i in range(0, 64, 4)] == [1] * 16
     assert blocks[::4].tolist() != sorted(blocks[::4]) and sum(a + 1 == b for a, b in pairwise(order)) < 24

@@ -16,7 +16,7 @@ from plinth.data.order import permutation, permute
 from plinth.data.rows import Pieces
 from plinth.data.shards import BLOCK, Split, read_part
 
-BLOCKS_AT_HAND = 256  # blocks whose order is kept: 100 KB each
+BLOCKS_AT_HAND = 256  # blocks whose order is kept: 128 KB each
 
 
 class _Block(NamedTuple):
@@ -25,8 +25,10 @@ class _Block(NamedTuple):
     documents: np.ndarray
     positions: np.ndarray
     """where each starts in the split, tokens"""
+    begins: np.ndarray
+    """where each begins in the block's stretch of the stream, tokens"""
     ends: np.ndarray
-    """where each ends in the block's stretch of the stream, tokens"""
+    """where each ends in it"""
 
 
 class Stream:
@@ -54,34 +56,31 @@ class Stream:
         for deal in np.unique(deals):
             here = deals == deal
             dealt[here] = deal * rows_a_deal + permute(rows[here] - deal * rows_a_deal, rows_a_deal, *self._key, 2, int(deal))
-        found = [self.stretch(int(row) * seq_len, seq_len) for row in dealt]
-        first = np.concatenate([[0], np.cumsum([len(columns[0]) for columns in found])])
-        return Pieces(first, *(np.concatenate(column) for column in zip(*found)))
+        return self.stretches(dealt * seq_len, seq_len)
 
-    def stretch(self, start: int, num_tokens: int) -> tuple[np.ndarray, ...]:
-        """Return (document, start, position, length) of the pieces from a place of the stream on."""
-        parts = []
-        while num_tokens:
-            part = self._stretch_of_block(start, num_tokens)
-            parts.append(part)
-            taken = int(part[3].sum())
-            start, num_tokens = start + taken, num_tokens - taken
-        return parts[0] if len(parts) == 1 else tuple(np.concatenate(column) for column in zip(*parts))
-
-    def _stretch_of_block(self, start: int, num_tokens: int) -> tuple[np.ndarray, ...]:
-        """Return the pieces as far as the block goes that holds `start`."""
-        epoch, start = divmod(start, self.num_tokens)
-        blocks, block_ends = self._blocks_of_epoch(epoch)
-        place = int(block_ends.searchsorted(start, side="right"))
-        start -= int(block_ends[place - 1]) if place else 0
-        block = self._block(epoch, int(blocks[place]))
-        first = int(block.ends.searchsorted(start, side="right"))
-        last = int(block.ends.searchsorted(start + num_tokens, side="left"))
-        stops = np.minimum(block.ends[first : last + 1], start + num_tokens)
-        lengths = np.diff(stops, prepend=start)
-        starts = np.zeros(len(stops), dtype=np.int64)
-        starts[0] = start - (int(block.ends[first - 1]) if first else 0)
-        return block.documents[first : last + 1], starts, block.positions[first : last + 1] + starts, lengths
+    def stretches(self, starts: np.ndarray, num_tokens: int) -> Pieces:
+        """Return the pieces of `num_tokens` of the stream from each of these places on, a row each."""
+        found = [np.empty((5, 0), dtype=np.int64)]
+        rows, left = np.arange(len(starts)), np.full(len(starts), num_tokens)
+        while len(rows):  # each time round, every row goes on to the end of its block
+            epochs, places = np.divmod(starts, self.num_tokens)
+            taken = np.empty_like(left)
+            for epoch in np.unique(epochs).tolist():
+                blocks, block_ends = self._blocks_of_epoch(epoch)
+                of_epoch = np.flatnonzero(epochs == epoch)
+                ranks = block_ends.searchsorted(places[of_epoch], side="right")
+                for rank in np.unique(ranks).tolist():
+                    here = of_epoch[ranks == rank]
+                    begin = int(block_ends[rank - 1]) if rank else 0
+                    taken[here] = np.minimum(left[here], block_ends[rank] - places[here])
+                    block = self._block(epoch, int(blocks[rank]))
+                    found.append(_pieces_of_block(block, rows[here], places[here] - begin, taken[here]))
+            going = taken < left
+            starts, rows, left = (starts + taken)[going], rows[going], (left - taken)[going]
+        row, *columns = np.concatenate(found, axis=1)
+        order = np.argsort(row, kind="stable")
+        first = np.searchsorted(row[order], np.arange(row.max(initial=-1) + 2))
+        return Pieces(first, *(column[order] for column in columns))
 
     def _order_of_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(len(self._block_tokens), *self._key, 1, epoch)
@@ -90,7 +89,20 @@ class Stream:
     def _order_in_block(self, epoch: int, block: int) -> _Block:
         documents, offsets = documents_of_block(self._split, block, self._kind)
         order = permutation(len(documents), *self._key, 1, epoch, block)
-        return _Block(documents[order], offsets[0][order], np.cumsum((offsets[1] - offsets[0])[order]))
+        lengths = (offsets[1] - offsets[0])[order]
+        ends = np.cumsum(lengths)
+        return _Block(documents[order], offsets[0][order], ends - lengths, ends)
+
+
+def _pieces_of_block(block: _Block, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return row, document, start, position and length of the pieces of some stretches of a block, shape (5, pieces)."""
+    first = block.ends.searchsorted(starts, side="right")
+    counts = block.ends.searchsorted(starts + lengths, side="left") - first + 1
+    index = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+    begins = np.maximum(block.begins[index], np.repeat(starts, counts))
+    stops = np.minimum(block.ends[index], np.repeat(starts + lengths, counts))
+    offsets = begins - block.begins[index]
+    return np.stack([np.repeat(rows, counts), block.documents[index], offsets, block.positions[index] + offsets, stops - begins])
 
 
 def documents_of_block(split: Split, block: int, kind: int | None) -> tuple[np.ndarray, np.ndarray]:
