@@ -167,12 +167,17 @@ def describe_hardware() -> dict[str, Any]:
             if line.startswith("model name"):
                 cpu = line.split(":", 1)[1].strip()
                 break
-    memory_bytes = None
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    hardware: dict[str, Any] = {"cpu": cpu, "cores": usable_cores(), "memory_bytes": memory_bytes, "system": platform.platform()}
+    system = platform.platform()
+    hardware: dict[str, Any] = {"cpu": cpu, "cores": usable_cores(), "memory_bytes": physical_memory_bytes(), "system": system}
     gpus = describe_gpus()
     return {**hardware, "gpus": gpus} if gpus else hardware
+
+
+def physical_memory_bytes() -> int | None:
+    """Return the size of the machine's memory, or None where the system does not say."""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def describe_gpus() -> list[dict[str, Any]]:

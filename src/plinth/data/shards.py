@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import mmap
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plinth.config import UserError, read_json, save_json
-from plinth.run import Progress, file_sha256, publish_dir, tree_sha256
+from plinth.run import Progress, file_sha256, physical_memory_bytes, publish_dir, tree_sha256
 from plinth.tokenizer.encode import Tokenizer
 
 SPLITS = ("train", "heldout")
 CHUNK_BYTES = 4 << 20  # text encoded at a time
-BLOCK = 4096  # neighbouring documents that the loader puts in order together
+BLOCK = 2048  # neighbouring documents that the loader puts in order together
 READ_DOCUMENTS = 1 << 20  # documents whose columns are read at a time
 SMALL_BYTES = 1 << 20  # a column up to this size is read, a larger one mapped
 
@@ -272,8 +273,18 @@ def open_split(shards: Path, split: str = "train") -> Split:
         raise UserError(
             f"{shards}/{split}.bin has {size} bytes where {expected} tokens of {dtype.itemsize} bytes belong. Pack the corpus again."
         )
-    tokens = np.memmap(shards / f"{split}.bin", dtype=dtype, mode="r") if expected else np.empty(0, dtype=dtype)
-    return Split(np.asarray(tokens), offsets, num_bytes, num_chars, kinds, manifest["kinds"])
+    tokens = _map_tokens(shards / f"{split}.bin", dtype) if expected else np.empty(0, dtype=dtype)
+    return Split(tokens, offsets, num_bytes, num_chars, kinds, manifest["kinds"])
+
+
+def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Map a file of ids. One that memory cannot keep is read a page at a time: what the system reads around it would be thrown away."""
+    with path.open("rb") as file:
+        tokens = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    memory_bytes = physical_memory_bytes()
+    if memory_bytes and len(tokens) > memory_bytes / 2 and hasattr(mmap, "MADV_RANDOM"):
+        tokens.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(tokens, dtype)
 
 
 def _map_column(path: Path) -> np.ndarray:

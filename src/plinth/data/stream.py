@@ -16,7 +16,7 @@ from plinth.data.order import permutation, permute
 from plinth.data.rows import Pieces
 from plinth.data.shards import BLOCK, Split, read_part
 
-BLOCKS_AT_HAND = 256  # blocks whose order is kept: 128 KB each
+BLOCKS_AT_HAND = 512  # blocks whose order is kept: 64 KB each
 
 
 class _Block(NamedTuple):
