@@ -194,10 +194,12 @@ def main(argv: list[str] | None = None) -> Path:
         show(f"plinth, {steps} steps", ours)
         if median(ours, "loss_nats") <= target:
             break
+    way = "compiled" if compiled else "eager"
     rows = [
-        {"name": "plain PyTorch GPT, AdamW, compiled", "lr": best_lr, "compile_s": compile_s["plain"], "runs": plain,
+        {"name": f"plain PyTorch GPT, AdamW, {way}", "lr": best_lr, "compile_s": compile_s["plain"], "runs": plain,
          "tried": [{"lr": lr, **each} for lr, each in by_lr.items()]},
-        {"name": "plinth, Muon", "lr": muon.lr, "muon_lr": muon.muon_lr, "compile_s": compile_s["plinth"], "runs": ours, "tried": shorter},
+        {"name": f"plinth, Muon, {way}", "lr": muon.lr, "muon_lr": muon.muon_lr, "compile_s": compile_s["plinth"], "runs": ours,
+         "tried": shorter},
     ]  # fmt: skip
     for each in rows:
         each["time_s"], each["loss_nats"] = (spread([one[key] for one in each["runs"]]) for key in ("time_s", "loss_nats"))

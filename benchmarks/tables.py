@@ -1,4 +1,7 @@
-"""Write the README's tables from benchmarks/records and its quotation of the recipe; `--check` only says whether they are current."""
+"""Write the tables of the README and docs/gpu.md from benchmarks/records, and the recipe that the README quotes.
+
+`--check` only says whether they are current.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +70,36 @@ def lifecycle() -> str:
     return "```python\n" + textwrap.dedent("    config, stage = open_build(" + body).rstrip() + "\n```"
 
 
+def gpu_tables() -> str:
+    """Return the tables of docs/gpu.md, or a sentence where no GPU has been measured."""
+    records = ROOT / "benchmarks" / "records"
+    if not (records / "gpu_throughput.json").exists():
+        return "Nothing yet: no record of a GPU lies in `benchmarks/records`. This version has been run on processors alone."
+    record = load("gpu_throughput")
+    gpu = record["hardware"]["gpus"][0]
+    lines = [
+        f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}, PyTorch {record['versions']['torch']}, {record['date']}. "
+        f"A large bf16 product ran at {record['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s.",
+        "",
+        "| size | side | tokens/s | MFU, measured rate | MFU, data sheet | first side against it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        ratio = row["first_over_this"]
+        sheet = f"{row['mfu_datasheet']:.0%}" if row["mfu_datasheet"] else ""
+        lines.append(
+            f"| {row['size']} | {row['name']} | {row['tokens_per_s']['median']:,.0f} | {row['mfu']:.0%} | {sheet} "
+            f"| {ratio['median']:.2f}× ({ratio['min']:.2f}–{ratio['max']:.2f}) |"
+        )
+    if (records / "gpu_time_to_loss.json").exists():
+        record = load("gpu_time_to_loss")
+        lines += ["", "| training to the plain GPT's validation loss | steps | seconds | nats |", "|---|---|---|---|"]
+        for row in record["rows"]:
+            steps, seconds, loss = row["runs"][0]["steps"], row["time_s"]["median"], row["loss_nats"]["median"]
+            lines.append(f"| {record['size']}: {row['name']} | {steps:,} | {seconds:.1f} | {loss:.3f} |")
+    return "\n".join(lines)
+
+
 def put(text: str, start: str, end: str, content: str) -> str:
     """Replace what stands between two markers."""
     before, rest = text.split(start)
@@ -74,13 +107,16 @@ def put(text: str, start: str, end: str, content: str) -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    current = put(text, START, END, f"{build_table()}\n\n{speed_table()}")
-    current = put(current, "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle())
+    readme, gpu = ROOT / "README.md", ROOT / "docs" / "gpu.md"
+    text = put(readme.read_text(), START, END, f"{build_table()}\n\n{speed_table()}")
+    pages = {
+        readme: put(text, "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle()),
+        gpu: put(gpu.read_text(), "<!-- gpu results: written by benchmarks/tables.py -->", "<!-- end of gpu results -->", gpu_tables()),
+    }
     if "--check" in sys.argv:
-        return int(current != text)
-    readme.write_text(current)
+        return int(any(page.read_text() != current for page, current in pages.items()))
+    for page, current in pages.items():
+        page.write_text(current)
     return 0
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def run_script(name, records, *arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--device", "cpu", "--records", str(records), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((records / f"{name}.json").read_text())
 
@@ -36,7 +36,7 @@ def test_throughput_relates_every_side_to_the_first_and_to_the_matrix_rate(tmp_p
 def test_time_to_loss_ends_at_the_first_share_that_reaches_the_plain_sides_loss(tmp_path):
     text = tmp_path / "text"
     text.mkdir()
-    for i, path in enumerate(sorted((ROOT / "src" / "plinth").rglob("*.py"))[:60]):
+    for i, path in enumerate(sorted((ROOT / "src" / "plinth").rglob("*.py"))[:40]):
         (text / f"{i}.py").write_text(path.read_text())
     arguments = ("--size", "tiny", "--steps", "12", "--seeds", "2", "--plain-lrs", "1e-4", "1e-3", "--text", str(text))
     record = run_script("gpu_time_to_loss", tmp_path, *arguments, "--shares", "0.1", "0.5", "2.0")

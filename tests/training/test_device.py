@@ -34,12 +34,14 @@ def make_batches(rows=4):
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 @pytest.mark.parametrize("learnable_norm", [False, True])
-def test_gradients_and_update_stay_on_the_device_and_never_wait_for_it(name, learnable_norm):
+@pytest.mark.parametrize("segments", [False, True])
+def test_gradients_and_update_stay_on_the_device_and_never_wait_for_it(name, learnable_norm, segments):
     config = DecoderConfig(**{**vars(CONFIG), "learnable_norm": learnable_norm, "tie_embeddings": not learnable_norm})
     masters = MasterWeights(Transformer(config), torch.bfloat16, "meta")
     optimizer = build_optimizer(masters, OptimizerConfig(name=name))
+    batches = [(*batch, torch.arange(16).expand(2, 16) // 5) if segments else batch for batch in make_batches()]
     with open_workers(3, "meta") as worker:
-        loss_sum, count, _, grads = split_gradients(masters, causal_lm_loss, make_batches(), worker)
+        loss_sum, count, _, grads = split_gradients(masters, causal_lm_loss, batches, worker)
         optimizer.step(dict(zip(masters.names, grads)), 1.0, worker)
         masters.publish()
     assert isinstance(worker, InlineWorker)
