@@ -10,7 +10,7 @@ from plinth.cli.main import main
 def test_text_shows_the_layout_its_memory_its_step_and_the_reasons(capsys):
     assert main(["plan", "--gpus", "64", "--model", "llama-3-8b"]) == 0
     shown = capsys.readouterr().out
-    for words in ("Plan for llama-3-8b on 64 x NVIDIA H100", "parallel.dp_shard=", "Memory of an accelerator", "A step", "Runners-up",
+    for words in ("Plan for llama-3-8b on 64 x NVIDIA H100", "--parallel.dp-shard", "Memory of an accelerator", "A step", "Runners-up",
                   "Why this layout", "MFU", "Where the numbers come from"):  # fmt: skip
         assert words in shown
 

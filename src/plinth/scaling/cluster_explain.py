@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from plinth.scaling.cluster_memory import GpuMemory
-from plinth.scaling.cluster_plan import Option, Workload, tensor_degrees
+from plinth.scaling.cluster_plan import EQUAL, Option, Workload, tensor_degrees
 from plinth.scaling.laws import BESIROGLU, STEP_LAW
 
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -75,12 +75,16 @@ def _beyond(work: Workload, options: Sequence[Option], chosen: Option) -> Iterat
     fitting = [option for option in options if option.step is not None]
     own = [option for option in fitting if option.runs_in_plinth]
     best = min(fitting, key=lambda option: option.step_s)
-    if chosen.runs_in_plinth and best.step_s < chosen.step_s * 0.99:
-        yield f"Beyond what Plinth runs: {best.layout} would be {1 - best.step_s / chosen.step_s:.1%} faster a step (--parallelism any)."
-    elif not chosen.runs_in_plinth and own:
+    if chosen.runs_in_plinth:
+        alike = min((o for o in fitting if o.layout.pipeline == o.layout.context == 1), key=lambda option: option.step_s)
+        for option in dict.fromkeys((alike, best)):
+            if option.step_s < chosen.step_s * (1 - EQUAL):
+                faster = f"{option.layout} would take {1 - option.step_s / chosen.step_s:.1%} less time a step"
+                yield f"Beyond what Plinth runs: {faster} (--parallelism any)."
+    elif own:
         mine = min(own, key=lambda option: option.step_s)
         yield f"Plinth itself runs {mine.layout}: {mine.step_s / chosen.step_s - 1:.1%} slower a step (--parallelism plinth)."
-    elif not own:
+    else:
         least = min((option for option in options if option.runs_in_plinth), key=lambda option: option.memory.used, default=None)
         if least is not None:
             need = f"{least.memory.used / 1e9:.1f} GB ({largest_items(least.memory)})"

@@ -46,9 +46,11 @@ def settings(plan: ClusterPlan) -> str:
     layout = plan.chosen.layout
     if not plan.runs_in_plinth:
         return "none: the layout is beyond what Plinth runs"
+    sequences = plan.tokens_per_step // plan.seq_len
     return (
-        f"parallel.dp_replicate={layout.replicate} parallel.dp_shard={layout.shard} parallel.tp={layout.tensor} "
-        f"parallel.activation_checkpointing={layout.checkpointing} micro_batch_size={layout.micro_batch_size}"
+        f"--parallel.dp-replicate {layout.replicate} --parallel.dp-shard {layout.shard} --parallel.tp {layout.tensor} "
+        f"--parallel.activation-checkpointing {layout.checkpointing} --micro-batch-size {layout.micro_batch_size} "
+        f"--sequences-per-step {sequences} --seq-len {plan.seq_len}"
     )
 
 

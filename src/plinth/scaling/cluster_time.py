@@ -32,7 +32,7 @@ class StepConstants:
     tensor_overlap: float = 0.6
     """of tensor-parallel transfers that run behind products where asynchronous tensor parallelism is on; assumed"""
     link_latency_s: float = 5.7e-6
-    """a hop of a ring within a node: NCCL 2.5, src/graph/tuning.cc, hwLat, ring, simple protocol"""
+    """a hop of a ring within a node: NCCL, src/graph/tuning.cc of 2020, hwLat, ring, simple protocol"""
     network_latency_s: float = 6.6e-6
     """a hop of a ring between nodes: the same table"""
     floor_s: float = 3e-4
