@@ -19,8 +19,10 @@ T = TypeVar("T")
 class UserError(ValueError):
     """A mistake that the user can mend; its text names the field, the value, the rule and the way out.
 
-    The command line prints it as one line, without a traceback, and exits with code 1.
+    The command line prints it as one line, without a traceback, and exits with `exit_code`.
     """
+
+    exit_code = 1
 
 
 def nearest(name: str, candidates: typing.Iterable[str]) -> str:

@@ -20,7 +20,13 @@ from typing import Any
 from plinth import __version__
 from plinth.config import UserError, read_json, save_json, write_atomic
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 TRACKED_VERSIONS = ("torch", "triton", "numpy", "tokenizers", "safetensors", "daft", "pyarrow")
+TEMPORARY_NAME = r"\..+\.[a-z0-9_]{8}"  # what publish_dir and write_atomic write before they rename it
 MODEL_STAGES = ("dpo", "sft", "pretrain")  # the later the stage, the sooner it is served
 
 
@@ -29,6 +35,7 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self._unwritten = b""  # logged lines that a full disk refused
 
     @classmethod
     def create(
@@ -113,16 +120,70 @@ class Run:
         """Return the seconds that a finished run took."""
         return (self.summary or {}).get("time_s", 0.0)
 
+    def checkpoint_path(self, step: int) -> Path:
+        """Return where the checkpoint of a step is published."""
+        return self.checkpoints_dir / f"step_{step:06d}"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Return (step, folder) of the published checkpoints, oldest first; unfinished ones carry another name."""
+        found = (path for path in self.checkpoints_dir.glob("step_*") if is_checkpoint(path))
+        return sorted((int(path.name.removeprefix("step_")), path) for path in found)
+
     @property
     def last_step(self) -> int:
         """Return the newest checkpointed step, 0 when there is none."""
-        steps = [int(p.name.removeprefix("step_")) for p in self.checkpoints_dir.glob("step_*") if p.is_dir()]
-        return max(steps, default=0)
+        return max((step for step, _ in self.checkpoints()), default=0)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training this run meanwhile; the system lifts the lock when a process dies.
+
+        Raises UserError when another process holds it. Where the file system knows no locks there is none.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY) if fcntl is not None else None
+        try:
+            with contextlib.suppress(OSError):
+                try:
+                    if descriptor is not None:
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"{self.path} is being trained by another process. Wait until it ends, or stop it first.") from None
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def remove_unfinished(self) -> None:
+        """Remove the temporary files and folders that a killed process left beside what it was writing."""
+        for folder in (self.path, self.checkpoints_dir):
+            for path in folder.glob(".*"):
+                if re.fullmatch(TEMPORARY_NAME, path.name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def log(self, **fields: Any) -> None:
-        """Append one JSON line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(fields) + "\n")
+        """Append one JSON line to metrics.jsonl; lines that the system refuses are kept in memory and tried again."""
+        self._unwritten += (json.dumps(fields) + "\n").encode()
+        with contextlib.suppress(OSError):  # raised by flush_metrics, before each checkpoint and at the end
+            self.flush_metrics()
+
+    def flush_metrics(self) -> None:
+        """Write the lines that are still in memory, all or none. Raises OSError when the system refuses them."""
+        if not self._unwritten:
+            return
+        with (self.path / "metrics.jsonl").open("ab", buffering=0) as file:
+            end, rest = file.seek(0, os.SEEK_END), self._unwritten
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                file.truncate(end)
+                raise OSError(error.errno, error.strerror, file.name) from None
+        self._unwritten = b""
+
+    def sync_metrics(self) -> None:
+        """Bring metrics.jsonl from the system's memory to the disk."""
+        if (self.path / "metrics.jsonl").exists():
+            _sync(self.path / "metrics.jsonl")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl; a last line cut off by a crash is left out."""
@@ -130,24 +191,32 @@ class Run:
         if not path.exists():
             return []
         records = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+                record = json.loads(line)
+                records += [record] if isinstance(record, dict) else []
         return records
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop logged steps after `step`, so that a resumed run logs each step once."""
+    def truncate_metrics(self, step: int) -> int:
+        """Drop logged steps after `step`, so that a resumed run logs each step once; return how many before it are lost."""
         kept = [record for record in self.metrics() if record.get("step", 0) <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        return step - len({record["step"] for record in kept if "step" in record})
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as done."""
+        self.flush_metrics()
         (self.path / "FAILED.txt").unlink(missing_ok=True)
         save_json(self.path / "DONE", summary)
 
     def fail(self, text: str) -> None:
         """Say why the run stopped."""
         write_atomic(self.path / "FAILED.txt", text.rstrip() + "\n")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder has the name of a published checkpoint."""
+    return re.fullmatch(r"step_\d{6,}", path.name) is not None
 
 
 def installed_versions() -> dict[str, str]:

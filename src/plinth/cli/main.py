@@ -22,6 +22,7 @@ VERBS = {
     ),
     "transfer lr-overlay": ("plinth.cli.transfer_lr_overlay", "loss against learning rate for several widths or depths, overlaid"),
     "pretrain": ("plinth.cli.pretrain", "a decoder from token shards"),
+    "extend": ("plinth.cli.extend", "a pretraining with more steps, from the checkpoint before its learning rate fell"),
     "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
     "prefer": ("plinth.cli.prefer", "preference tuning (DPO) on pairs"),
     "evaluate": ("plinth.cli.evaluate", "held-out likelihood and questions, with intervals"),
@@ -33,7 +34,7 @@ VERBS = {
 
 
 def main(argv: list[str]) -> int:
-    """Run one verb and return its exit code: 0 only on success, 1 on a user's mistake, 2 on wrong usage."""
+    """Run one verb and return its exit code: 0 only on success, 1 on a user's mistake, 2 on wrong usage, 75 when stopped and saved."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if argv else 2
@@ -57,7 +58,7 @@ def run_verb(module: str, argv: list[str]) -> int:
     try:
         return importlib.import_module(module).main(argv)
     except UserError as error:
-        message, code = f"{error}", 1
+        message, code = f"{error}", error.exit_code
     except OSError as error:
         message, code = describe_os_error(error), 1
     except KeyboardInterrupt:

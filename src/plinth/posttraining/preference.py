@@ -18,7 +18,7 @@ from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
 from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
-from plinth.run import Run, find_model
+from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device, move_batch
@@ -35,7 +35,9 @@ REFERENCE_FILE = "reference_log_probs.npy"
 class DpoConfig:
     """Loss, batches and schedule of preference tuning."""
 
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(warmup_steps=5, optimizer=OptimizerConfig(lr=3e-5, muon_lr=2e-4)))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(warmup_steps=5, keep_pre_decay=False, optimizer=OptimizerConfig(lr=3e-5, muon_lr=2e-4))
+    )
     """optimizer and schedule"""
     epochs: float = 1.0
     """passes over the pairs"""
@@ -139,9 +141,10 @@ def train_dpo(
         indices = np.concatenate(buckets.indices(step)).tolist()
         return describe_examples("pair", indices, rows, lambda i: tokenizer.decode(pairs[i].chosen.tokens[:40]))
 
+    data = {"pairs_sha256": file_sha256(pairs_file), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed}
     summary = train(
         run, model, loss, batches_at, config.train,
-        description="preference tuning", describe_batch=describe_batch, resume=resume, warn=warn,
+        description="preference tuning", describe_batch=describe_batch, data=data, resume=resume, warn=warn,
     )  # fmt: skip
     save_model(model, tokenizer, run.model_dir)
     summary |= {"pairs": len(pairs), "rejected_lines": len(rejected), "epochs": summary["steps"] / buckets.steps_per_epoch}

@@ -11,7 +11,7 @@ import numpy as np
 from plinth.config import UserError, from_dict, to_dict
 from plinth.models.hub import load_model, save_model
 from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
-from plinth.run import Run, find_model
+from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, read_messages, render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.loop import TrainConfig, train
@@ -26,7 +26,9 @@ ALONE_SHARE = 0.5  # groups of one conversation
 class SftConfig:
     """Batches and schedule of supervised finetuning."""
 
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(warmup_steps=10, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01)))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(warmup_steps=10, keep_pre_decay=False, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01))
+    )
     """optimizer and schedule"""
     epochs: float = 3.0
     """passes over the conversations"""
@@ -100,6 +102,7 @@ def train_sft(
         describe_batch=lambda step, rows: describe_examples(
             "example", np.concatenate(buckets.indices(step)).tolist(), rows, lambda i: tokenizer.decode(examples[i].tokens[:40])
         ),
+        data={"messages_sha256": file_sha256(messages), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
         resume=resume,
         warn=warn,
     )

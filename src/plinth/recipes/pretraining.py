@@ -86,7 +86,8 @@ def pretrain(
 
     `plan` is what the configuration came from, if it came from one; it is kept in the run as plan.json.
     With `resume` the configuration saved in the run counts. `device` takes the place of train.device, with `resume` too:
-    a run may go on where another kind of machine stopped. Raises UserError when the shards were packed with another tokenizer.
+    a run may go on where another kind of machine stopped. Raises UserError when the shards were packed with another tokenizer, or
+    are others than the run began with.
     """
     folders = [shards] if isinstance(shards, Path) else list(shards)
     tokenizer = Tokenizer.load(tokenizer_dir)
@@ -124,6 +125,7 @@ def pretrain(
         describe_batch=loader.describe_batch,
         data_metrics=lambda steps: {"epochs": loader.epochs(steps)},
         scales=scales(model, config.transfer, config.train.optimizer.name),
+        data=loader.fingerprint(),
         resume=resume,
         warn=warn,
     )

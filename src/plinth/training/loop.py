@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from plinth.config import UserError
 from plinth.run import Progress, Run, usable_cores
-from plinth.training.checkpoint import load_checkpoint, save_checkpoint
+from plinth.training.checkpoint import Position, Stateful, TrainingState
 from plinth.training.compile import COMPILE_PAYS_STEPS, compiled_blocks
 from plinth.training.device import check_device_name, choose_device, device_settings, peak_memory_bytes
 from plinth.training.graphs import GraphedGradients
 from plinth.training.optim import OptimizerConfig, Scale, build_optimizer
 from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
+from plinth.training.saving import Checkpointer, SavePolicy
 from plinth.training.schedule import warmup_stable_decay
 from plinth.training.spikes import BadBatchError, DescribeBatch, SpikeConfig, SpikeGuard, trace_rows
 from plinth.training.step import Batch, LossFunction, open_workers, take_gradients, train_step
+from plinth.training.stopping import Stopped, stop_requests
 from plinth.training.telemetry import Telemetry, TelemetryConfig, gpu_ids
 
 
@@ -56,9 +57,17 @@ class TrainConfig:
     num_threads: int | None = None
     """worker threads of a CPU, each with one core (default: all usable cores)"""
     checkpoint_every_s: float = 60.0
-    """seconds between checkpoints"""
+    """seconds between checkpoints; 0 for one as soon as the one before is written"""
     keep_checkpoints: int = 2
     """newest checkpoints kept"""
+    keep_every_steps: int | None = None
+    """take a checkpoint at each multiple of so many steps and keep it for good (default: none)"""
+    keep_pre_decay: bool = True
+    """take a checkpoint before the learning rate falls and keep it for good, so that the run can be extended"""
+    keep_final: bool = False
+    """take a checkpoint after the last step and keep it, with the optimizer's state; model/ holds the weights anyway"""
+    background_saves: bool = True
+    """write checkpoints while training goes on; costs memory for one copy of weights and optimizer state"""
     seed: int = 0
     """seed of initialisation and order of batches"""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
@@ -74,6 +83,11 @@ class TrainConfig:
         check_device_name(self.device)
         if not 0 <= self.decay_fraction <= 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
+        if self.checkpoint_every_s < 0:
+            raise UserError(f"checkpoint_every_s={self.checkpoint_every_s} must be 0 or more.")
+        for name in ("keep_checkpoints", "keep_every_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
 
     def resolved(self, steps: int | None = None) -> TrainConfig:
         """Fill in what the machine and the stage decide; `steps` counts where the user named none.
@@ -99,12 +113,26 @@ class TrainConfig:
     def lr_scale(self, step: int) -> float:
         """Return the factor of the peak learning rates at a step counted from 0."""
         assert self.steps is not None
-        decay_steps = round(self.steps * self.decay_fraction)
+        decay_steps = self.steps - self.decay_start
         return warmup_stable_decay(step, steps=self.steps, warmup_steps=self.warmup_steps, decay_steps=decay_steps)
 
+    @property
+    def decay_start(self) -> int:
+        """Return the updates done before the learning rate begins to fall."""
+        assert self.steps is not None
+        return self.steps - round(self.steps * self.decay_fraction)
 
-class Stopped(UserError):
-    """Training was asked to stop, saved a checkpoint, and can be resumed."""
+    def save_policy(self) -> SavePolicy:
+        """Return when checkpoints are taken and which are kept for good."""
+        assert self.steps is not None
+        single = {self.decay_start} - {0, self.steps} if self.keep_pre_decay else set()
+        return SavePolicy(
+            every_s=self.checkpoint_every_s,
+            keep=self.keep_checkpoints,
+            keep_every_steps=self.keep_every_steps,
+            keep_steps=frozenset(single | ({self.steps} if self.keep_final else set())),
+            background=self.background_saves,
+        )
 
 
 def train(
@@ -120,6 +148,9 @@ def train(
     scales: dict[str, Scale] | None = None,
     describe_batch: DescribeBatch = lambda step, rows: f"rows {list(rows)} of step {step + 1}" if rows else f"all of step {step + 1}",
     data_metrics: Callable[[int], dict[str, float]] = lambda steps: {},
+    data: Mapping[str, Any] | None = None,
+    generators: Mapping[str, torch.Generator] | None = None,
+    extra_state: Mapping[str, Stateful] | None = None,
     resume: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -130,7 +161,8 @@ def train(
     `data_metrics(steps)` says what so many steps have read, for their line of the metrics.
     Metrics go to run.log, checkpoints to run.checkpoints_dir.
     `describe_batch(step, rows)` names the documents of a batch that looks wrong.
-    Raises Stopped after Ctrl-C or SIGTERM, and BadBatchError (a UserError) before an update that is not to be made: config.spikes.
+    `data`, `generators` and `extra_state` are saved and restored with the rest: see TrainingState.
+    Raises Stopped after Ctrl-C, SIGTERM or SIGUSR1, and BadBatchError (a UserError) before an update that is not to be made: config.spikes.
     """
     assert config.steps and config.dtype and config.num_threads, "train() takes a resolved configuration"
     device = choose_device(config.device)
@@ -141,26 +173,15 @@ def train(
         run, config.telemetry, cores=config.num_threads, gpus=gpu_ids(device),
         flops_per_token=flops_per_token, matmul_flops_per_s=matmul_flops_per_s, warn=warn,
     )  # fmt: skip
-    start_step = 0
-    if resume:
-        start_step, warnings = load_checkpoint(run, masters, optimizer)
-        for warning in warnings:
-            warn(f"{warning} Falling back to step {start_step}.")
-        run.truncate_metrics(start_step)
-    records = run.metrics()
-    earlier = records[-1:]
 
     def trace(step: int, measure: str) -> tuple[tuple[int, ...], str]:
         rows = trace_rows(masters, loss_function, batches_at(step), measure)
         return rows, describe_batch(step, rows or None)
 
     guard = SpikeGuard(config.spikes, trace, advice=_advice(run, config), warn=warn)
-    guard.restore(records)
-    telemetry.begin(start_step)
-    clock = _Clock(earlier[0]["time_s"] if earlier else 0.0)
-    tokens = earlier[0]["tokens"] if earlier else 0
-    last_saved = time.monotonic()
+    state = TrainingState(masters, optimizer, data=data, generators=generators, extra=extra_state)
     with (
+        Checkpointer(run, state, config.save_policy(), warn) as checkpoints,
         telemetry,
         device_settings(device, tf32=config.tf32, deterministic=config.deterministic),
         open_workers(config.num_threads, device) as workers,
@@ -168,8 +189,12 @@ def train(
         stop_requests() as stop,
         Progress(config.steps, description) as progress,
     ):
-        progress.update(start_step)
-        for step in range(start_step, config.steps):
+        position = checkpoints.resume() if resume else checkpoints.begin()
+        guard.restore(run.metrics())
+        telemetry.begin(position.step)
+        clock = _Clock(position.time_s)
+        progress.update(position.step)
+        for step in range(position.step, config.steps):
             began = time.perf_counter()
             lr_scale, batches = config.lr_scale(step), batches_at(step)
             try:
@@ -180,19 +205,18 @@ def train(
                 )  # fmt: skip
             except BadBatchError as error:
                 telemetry.log_stop(error.incident)
-                save_checkpoint(run, step, masters, optimizer, keep=config.keep_checkpoints)
+                checkpoints.save_now(position)
                 raise
-            tokens += int(result.count)
+            position = Position(step + 1, position.tokens + int(result.count), clock.read())
             note = telemetry.log(
                 step + 1, result, lr=config.optimizer.lr * lr_scale, step_s=time.perf_counter() - began,
-                time_s=clock.read(), tokens=tokens, incident=guard.incident, more=data_metrics(step + 1),
+                time_s=position.time_s, tokens=position.tokens, incident=guard.incident, more=data_metrics(step + 1),
             )  # fmt: skip
             progress.update(1, note=note)
             last = step + 1 == config.steps
-            if not last and (stop.requested or time.monotonic() - last_saved > config.checkpoint_every_s):
-                save_checkpoint(run, step + 1, masters, optimizer, keep=config.keep_checkpoints)
-                last_saved = time.monotonic()
+            checkpoints.after_step(position, last)
             if stop.requested and not last:
+                checkpoints.save_now(position)
                 raise Stopped(f"stopped after step {step + 1} of {config.steps}; saved. Continue with --resume.")
         time_s = clock.read()
         spent = telemetry.summary(time_s)
@@ -201,7 +225,7 @@ def train(
     model.to("cpu")
     return {
         "steps": config.steps,
-        "tokens": tokens,
+        "tokens": position.tokens,
         "loss_nats": _recent_loss(run),
         "time_s": time_s,
         "peak_memory_bytes": peak_memory_bytes(device),
@@ -232,30 +256,3 @@ class _Clock:
 
     def read(self) -> float:
         return time.perf_counter() - self._start
-
-
-class StopRequest:
-    """Set by a signal, read between steps."""
-
-    requested = False
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turn the first Ctrl-C or SIGTERM into a request that is honoured after the step; a second one interrupts."""
-    request = StopRequest()
-    previous: dict[int, Any] = {}
-
-    def ask(signum: int, frame: Any) -> None:
-        request.requested = True
-        signal.signal(signum, previous[signum])
-
-    with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere there is nothing to catch
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.getsignal(signum)
-            signal.signal(signum, ask)
-    try:
-        yield request
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
