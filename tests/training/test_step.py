@@ -8,7 +8,6 @@ from plinth.models.transformer import Transformer
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig, build_optimizer
 from plinth.training.precision import MasterWeights
-from plinth.training.schedule import warmup_stable_decay
 from plinth.training.step import NonFiniteError, open_workers, split_gradients, train_step
 
 CONFIG = DecoderConfig(
@@ -121,11 +120,3 @@ def test_a_small_batch_is_learnt_by_heart(name):
     with open_workers(2) as workers:
         losses = [train_step(masters, causal_lm_loss, batch, optimizer, workers).loss_nats for _ in range(60)]
     assert losses[0] > 3.5 and losses[-1] < 0.1
-
-
-def test_the_schedule_rises_stays_and_falls():
-    factors = [warmup_stable_decay(step, steps=20, warmup_steps=4, decay_steps=8) for step in range(20)]
-    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factors[11] == 1.0 and factors[12] < 1.0
-    assert factors[12:] == sorted(factors[12:], reverse=True)
-    assert 0 < factors[-1] < 0.1

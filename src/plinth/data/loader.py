@@ -99,10 +99,14 @@ class TokenLoader:
         inputs, targets, segments = torch.from_numpy(block)
         return (inputs, targets, segments) if self.mask_documents else (inputs, targets)
 
-    def documents(self, step: int) -> list[list[Piece]]:
-        """Return for each row of a step the pieces of documents that it predicts."""
-        rows: list[list[Piece]] = [[] for _ in range(self.sequences_per_step)]
-        for where, component, pieces in self._pieces(step * self.sequences_per_step, self.sequences_per_step, self.seq_len):
+    def documents(self, step: int, place: tuple[int, int, int] | None = None) -> list[list[Piece]]:
+        """Return for each row of a step the pieces of documents that it predicts.
+
+        `place` is (first row, number of rows, seq_len) where a schedule gives the step rows of its own.
+        """
+        place = place or (step * self.sequences_per_step, self.sequences_per_step, self.seq_len)
+        rows: list[list[Piece]] = [[] for _ in range(place[1])]
+        for where, component, pieces in self._pieces(*place):
             part = self.components[component]
             kinds = part.split.kinds[pieces.document].tolist()
             columns = (pieces.document.tolist(), pieces.start.tolist(), pieces.length.tolist())
@@ -111,12 +115,12 @@ class TokenLoader:
                 rows[row] = found[begin:end]
         return rows
 
-    def describe_batch(self, step: int, rows: Sequence[int] | None = None) -> str:
+    def describe_batch(self, step: int, rows: Sequence[int] | None = None, place: tuple[int, int, int] | None = None) -> str:
         """Return a line for each row of a step, or for some, that names its documents, so that a batch can be looked at.
 
-        `step` counts from 0 as everywhere here; the text counts updates from 1, as metrics.jsonl does.
+        `step` counts from 0 as everywhere here; the text counts updates from 1, as metrics.jsonl does. `place`: see `documents`.
         """
-        found = self.documents(step)
+        found = self.documents(step, place)
         lines = []
         for row in range(len(found)) if rows is None else rows:
             lines.append(f"step {step + 1} row {row}: " + "; ".join(piece.name for piece in found[row]))

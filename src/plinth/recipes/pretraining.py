@@ -21,6 +21,7 @@ from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device
 from plinth.training.loop import TrainConfig, train
 from plinth.training.objectives import causal_lm_loss
+from plinth.training.schedule import BatchSchedule, Rows, Stage
 from plinth.training.step import Batch
 from plinth.training.transfer import Name, Parametrization, init_model, scales
 
@@ -41,6 +42,8 @@ class PretrainConfig:
     """sequences a forward pass"""
     shard_weights: tuple[float, ...] | None = None
     """share of the rows for each shards folder, in their order (default: by their tokens)"""
+    stages: tuple[tuple[float, int, int], ...] | None = None
+    """stretches of training, each a share of the tokens, seq_len and sequences_per_step, in order (default: one)"""
     kind_weights: dict[str, float] | None = None
     """share of the rows for each kind of document, within each folder (default: as the corpus has them)"""
     packing: Packing = "stream"
@@ -68,6 +71,18 @@ class PretrainConfig:
             raise UserError(f"seq_len={self.seq_len} exceeds max_seq_len={self.model.max_seq_len}. Lower it, or raise model.max-seq-len.")
         if self.sequences_per_step < 1 or self.micro_batch_size < 1:
             raise UserError("sequences_per_step and micro_batch_size must be at least 1.")
+        for stage in self.schedule_stages():
+            if stage.seq_len > self.seq_len:
+                raise UserError(f"a stage's seq_len={stage.seq_len} exceeds seq_len={self.seq_len}, the longest. Raise seq_len.")
+
+    def schedule_stages(self) -> list[Stage]:
+        return [Stage(*stage) for stage in self.stages or ((1.0, self.seq_len, self.sequences_per_step),)]
+
+    def mean_flops_per_token(self) -> float:
+        """Return the operations of a training step a token, averaged over the stages."""
+        stages = self.schedule_stages()
+        weighted = [stage.share * train_flops_per_token(self.model, stage.seq_len) for stage in stages]
+        return sum(weighted) / sum(stage.share for stage in stages)
 
 
 def pretrain(
@@ -111,28 +126,34 @@ def pretrain(
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
     model = init_model(config.model, config.transfer, torch.Generator().manual_seed(config.train.seed))
-    for text in loader.warnings(config.train.steps):
+    schedule = BatchSchedule(config.schedule_stages(), config.train.steps or 1)
+
+    def loader_steps(step: int) -> int:
+        """Return how many of the loader's own steps have the tokens before a step."""
+        return round(schedule.tokens(step) / (config.seq_len * config.sequences_per_step))
+
+    for text in loader.warnings(loader_steps(config.train.steps or 1)):
         warn(text)
     summary = train(
         run,
         model,
         causal_lm_loss,
-        lambda step: split_rows(loader.batch(step), config.micro_batch_size),
+        lambda step: scheduled_batches(loader, schedule.rows(step), config),
         config.train,
         description="pretraining",
-        flops_per_token=train_flops_per_token(config.model, config.seq_len),
+        flops_per_token=config.mean_flops_per_token(),
         matmul_flops_per_s=config.matmul_flops_per_s,
-        describe_batch=loader.describe_batch,
-        data_metrics=lambda steps: {"epochs": loader.epochs(steps)},
+        describe_batch=lambda step, rows=None: loader.describe_batch(step, rows, schedule.rows(step)),
+        data_metrics=lambda steps: {"epochs": loader.epochs(loader_steps(steps))},
         scales=scales(model, config.transfer, config.train.optimizer.name),
         data=loader.fingerprint(),
         resume=resume,
         warn=warn,
     )
     save_model(model, tokenizer, run.model_dir)
-    summary["epochs"] = loader.epochs(summary["steps"])
+    summary["epochs"] = loader.epochs(loader_steps(summary["steps"]))
     summary["padding"] = loader.padding()
-    summary["data"] = [to_dict(account) for account in loader.accounts(summary["steps"])]
+    summary["data"] = [to_dict(account) for account in loader.accounts(loader_steps(summary["steps"]))]
     summary["num_params"] = sum(p.numel() for p in model.parameters())
     run.finish(summary)
     return run
@@ -174,9 +195,10 @@ def show_batch(shards: Sequence[Path], tokenizer_dir: Path, config: PretrainConf
     tokenizer = Tokenizer.load(tokenizer_dir)
     check_shards(shards, tokenizer, tokenizer_dir)
     loader = open_loader(shards, config)
-    targets_BT = loader.batch(step - 1)[1].numpy()
+    place = BatchSchedule(config.schedule_stages(), config.train.steps or step).rows(step - 1)
+    targets_BT = loader.rows(*place)[1].numpy()
     lines = []
-    for number, (row, pieces) in enumerate(zip(targets_BT, loader.documents(step - 1))):
+    for number, (row, pieces) in enumerate(zip(targets_BT, loader.documents(step - 1, place))):
         lines.append(f"--- row {number}")
         begin = 0
         for piece in pieces:
@@ -197,6 +219,11 @@ def check_shards(folders: Sequence[Path], tokenizer: Tokenizer, tokenizer_dir: P
                 f"tokenizer {tokenizer.sha256[:8]} of {tokenizer_dir} differs from {packed[:8]} that packed {shards}. "
                 f"Re-pack with `plinth data pack --tokenizer {tokenizer_dir}`."
             )
+
+
+def scheduled_batches(loader: TokenLoader, rows: Rows, config: PretrainConfig) -> Sequence[Batch]:
+    """Return a step's rows in micro-batches; shorter rows go more at a time, the same tokens a forward pass."""
+    return split_rows(loader.rows(*rows), max(1, config.micro_batch_size * config.seq_len // rows.seq_len))
 
 
 def split_rows(batch: tuple[torch.Tensor, ...], rows: int) -> Sequence[Batch]:
