@@ -81,7 +81,7 @@ def run_case(case: dict) -> dict:
 
 def measure(shards: str, seq_len: int, sequences_per_step: int, packing: str, seconds: float) -> dict:
     """Return what one loader does; first batches are those of a loader just opened, so they include what it sets up."""
-    before = peak_rss_bytes()
+    before, anonymous_before = peak_rss_bytes(), status_bytes("RssAnon")
     far_s = first_batch_s(shards, seq_len, sequences_per_step, packing, 10**6)
     near_s = first_batch_s(shards, seq_len, sequences_per_step, packing, 0)
     loader = TokenLoader(Path(shards), seq_len, sequences_per_step, 0, packing=packing)
@@ -96,7 +96,7 @@ def measure(shards: str, seq_len: int, sequences_per_step: int, packing: str, se
         "packing": packing, "seq_len": seq_len, "sequences_per_step": sequences_per_step, "tokens_of_split": loader.num_tokens,
         "first_batch_step_0_s": near_s, "first_batch_step_1000000_s": far_s, "step_s": spread(times),
         "tokens_per_s": seq_len * sequences_per_step / spread(times)["median"], "padding": loader.padding(),
-        "peak_rss_grown_bytes": peak_rss_bytes() - before, "anonymous_rss_bytes": status_bytes("RssAnon"),
+        "peak_rss_grown_bytes": peak_rss_bytes() - before, "anonymous_rss_grown_bytes": status_bytes("RssAnon") - anonymous_before,
     }  # fmt: skip
 
 

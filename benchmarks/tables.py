@@ -1,4 +1,4 @@
-"""Write the tables of the README and docs/gpu.md from benchmarks/records, and the recipe that the README quotes.
+"""Write the tables of the README and docs from benchmarks/records, and the recipe that the README quotes.
 
 `--check` only says whether they are current.
 """
@@ -100,6 +100,30 @@ def gpu_tables() -> str:
     return "\n".join(lines)
 
 
+def loader_table() -> str:
+    rows, training = load("loader_throughput")["rows"], load("train_throughput")["rows"][0]
+    lines = [
+        "| documents | tokens | rows of | packing | tokens/s | first batch: step 0, step 1,000,000 "
+        "| memory grown: peak, without file pages | padding |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['documents']:,} | {row['tokens_of_split'] / 1e9:.1f} G "
+            f"| {row['sequences_per_step']} × {row['seq_len']} | {row['packing']} "
+            f"| {row['tokens_per_s'] / 1e6:.1f} M | {row['first_batch_step_0_s']:.2f} s, {row['first_batch_step_1000000_s']:.2f} s "
+            f"| {row['peak_rss_grown_bytes'] / 1e6:,.0f} MB, {row['anonymous_rss_grown_bytes'] / 1e6:,.0f} MB | {row['padding']:.4%} |"
+        )
+    slowest = min(row["tokens_per_s"] for row in rows if row["documents"] <= 1_000_000)
+    share = training["tokens_per_s"]["median"] / slowest
+    lines += [
+        "",
+        f"The slowest of the smaller set is {slowest / 1e6:.1f} M tokens/s, where `plinth pretrain` takes in "
+        f"{training['tokens_per_s']['median']:,.0f} tokens/s of 6 × 256 on two such cores: {share:.2%} of a step.",
+    ]
+    return "\n".join(lines)
+
+
 def put(text: str, start: str, end: str, content: str) -> str:
     """Replace what stands between two markers."""
     before, rest = text.split(start)
@@ -107,11 +131,12 @@ def put(text: str, start: str, end: str, content: str) -> str:
 
 
 def main() -> int:
-    readme, gpu = ROOT / "README.md", ROOT / "docs" / "gpu.md"
+    readme, gpu, loader = ROOT / "README.md", ROOT / "docs" / "gpu.md", ROOT / "docs" / "loader.md"
     text = put(readme.read_text(), START, END, f"{build_table()}\n\n{speed_table()}")
     pages = {
         readme: put(text, "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle()),
         gpu: put(gpu.read_text(), "<!-- gpu results: written by benchmarks/tables.py -->", "<!-- end of gpu results -->", gpu_tables()),
+        loader: put(loader.read_text(), START, END, loader_table()),
     }
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))

@@ -21,6 +21,7 @@ from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device
 from plinth.training.loop import TrainConfig, train
 from plinth.training.objectives import causal_lm_loss
+from plinth.training.prefetch import prefetched
 from plinth.training.schedule import BatchSchedule, Rows, Stage
 from plinth.training.step import Batch
 from plinth.training.transfer import Name, Parametrization, init_model, scales
@@ -134,22 +135,24 @@ def pretrain(
 
     for text in loader.warnings(loader_steps(config.train.steps or 1)):
         warn(text)
-    summary = train(
-        run,
-        model,
-        causal_lm_loss,
-        lambda step: scheduled_batches(loader, schedule.rows(step), config),
-        config.train,
-        description="pretraining",
-        flops_per_token=config.mean_flops_per_token(),
-        matmul_flops_per_s=config.matmul_flops_per_s,
-        describe_batch=lambda step, rows=None: loader.describe_batch(step, rows, schedule.rows(step)),
-        data_metrics=lambda steps: {"epochs": loader.epochs(loader_steps(steps))},
-        scales=scales(model, config.transfer, config.train.optimizer.name),
-        data=loader.fingerprint(),
-        resume=resume,
-        warn=warn,
-    )
+    device = choose_device(config.train.device)
+    with prefetched(lambda step: scheduled_batches(loader, schedule.rows(step), config), device) as batches_at:
+        summary = train(
+            run,
+            model,
+            causal_lm_loss,
+            batches_at,
+            config.train,
+            description="pretraining",
+            flops_per_token=config.mean_flops_per_token(),
+            matmul_flops_per_s=config.matmul_flops_per_s,
+            describe_batch=lambda step, rows=None: loader.describe_batch(step, rows, schedule.rows(step)),
+            data_metrics=lambda steps: {"epochs": loader.epochs(loader_steps(steps))},
+            scales=scales(model, config.transfer, config.train.optimizer.name),
+            data=loader.fingerprint(),
+            resume=resume,
+            warn=warn,
+        )
     save_model(model, tokenizer, run.model_dir)
     summary["epochs"] = loader.epochs(loader_steps(summary["steps"]))
     summary["padding"] = loader.padding()

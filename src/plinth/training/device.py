@@ -56,6 +56,17 @@ def move_batch(batch: Any, device: str | torch.device) -> Any:
     return batch
 
 
+def pin_batch(batch: Any) -> Any:
+    """Return the batch with its tensors in memory that a GPU reads by itself; as it is where there is no CUDA."""
+    if not torch.cuda.is_available():
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.pin_memory()
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(pin_batch(part) for part in batch)
+    return batch
+
+
 @contextlib.contextmanager
 def device_settings(device: str, *, tf32: bool = False, deterministic: bool = False) -> Iterator[None]:
     """Set for the block how a GPU multiplies fp32 matrices and whether equal runs give equal bits; put back after it.
