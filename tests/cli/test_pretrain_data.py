@@ -1,10 +1,12 @@
 """`plinth pretrain` on several shards folders, through the real command line."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from e2e.command import last_json, plinth
 from plinth.data.shards import pack_corpus
@@ -68,3 +70,20 @@ def test_mistakes_in_the_mixture_leave_nothing_behind(packed, tmp_path):
     _, errors = pretrain(packed, tmp_path / "run", "--shard-weights", "1", check=1)
     assert "shard_weights has 1 numbers for 2 shards folders" in errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_run_that_a_gpu_began_goes_on_without_one_when_told_so(packed, tmp_path):
+    run = tmp_path / "run"
+    pretrain(packed, run, "--train.steps", "5", "--train.checkpoint-every-s", "0")
+    (run / "DONE").unlink()
+    shutil.rmtree(run / "model")
+    config = json.loads((run / "config.json").read_text())
+    config["train"] |= {"device": "cuda", "compile": True}
+    (run / "config.json").write_text(json.dumps(config))
+    _, errors = pretrain(packed, run, "--resume", check=1)
+    assert "device=cuda is not there" in errors and "--device cpu" in errors
+    output, _ = pretrain(packed, run, "--resume", "--device", "cpu", "--json")
+    assert last_json(output)["steps"] == 5
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]

@@ -36,9 +36,11 @@ class DpoConfig:
     """Loss, batches and schedule of preference tuning."""
 
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(warmup_steps=5, keep_pre_decay=False, optimizer=OptimizerConfig(lr=3e-5, muon_lr=2e-4))
+        default_factory=lambda: TrainConfig(
+            warmup_steps=5, keep_pre_decay=False, compile=False, optimizer=OptimizerConfig(lr=3e-5, muon_lr=2e-4)
+        )
     )
-    """optimizer and schedule"""
+    """optimizer and schedule; not compiled on a GPU, as its batches have many shapes"""
     epochs: float = 1.0
     """passes over the pairs"""
     tokens: int | None = None

@@ -27,9 +27,11 @@ class SftConfig:
     """Batches and schedule of supervised finetuning."""
 
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(warmup_steps=10, keep_pre_decay=False, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01))
+        default_factory=lambda: TrainConfig(
+            warmup_steps=10, keep_pre_decay=False, compile=False, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01)
+        )
     )
-    """optimizer and schedule"""
+    """optimizer and schedule; not compiled on a GPU, as its batches have many shapes"""
     epochs: float = 3.0
     """passes over the conversations"""
     tokens: int | None = None

@@ -114,7 +114,7 @@ def pretrain(
             return run
         config = read_config(out)
         if device not in (None, config.train.device):  # another roof
-            config = replace(config, train=replace(config.train, device=device), matmul_flops_per_s=None)
+            config = replace(config, train=config.train.moved_to(device), matmul_flops_per_s=None)
         config = with_roofline(config)
         loader = open_loader(folders, config)
     else:

@@ -110,6 +110,10 @@ class TrainConfig:
             num_threads=self.num_threads or usable_cores(),
         )
 
+    def moved_to(self, device: str) -> TrainConfig:
+        """Return the resolved configuration for going on on another device; what is for GPUs alone is decided anew."""
+        return replace(self, device=device, compile=None, cuda_graphs=False).resolved()
+
     def lr_scale(self, step: int) -> float:
         """Return the factor of the peak learning rates at a step counted from 0."""
         assert self.steps is not None
