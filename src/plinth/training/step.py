@@ -154,7 +154,7 @@ def split_gradients(
     parts = workers.map(run, [batches[a:b] for a, b in zip(bounds, bounds[1:])])
     totals, collected = [part[3] for part in parts], [part[4] for part in parts]
     jobs = [(parameter, [total[i] for total in totals]) for i, parameter in enumerate(masters.parameters)]
-    grads = workers.map(lambda job: _add_up(*job, collected), jobs)
+    grads = workers.map(lambda job: _add_up(job[0], job[1], collected), jobs)
     sums: dict[str, Sum] = {}
     for part in parts:
         for name, value in part[2].items():
