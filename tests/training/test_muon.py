@@ -137,3 +137,11 @@ def test_impossible_options_are_named(options, text):
 
 def test_newton_schulz_is_the_published_polynomial():
     assert NEWTON_SCHULZ == (3.4445, -4.7750, 2.0315) and quintics("newton-schulz", 2) == (NEWTON_SCHULZ,) * 2
+
+
+def test_the_batch_decides_where_no_optimizer_is_named():
+    assert OptimizerConfig().resolved(128, 4096).name == "muon"
+    assert OptimizerConfig().resolved(384, 4096).name == "muon"  # 0.469
+    assert OptimizerConfig().resolved(400, 4096).name == "adamw"
+    assert OptimizerConfig().resolved().name == "muon"
+    assert OptimizerConfig(name="muon").resolved(4096, 1024).name == "muon"

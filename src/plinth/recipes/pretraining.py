@@ -119,7 +119,9 @@ def pretrain(
         loader = open_loader(folders, config)
     else:
         config = replace(config, train=replace(config.train, device=device or config.train.device))
-        config = with_roofline(replace(config, train=config.train.resolved(500)))
+        stages = config.schedule_stages()
+        optimizer = config.train.optimizer.resolved(config.model.hidden_size, max(stage.tokens_per_step for stage in stages))
+        config = with_roofline(replace(config, train=replace(config.train.resolved(500), optimizer=optimizer)))
         loader = open_loader(folders, config)  # a mistake in the mixture is found before there is a run
         run = Run.create(out, "pretrain", to_dict(config), [*folders, tokenizer_dir], argv, config.train.seed)
         if plan is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from plinth.training.muon import orthogonalise, quintics
 from plinth.training.precision import MasterWeights
 
 FIRST_MOMENTUM = 0.85
+MAX_MUON_SHARE = 0.47  # the highest share at which docs/ablations.md has compared Muon with AdamW, in equal time; Muon won there
 # Elements of the matrices orthogonalised in one call, of which a few copies live at a time: in a core's cache, in a device's memory.
 CACHED_ELEMENTS, STACK_ELEMENTS = 1 << 19, 1 << 27
 
@@ -22,8 +23,9 @@ CACHED_ELEMENTS, STACK_ELEMENTS = 1 << 19, 1 << 27
 class OptimizerConfig:
     """How gradients become updates."""
 
-    name: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for hidden matrices, AdamW for embeddings, head and scales; adamw: AdamW for all"""
+    name: Literal["muon", "adamw"] | None = None
+    """muon: Muon for hidden matrices, AdamW for embeddings, head and scales; adamw: AdamW for all (default: muon, but adamw in
+    pretraining where 5 hidden_size / tokens_per_step is above 0.47)"""
     lr: float = 0.004
     """peak learning rate of AdamW"""
     muon_lr: float = 0.02
@@ -57,6 +59,12 @@ class OptimizerConfig:
             raise UserError(f"newton_schulz_steps={self.newton_schulz_steps} must lie between 1 and 10.")
         if self.normuon_beta2 is not None and not 0 <= self.normuon_beta2 < 1:
             raise UserError(f"normuon_beta2={self.normuon_beta2} must lie in [0, 1).")
+
+    def resolved(self, hidden_size: int = 0, tokens_per_step: int = 1) -> OptimizerConfig:
+        """Choose the optimizer where none is named: Muon, unless its cost a step, about 5 hidden_size / tokens_per_step, is too high."""
+        if self.name is not None:
+            return self
+        return replace(self, name="muon" if 5 * hidden_size / tokens_per_step <= MAX_MUON_SHARE else "adamw")
 
     def momentum_at(self, num_updates: int) -> float:
         """Return Muon's momentum at an update counted from 1."""
@@ -232,4 +240,4 @@ def build_optimizer(masters: MasterWeights, config: OptimizerConfig, scales: dic
         raise UserError(
             f"normuon_beta2={config.normuon_beta2} needs whole matrices on each process. Leave it out, or train on one process."
         )
-    return Optimizer(masters, config, masters.matrix_parts(), scales)
+    return Optimizer(masters, config.resolved(), masters.matrix_parts(), scales)
