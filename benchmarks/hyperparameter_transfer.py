@@ -3,9 +3,8 @@
     python benchmarks/hyperparameter_transfer.py
 
 Learning-rate overlays on the embedded text (or on --shards): along the width, standard against muP, with AdamW and with Muon;
-along the depth, muP against CompleteP, with AdamW. At the base size all parametrisations are one, and along the depth muP is the
-standard one, so nothing is trained that is the same. The coordinate check runs beside them. Every run is kept under --out, and a
-stopped benchmark goes on.
+along the depth, muP (there it is the standard one) against CompleteP, with AdamW. At the base size all are one. The coordinate
+check runs beside them. Every run is kept under --out, and a stopped benchmark goes on.
 """
 
 from __future__ import annotations
@@ -50,10 +49,12 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--steps", type=int, default=100, help="updates of each run")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens a sequence; an update has 16")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments to do")
     parser.add_argument("--pictures", type=Path, help="also copy the pictures into this folder")
     options = parser.parse_args()
     started, rows, coordinates = time.perf_counter(), [], []
-    for label, (optimizer, along) in EXPERIMENTS.items():
+    for label in options.only:
+        optimizer, along = EXPERIMENTS[label]
         name = f"{optimizer}_{along}"
         check = CoordinateConfig(along=along)
         check = replace(check, family=replace(check.family, optimizer=optimizer))
@@ -63,12 +64,12 @@ def main() -> None:
         config = OverlayConfig(along=along, widths=tuple(options.widths), depths=tuple(options.depths), steps=options.steps)
         config = replace(config, family=replace(config.family, optimizer=optimizer, seq_len=options.seq_len))
         shards = options.shards or options.out / "shards"
-        result = overlay(shards, options.out / name, config, print)
+        result = overlay(shards, options.out / optimizer, config, print)
         rows += overlay_rows(label, result)
         for row in rows[-2:]:
             print(label, row["parametrization"], "shift", row["shift_octaves"], "cost", row["transfer_cost_nats"], flush=True)
         if options.pictures:
-            shutil.copy(options.out / name / "overlay.svg", options.pictures / f"overlay_{name}.svg")
+            shutil.copy(options.out / optimizer / "overlay.svg", options.pictures / f"overlay_{name}.svg")
     question = (
         "How far does the best learning rate move with width and depth (octaves), and what does the small model's cost the large one?"
     )

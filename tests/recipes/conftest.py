@@ -12,7 +12,7 @@ COLOURS, ANIMALS, PLACES = ("red", "blue", "green", "grey"), ("cat", "fox", "hen
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """Shards of 60 short stories with a vocabulary of 300."""
+    """Shards of 60 short stories with a vocabulary of 300; the tokenizer lies beside them."""
     folder = tmp_path_factory.mktemp("stories")
     (folder / "texts").mkdir()
     for i in range(60):
@@ -24,5 +24,6 @@ def shards(tmp_path_factory):
     documents = read_documents([folder / "texts"])
     curate(documents, folder / "corpus", CurateConfig(near_duplicate_threshold=None, heldout_fraction=0.1, skip_rules=("repeated_ngrams",)))
     tokenizer = train_tokenizer(documents.table["text"].to_pylist(), 300)
+    tokenizer.save(folder / "tokenizer")
     pack_corpus(folder / "corpus", tokenizer, folder / "shards")
     return folder / "shards"

@@ -23,20 +23,31 @@ def stamps(out):
 def test_points_are_kept_and_added_to_and_never_repeated(shards, tmp_path):
     said = []
     result = overlay(shards, tmp_path, TINY, said.append)
-    assert "12 of 12 runs of 10 updates are to do: about" in said[0]
+    assert "9 of 9 runs of 10 updates are to do: about" in said[0]
     before = stamps(tmp_path)
     (tmp_path / "points" / Point("mup", Size(64, 2), -7).file_name).unlink()
     again = overlay(shards, tmp_path, replace(TINY, log2_lrs=(-11, -9, -7, -5)), said.append)
     after = stamps(tmp_path)
-    assert "5 of 16 runs" in said[1]
+    assert "4 of 12 runs" in said[1]
     kept = [name for name in before if before[name] == after[name]]
-    assert len(before) == 12 and len(after) == 16 and len(kept) == 11
+    assert len(before) == 9 and len(after) == 12 and len(kept) == 8
     for name, found in result["parametrizations"].items():  # the point that was lost came out the same again
         assert found["loss_nats"] == [row[1:] for row in again["parametrizations"][name]["loss_nats"]]
     assert read_json(tmp_path / "overlay.json") == again
     assert len(list(ElementTree.parse(tmp_path / "overlay.svg").iter("{http://www.w3.org/2000/svg}polyline"))) == 4
     standard, mup = (again["parametrizations"][name] for name in ("standard", "mup"))
     assert standard["loss_nats"][0] == mup["loss_nats"][0] and standard["loss_nats"][1] != mup["loss_nats"][1]
+
+
+def test_what_is_the_same_is_trained_once():
+    family = Family(base_width=32, base_depth=2)
+    same = {("mup", 32, 8): "standard", ("mup", 64, 2): "mup", ("completep", 32, 2): "standard", ("completep", 64, 2): "mup"}
+    same |= {("completep", 32, 8): "completep", ("standard", 64, 8): "standard"}
+    for (name, width, depth), simplest in same.items():
+        assert family.simplest(name, Size(width, depth)) == simplest
+    assert (
+        len(OverlayConfig(family=family, widths=(32, 64), log2_lrs=(-9, -8), parametrizations=("standard", "mup", "completep")).points) == 6
+    )
 
 
 def test_points_of_other_settings_are_not_mixed_in(shards, tmp_path):

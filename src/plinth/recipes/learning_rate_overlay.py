@@ -70,8 +70,12 @@ class OverlayConfig:
 
     @property
     def points(self) -> list[Point]:
+        """Return the runs, each once: parametrisations that are the same at a size share theirs."""
         lrs = sorted(set(self.log2_lrs))
-        return [Point(name, size, log2_lr) for size in self.sizes for name in self.names for log2_lr in lrs]
+        return list(dict.fromkeys(self.point(name, size, lr) for size in self.sizes for name in self.names for lr in lrs))
+
+    def point(self, name: Name, size: Size, log2_lr: int) -> Point:
+        return Point(self.family.simplest(name, size), size, log2_lr)
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def summarise(config: OverlayConfig, points: Points) -> dict[str, Any]:
     lrs = sorted(set(config.log2_lrs))
     results = {}
     for name in config.names:
-        losses = [[(points.get(Point(name, size, lr)) or {})["loss_nats"] for lr in lrs] for size in config.sizes]
+        losses = [[(points.get(config.point(name, size, lr)) or {})["loss_nats"] for lr in lrs] for size in config.sizes]
         optima = [optimum(lrs, row) for row in losses]
         base = optima[0]
         results[name] = {

@@ -33,6 +33,14 @@ DEFAULT_VOCAB_SIZE = 1024  # of the tokenizer trained on the embedded text: the 
 
 
 @dataclass(frozen=True)
+class Size:
+    """A member of a family."""
+
+    width: int
+    depth: int
+
+
+@dataclass(frozen=True)
 class Family:
     """Decoders that differ in width and depth only: heads and feed-forward layer grow with the width."""
 
@@ -65,18 +73,16 @@ class Family:
             intermediate_size=3 * width, max_seq_len=self.seq_len, tie_embeddings=self.tie_embeddings,
         )  # fmt: skip
 
+    def simplest(self, name: Name, size: Size) -> Name:
+        """Return the simplest one that is the same there: CompleteP is muP at the base depth, muP standard at the base width."""
+        if name == "completep" and size.depth == self.base_depth:
+            name = "mup"
+        return "standard" if name == "mup" and size.width == self.base_width else name
+
     def parametrization(self, name: Name) -> Parametrization:
         """Return a parametrisation with this family's base."""
         base = {"standard": {}, "mup": {"base_width": self.base_width}}
         return Parametrization(name, **base.get(name, {"base_width": self.base_width, "base_depth": self.base_depth}))
-
-
-@dataclass(frozen=True)
-class Size:
-    """A member of the family."""
-
-    width: int
-    depth: int
 
 
 class Learner:
