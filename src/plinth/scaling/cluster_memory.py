@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from plinth.ops.loss import CHUNK_ELEMENTS
+from plinth.ops.chunked_loss import chunk_rows
 from plinth.scaling.cluster_config import Layout
 from plinth.scaling.known_models import ModelShape
 
 MASTER = 4  # bytes of an fp32 value: weights that the optimizer updates, its moments, reduced gradients
 COMPUTE = 2  # bytes of a bf16 value: gathered parameters, activations
 FULL_LOGIT = 12  # bytes of a logit: bf16 and an fp32 copy, and the gradient of each
+CHUNK_LOGIT = 4  # the same in Plinth's loss: bf16 and its gradient
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _logits(shape: ModelShape, layout: Layout, seq_len: int, chunked: bool) -> f
     vocab = shape.decoder.vocab_size / layout.tensor
     tokens = layout.micro_batch_size * seq_len / layout.context
     if chunked:
-        tokens = min(tokens, max(1.0, CHUNK_ELEMENTS / vocab))
+        return CHUNK_LOGIT * vocab * chunk_rows(math.ceil(tokens), math.ceil(vocab))
     return FULL_LOGIT * tokens * vocab
 
 
