@@ -52,6 +52,7 @@ BASELINE = "muon"
 ARMS = {
     "muon": Arm(),
     "adamw": Arm(optimizer={"name": "adamw"}, sequences=0.5),
+    "muon at twice the rate": Arm(optimizer={"muon_lr": 0.02}),
     "muon, 4 iterations": Arm(optimizer={"newton_schulz_steps": 4}),
     "muon, 3 iterations": Arm(optimizer={"newton_schulz_steps": 3}),
     "polar express": Arm(optimizer={"polynomials": "polar-express"}),
