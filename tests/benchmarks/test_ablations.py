@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from ablations.arms import ARMS, BASELINE, SIZES, SWEEPS, Arm
 from ablations.league import steps_within
 from ablations.report import paired, summarise, table
+
 from plinth.models.config import DecoderConfig
 from plinth.models.cost import count_params
 from plinth.training.optim import OptimizerConfig
