@@ -6,9 +6,11 @@
 One `plinth pretrain` runs through. Then, in each trial, the same command is started, killed with SIGKILL at a random moment, and
 started again with --resume, `--kills` times, and the last time left alone. Every other kill waits for the temporary folder of a
 checkpoint that is being written and strikes within some milliseconds; the others strike after a random step or while starting.
-Trials take turns with bf16 (where the processor has the units, on kernels of our own) and fp32. A trial counts when model.safetensors and the state after the last step (fp32 weights and optimizer) have the SHA-256 of the uninterrupted run's, and
-metrics.jsonl has each step exactly once with the same losses. The moments are drawn from `--seed`; the machine decides what they hit.
-Exit code 0 only when all trials count. With `--folder` the trials done lie there, and a script that was stopped goes on with the next.
+Trials take turns with bf16 (where the processor has the units, on kernels of our own) and fp32.
+A trial counts when model.safetensors and the state after the last step (fp32 weights and optimizer) have the SHA-256 of the
+uninterrupted run's, and metrics.jsonl has each step exactly once with the same losses. The moments are drawn from `--seed`; the machine
+decides what they hit. Exit code 0 only when all trials count. With `--folder` the trials done lie there, and a script that was stopped
+goes on with the next.
 """
 
 from __future__ import annotations
