@@ -75,6 +75,16 @@ def test_what_cannot_be_extended_says_why(base, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_run_in_stages_is_refused(base, tmp_path, capsys):
+    copy = tmp_path / "staged"
+    copy.mkdir()
+    config = json.loads((base / "run" / "config.json").read_text())
+    config["stages"] = [[0.5, 16, 8], [0.5, 32, 4]]
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "provenance.json").write_bytes((base / "run" / "provenance.json").read_bytes())
+    assert "was trained in stages" in told(capsys, "extend", copy, "--steps", 12, "--out", tmp_path / "x")
+
+
 def moved(base, tmp_path):
     """A copy of the run whose shards have moved."""
     copy = Run(tmp_path / "moved")

@@ -36,6 +36,8 @@ def extend(
     if (stage := old.provenance["stage"]) != "pretrain":
         raise UserError(f"{source} is a run of the stage {stage}; only pretraining can be extended.")
     before = read_config(source)
+    if len(before.schedule_stages()) > 1:
+        raise UserError(f"{source} was trained in stages, whose bounds move with the number of steps, so it cannot be extended.")
     fraction = before.train.decay_fraction if decay_fraction is None else decay_fraction
     config = replace(before, train=replace(before.train, steps=steps, decay_fraction=fraction))
     checkpoint = choose_checkpoint(old, before, config, warn)

@@ -151,7 +151,7 @@ def pretrain(
             describe_batch=lambda step, rows=None: loader.describe_batch(step, rows, schedule.rows(step)),
             data_metrics=lambda steps: {"epochs": loader.epochs(loader_steps(steps))},
             scales=scales(model, config.transfer, config.train.optimizer.name),
-            data=loader.fingerprint(),
+            data={**loader.fingerprint(), "stages": config.stages},
             resume=resume,
             warn=warn,
         )
