@@ -6,6 +6,7 @@ import torch
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
+from plinth.ops.kernels import library, why_not
 from plinth.training.muon import NEWTON_SCHULZ, orthogonalise, polar_express, quintics
 from plinth.training.optim import OptimizerConfig, build_optimizer, decay_weights, normalise_neurons
 from plinth.training.precision import MasterWeights
@@ -145,3 +146,17 @@ def test_the_batch_decides_where_no_optimizer_is_named():
     assert OptimizerConfig().resolved(400, 4096).name == "adamw"
     assert OptimizerConfig().resolved().name == "muon"
     assert OptimizerConfig(name="muon").resolved(4096, 1024).name == "muon"
+
+
+@pytest.mark.skipif(library() is None, reason=f"no kernels of ours here: {why_not()}")
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 96), (1, 96, 64), (1, 256, 256), (1, 672, 256), (2, 128, 320)])
+@pytest.mark.parametrize("name", ["newton-schulz", "polar-express"])
+def test_the_kernel_follows_the_iterations_in_float64(shape, name):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    found = orthogonalise(matrices, quintics(name, 5), torch.bfloat16)
+    exact = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
+    for a, b, c in quintics(name, 5):
+        gram = exact @ exact.transpose(1, 2)
+        exact = a * exact + (b * gram + c * gram @ gram) @ exact
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact).norm() < 0.02 * exact.norm()

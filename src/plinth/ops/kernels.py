@@ -35,6 +35,7 @@ SIGNATURES = {
     "cross_entropy": (P, P, P, L, I),
     "add_products": (P, P, L, I, I, P, I),
     "gather_sums": (P, I, P, I, I, I, I),
+    "orthogonalise": (P, P, I, I, P, I),
     "round_sums": (P, P, I, I, I),
 }
 

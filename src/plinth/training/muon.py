@@ -7,6 +7,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from plinth.ops import kernels
+
 Quintic = tuple[float, float, float]
 """(a, b, c) of the odd polynomial a x + b x³ + c x⁵."""
 
@@ -26,6 +28,8 @@ def orthogonalise(matrices: torch.Tensor, quintics: tuple[Quintic, ...], dtype: 
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
+    if kernels.library() is not None and dtype is torch.bfloat16 and _fits_kernel(matrices):
+        return _orthogonalise_on_kernel(matrices, quintics)
     x = matrices.to(dtype)
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
@@ -37,6 +41,18 @@ def orthogonalise(matrices: torch.Tensor, quintics: tuple[Quintic, ...], dtype: 
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
         x = torch.bmm(x, polynomial) if tall else torch.bmm(polynomial, x)
     return x
+
+
+def _fits_kernel(matrices: torch.Tensor) -> bool:
+    plain = type(matrices) is torch.Tensor and matrices.device.type == "cpu" and matrices.dtype is torch.float32
+    return plain and matrices.shape[1] % 32 == 0 and matrices.shape[2] % 32 == 0
+
+
+def _orthogonalise_on_kernel(matrices: torch.Tensor, quintics: tuple[Quintic, ...]) -> torch.Tensor:
+    polynomials, result = torch.tensor(quintics, dtype=torch.float32), torch.empty(matrices.shape, dtype=torch.bfloat16)
+    for matrix, out in zip(matrices.contiguous(), result):
+        kernels.call("orthogonalise", matrix, out, *matrix.shape, polynomials, len(quintics))
+    return result
 
 
 def quintics(name: str, steps: int) -> tuple[Quintic, ...]:

@@ -95,6 +95,18 @@ INLINE void pack_pairs(const bf16 *x, size_t stride, int rows, int columns, uint
         }
 }
 
+/* w (F, K) to panels of 32 columns of its transpose, laid out as pack_pairs does. F and K multiples of 32. */
+INLINE void pack_columns(const bf16 *w, int F, int K, uint32_t *out) {
+    for (int f = 0; f < F; f += 16)
+        for (int k = 0; k < K; k += 32) {
+            __m512i v[16];
+            uint32_t *panel = out + (size_t)(f / 32) * (K / 2) * 32 + (size_t)(k / 2) * 32 + f % 32;
+            for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(w + (size_t)(f + i) * K + k);
+            transpose16(v);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(panel + 32 * i, v[i]);
+        }
+}
+
 /* The 32 rows from `row` and 32 columns from `column` of what pack_pairs wrote; its lines are 128 bytes apart. */
 INLINE const uint32_t *pairs_at(const uint32_t *pairs, int rows, int row, int column) {
     return pairs + (size_t)(column / 32) * (rows / 2) * 32 + (size_t)(row / 2) * 32;
