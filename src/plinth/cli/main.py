@@ -26,6 +26,7 @@ VERBS = {
     "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
     "prefer": ("plinth.cli.prefer", "preference tuning (DPO) on pairs"),
     "evaluate": ("plinth.cli.evaluate", "held-out likelihood and questions, with intervals"),
+    "watch": ("plinth.cli.watch", "a run or a build as it goes, in the terminal or in the browser"),
     "report": ("plinth.cli.report", "report.html of a build"),
     "generate": ("plinth.cli.generate", "text from a model"),
     "chat": ("plinth.cli.chat", "talk to a model in the terminal"),

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import cache
-from importlib.resources import files
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -26,6 +21,7 @@ from plinth.serving.answer import ChatLogprobs, Choice, CompletionLogprobs, Enve
 from plinth.serving.batcher import Batcher, Ticket, Work
 from plinth.serving.errors import ApiError, bad_request
 from plinth.serving.limits import BodyLimit, SameOrigin
+from plinth.serving.page import page_response
 from plinth.serving.pieces import Piece, Token
 from plinth.serving.protocol import (
     DEFAULT_COMPLETION_TOKENS,
@@ -145,8 +141,7 @@ def add_model_routes(app: FastAPI, server: Server) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         """Return the chat page."""
-        html, policy = chat_page()
-        return HTMLResponse(html, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
+        return page_response("index.html")
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
@@ -279,18 +274,3 @@ async def gather(ticket: Ticket, tally: Tally) -> list[Choice]:
     finally:
         ticket.cancel()
     return choices
-
-
-@cache
-def chat_page() -> tuple[str, str]:
-    """Return the page, and a content security policy that allows its own style and script and nothing else."""
-    html = files("plinth.web").joinpath("index.html").read_text(encoding="utf-8")
-    style, script = (
-        base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
-        for part in (re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[0] for tag in ("style", "script"))
-    )
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy
