@@ -1,9 +1,14 @@
 """Spikes and non-finite updates: found, traced to their rows, warned of, left out or stopped at; the same after a resume."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from data.files import write_shards
 from plinth.config import UserError
+from plinth.data.loader import TokenLoader
+from plinth.data.shards import open_split
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.run import Run
@@ -187,3 +192,22 @@ def test_rows_are_ranked_by_their_own_loss_and_gradient():
 def test_settings_that_make_no_sense_are_refused(changes):
     with pytest.raises(UserError, match=next(iter(changes))):
         SpikeConfig(**changes)
+
+
+def test_a_poisoned_document_of_real_shards_is_named(tmp_path):
+    """One document holds a token whose embedding is corrupted; the message names that document, found by the loader itself."""
+    folder = write_shards(tmp_path / "shards", [30] * 40)
+    loader = TokenLoader(folder, 16, 4, seed=1)
+    token = int(open_split(folder).document(17)[12])
+    config = replace(CONFIG, vocab_size=int(open_split(folder).tokens.max()) + 1)
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dict(model.named_parameters())["embed.weight"][token] = float("inf")
+    hit = next(step for step in range(100) if token in loader.batch(step)[0])
+    with pytest.raises(BadBatchError, match=rf"stopped before update {hit + 1}: .*document 17\b"):
+        train(
+            Run.create(tmp_path / "run", "pretrain", {}), model, causal_lm_loss, lambda step: [loader.batch(step)],
+            TrainConfig(steps=100, dtype="float32", num_threads=1), description="test", describe_batch=loader.describe_batch,
+        )  # fmt: skip
+    record = Run(tmp_path / "run").metrics()[-1]
+    assert record["step"] == hit + 1 and len(record["rows"]) == 1 and "document 17 " in record["documents"]

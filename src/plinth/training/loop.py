@@ -180,7 +180,7 @@ def train(
 
     def trace(step: int, measure: str) -> tuple[tuple[int, ...], str]:
         rows = trace_rows(masters, loss_function, batches_at(step), measure)
-        return rows, describe_batch(step, rows or None)
+        return rows, "; ".join(describe_batch(step, rows or None).splitlines())
 
     guard = SpikeGuard(config.spikes, trace, advice=_advice(run, config), warn=warn)
     state = TrainingState(masters, optimizer, data=data, generators=generators, extra=extra_state)
