@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from plinth.energy import JOULES_PER_KWH
 from plinth.evaluation.build_files import BuildFiles, number, table
 
 
@@ -14,9 +15,11 @@ def spending(files: BuildFiles, stages: Mapping[str, Any], plan: Mapping[str, An
 
     Lines are {stage, time_s, energy_j, energy_source}; a stage that was resumed has several, which add up. A build that logs no
     stages leaves the training stages' own times. Returns {stages: [{name, time_s, energy_j, cost}], total_s, total_j, total_cost,
-    sources, predicted_j, predicted_source, price_per_hour}; `sources` says how the joules are known, [] when none were recorded.
+    sources, predicted_j, predicted_source, price_per_hour, price_per_kwh, total_co2_g, co2_g_per_kwh}; `sources` says how the joules are known, [] when none were recorded.
     """
-    price = number(table(plan.get("config")).get("price_per_hour")) or None
+    telemetry = table(files.json("config.json", "configuration of the build", quiet=True).get("telemetry"))
+    price = number(telemetry.get("price_per_hour")) or number(table(plan.get("config")).get("price_per_hour")) or None
+    kwh_price, co2_g_per_kwh = number(telemetry.get("price_per_kwh")), number(telemetry.get("co2_g_per_kwh"))
     entries = _logged(files)
     complete = bool(entries)
     if not complete:
@@ -32,13 +35,21 @@ def spending(files: BuildFiles, stages: Mapping[str, Any], plan: Mapping[str, An
     known = [source for entry in entries.values() if entry["energy_j"] is not None for source in entry["sources"]]
     return {
         "stages": [
-            {"name": name, "time_s": entry["time_s"], "energy_j": entry["energy_j"], "cost": _cost(entry["time_s"], price)}
+            {
+                "name": name,
+                "time_s": entry["time_s"],
+                "energy_j": entry["energy_j"],
+                "cost": _cost(entry["time_s"], price, entry["energy_j"], kwh_price),
+            }
             for name, entry in entries.items()
         ],
         "complete": complete,
         "total_s": total_s,
         "total_j": total_j,
-        "total_cost": _cost(total_s, price),
+        "total_cost": _cost(total_s, price, total_j, kwh_price),
+        "total_co2_g": total_j / JOULES_PER_KWH * co2_g_per_kwh if total_j is not None and co2_g_per_kwh is not None else None,
+        "co2_g_per_kwh": co2_g_per_kwh,
+        "price_per_kwh": kwh_price,
         "sources": list(dict.fromkeys(str(source or "source not recorded") for source in known)),
         "predicted_j": number(table(plan.get("predicted")).get("total_energy_j")),
         "predicted_source": str(table(plan.get("sources")).get("energy_j") or "the plan"),
@@ -65,5 +76,10 @@ def _sum(entries: Mapping[str, Mapping[str, Any]], key: str) -> float | None:
     return math.fsum(values) if values else None
 
 
-def _cost(seconds: float | None, price_per_hour: float | None) -> float | None:
-    return seconds / 3600 * price_per_hour if seconds is not None and price_per_hour else None
+def _cost(seconds: float | None, price_per_hour: float | None, joules: float | None, price_per_kwh: float | None) -> float | None:
+    """Return hours and kWh at their prices; None without a price, or where what a price is for is not known."""
+    priced = [(seconds, price_per_hour, 3600.0), (joules, price_per_kwh, JOULES_PER_KWH)]
+    parts = [(amount, price, unit) for amount, price, unit in priced if price]
+    if not parts or any(amount is None for amount, _, _ in parts):
+        return None
+    return sum(amount / unit * price for amount, price, unit in parts)
