@@ -276,7 +276,7 @@ def test_page_shows_every_part(finished):
         "Energy of pretraining 3.8 kJ (1.06 Wh) 3.82 kJ (1.06 Wh) 1.01 estimate: 2 cores x 10 W, no counter read; actual: estimate:",
         "354 updates are few",
         "besiroglu a paper 1.07 4,100,000 yes",
-        "No price an hour was given, so no cost is stated.",
+        "No price was given, so no cost is stated.",
         "Peak memory 1.9 GB 1.72 GB 0.91",
         "✗ wrong",
         "source: shutil.py:230",

@@ -15,7 +15,8 @@ def spending(files: BuildFiles, stages: Mapping[str, Any], plan: Mapping[str, An
 
     Lines are {stage, time_s, energy_j, energy_source}; a stage that was resumed has several, which add up. A build that logs no
     stages leaves the training stages' own times. Returns {stages: [{name, time_s, energy_j, cost}], total_s, total_j, total_cost,
-    sources, predicted_j, predicted_source, price_per_hour, price_per_kwh, total_co2_g, co2_g_per_kwh}; `sources` says how the joules are known, [] when none were recorded.
+    total_co2_g, sources, predicted_j, predicted_source, price_per_hour, price_per_kwh, co2_g_per_kwh}; `sources` says how the
+    joules are known, [] when none were recorded.
     """
     telemetry = table(files.json("config.json", "configuration of the build", quiet=True).get("telemetry"))
     price = number(telemetry.get("price_per_hour")) or number(table(plan.get("config")).get("price_per_hour")) or None
