@@ -95,6 +95,7 @@ def test_the_page_follows_a_run_from_before_its_beginning_to_its_end(written, st
         (run.path / "DONE").write_text(json.dumps({"time_s": 25.0, "energy_kwh": 0.5, "energy_source": "estimate: 2 cores x 10 W"}))
         page.locator("#status", has_text="done").wait_for()
         assert "500 Wh" in page.locator("#facts").text_content() and "estimate" in page.locator("#facts").text_content()
+        page.close()  # before the server goes: the page asks it every second
 
 
 def test_pointing_zooming_and_logarithms(written, start, open_page):
@@ -120,6 +121,7 @@ def test_pointing_zooming_and_logarithms(written, start, open_page):
         before = chart.locator("polyline").last.get_attribute("points")
         chart.get_by_role("button", name="logarithmic x").click()
         assert chart.locator("polyline").last.get_attribute("points") != before
+        page.close()  # before the server goes: the page asks it every second
 
 
 def test_a_narrow_screen_never_scrolls_sideways(written, start, open_page):
@@ -136,6 +138,7 @@ def test_a_narrow_screen_never_scrolls_sideways(written, start, open_page):
         assert page.evaluate("document.documentElement.scrollWidth") <= 320
         page.get_by_role("button", name="pretrain").click()
         page.locator("#when", has_text="pretrain").wait_for()
+        page.close()  # before the server goes: the page asks it every second
 
 
 def test_a_server_that_goes_away_is_said(written, start, browser):
