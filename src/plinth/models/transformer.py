@@ -55,14 +55,19 @@ class Transformer(nn.Module):
         Zero output projections make every block the identity at first (as in modded-nanogpt and nanochat).
         """
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                parameter.fill_(1.0)
-            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
-                parameter.zero_()
-            else:
-                deviation = self.embed_deviation if name == "embed.weight" else parameter.shape[1] ** -0.5
-                parameter.normal_(0.0, deviation, generator=generator)
+            self.init_parameter(name, parameter, generator)
         return self
+
+    @torch.no_grad()
+    def init_parameter(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+        """Draw one parameter, given whole; all of them in the model's order give what `init_weights` gives."""
+        if parameter.dim() < 2:
+            parameter.fill_(1.0)
+        elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+            parameter.zero_()
+        else:
+            deviation = self.embed_deviation if name == "embed.weight" else parameter.shape[1] ** -0.5
+            parameter.normal_(0.0, deviation, generator=generator)
 
     @property
     def embed_deviation(self) -> float:

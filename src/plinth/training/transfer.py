@@ -14,6 +14,7 @@ Differs: queries and keys are normalised, so attention's 1/head_dim concerns the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -119,12 +120,20 @@ def scales(model: Transformer, parametrization: Parametrization, optimizer: str)
     return {name: update_scale(name, model.config, parametrization, muon=name in matrices) for name, _ in model.named_parameters()}
 
 
-@torch.no_grad()
 def init_model(config: DecoderConfig, parametrization: Parametrization, generator: torch.Generator) -> Transformer:
     """Make a decoder with initial weights under a parametrisation; at the base shape it is the standard one."""
-    model = Transformer(parametrization.apply(config)).init_weights(generator)
-    for name, parameter in model.named_parameters():
-        factor = init_scale(name, config, parametrization)
-        if factor != 1.0 and parameter.dim() >= 2:
-            parameter.mul_(factor)
+    model = Transformer(parametrization.apply(config))
+    with torch.no_grad():
+        for name, tensor in initial_weights(model, parametrization, generator):
+            model.get_parameter(name).copy_(tensor)
     return model
+
+
+@torch.no_grad()
+def initial_weights(model: Transformer, parametrization: Parametrization, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give (name, fp32 tensor) of each initial weight of a decoder, which may lie on the meta device, one at a time."""
+    for name, parameter in list(model.named_parameters()):
+        tensor = torch.empty(parameter.shape)
+        model.init_parameter(name, tensor, generator)
+        factor = init_scale(name, model.config, parametrization)
+        yield name, tensor * factor if factor != 1.0 and tensor.dim() >= 2 else tensor
