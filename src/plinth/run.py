@@ -364,13 +364,13 @@ def find_model(path: Path) -> Path:
 class Progress:
     """A progress bar with an estimate of the time left, on standard error; silent when that is no terminal."""
 
-    def __init__(self, total: float, description: str, unit: str = "step"):
-        self.total, self.description, self.unit = total, description, unit
+    def __init__(self, total: float, description: str, unit: str = "step", *, shown: bool = True):
+        self.total, self.description, self.unit, self.shown = total, description, unit, shown
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

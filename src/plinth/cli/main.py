@@ -32,6 +32,7 @@ VERBS = {
     "chat": ("plinth.cli.chat", "talk to a model in the terminal"),
     "serve": ("plinth.cli.serve", "an OpenAI-compatible server and a chat page"),
 }
+SPREAD_VERBS = ("pretrain",)  # those that several processes, launched together, work on as one
 
 
 def main(argv: list[str]) -> int:
@@ -45,11 +46,23 @@ def main(argv: list[str]) -> int:
     for length in (2, 1):
         verb = " ".join(argv[:length])
         if verb in VERBS:
+            if refused := refuse_processes(verb):
+                return refused
             return run_verb(VERBS[verb][0], argv[length:])
     name = " ".join(word for word in argv[:2] if not word.startswith("-"))
     guess = nearest(name, VERBS) or nearest(argv[0], VERBS)
     print(f"plinth: {argv[0]} is not a verb.{guess} `plinth --help` lists them.", file=sys.stderr)
     return 2
+
+
+def refuse_processes(verb: str) -> int:
+    """Return 1, after the first process has said why, when several processes were launched for a verb that is made for one."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if verb in SPREAD_VERBS or count == "1":
+        return 0
+    if os.environ.get("RANK", "0") == "0":
+        print(f"plinth: `plinth {verb}` runs on one process, but WORLD_SIZE={count}. Call it without torchrun.", file=sys.stderr)
+    return 1
 
 
 def run_verb(module: str, argv: list[str]) -> int:
@@ -64,7 +77,8 @@ def run_verb(module: str, argv: list[str]) -> int:
         message, code = describe_os_error(error), 1
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C.", 130
-    print(f"plinth: {message}", file=sys.stderr)
+    if message:  # one of several processes stays silent when another has said it
+        print(f"plinth: {message}", file=sys.stderr)
     return code
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from plinth.config import UserError, from_dict, to_dict
 from plinth.data.loader import Packing, TokenLoader
@@ -14,6 +17,7 @@ from plinth.data.shards import read_manifest
 from plinth.models.config import DecoderConfig
 from plinth.models.cost import train_flops_per_token
 from plinth.models.hub import save_model
+from plinth.models.transformer import Transformer
 from plinth.ops.roofline import matmul_rate
 from plinth.run import Run
 from plinth.scaling.plan_record import Plan, save_plan
@@ -21,10 +25,14 @@ from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device
 from plinth.training.loop import TrainConfig, train
 from plinth.training.objectives import causal_lm_loss
+from plinth.training.parallel import ParallelConfig, Ranks, open_ranks
 from plinth.training.prefetch import prefetched
 from plinth.training.schedule import BatchSchedule, Rows, Stage
 from plinth.training.step import Batch
-from plinth.training.transfer import Name, Parametrization, init_model, scales
+from plinth.training.transfer import Name, Parametrization, init_model, initial_weights, scales
+
+if TYPE_CHECKING:
+    from plinth.training.sharded_weights import ShardedWeights
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class PretrainConfig:
     """num_layers of the model whose rates were tuned (completep)"""
     base_head_dim: int | None = None
     """head_dim of the model whose rates were tuned (default: this model's)"""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """how processes that torchrun launches share the work; with --resume the new command's counts"""
     matmul_flops_per_s: float | None = None
     """measured matrix-product rate that MFU refers to, FLOP/s (default: measured at the start)"""
 
@@ -105,30 +115,83 @@ def pretrain(
     a run may go on where another kind of machine stopped. Raises UserError when the shards were packed with another tokenizer, or
     are others than the run began with.
     """
-    folders = [shards] if isinstance(shards, Path) else list(shards)
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    check_shards(folders, tokenizer, tokenizer_dir)
-    if resume:
-        run = Run.open(out)
+    with open_ranks(config.parallel) as ranks, tempfile.TemporaryDirectory(prefix="plinth-rank-") as scratch:
+        folders = [shards] if isinstance(shards, Path) else list(shards)
+        tokenizer = Tokenizer.load(tokenizer_dir)
+        check_shards(folders, tokenizer, tokenizer_dir)
+        if ranks is None:
+            run, config = _open_run(out, folders, tokenizer_dir, config, resume, device, argv, plan)
+        else:
+            here = replace(config, train=_one_process(config.train, ranks))
+            opened = ranks.is_leader and _open_run(out, folders, tokenizer_dir, here, resume, str(ranks.device), argv, plan)
+            run, config = _share_run(ranks, opened, Path(scratch))
+            warn = warn if ranks.is_leader else lambda text: None
         if run.is_done:
-            return run
-        config = read_config(out)
+            return Run(out)
+        if config.model.vocab_size < tokenizer.vocab_size:
+            raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
+        summary, model = _train(run, open_loader(folders, config), config, ranks, resume, warn)
+        if ranks is None or ranks.is_leader:
+            save_model(model, tokenizer, run.model_dir)
+            run.finish(summary)
+        if ranks is not None:
+            ranks.wait()
+    return Run(out)
+
+
+def _open_run(
+    out: Path, folders: list[Path], tokenizer_dir: Path, config: PretrainConfig, resume: bool, device: str | None, argv, plan: Plan | None
+) -> tuple[Run, PretrainConfig]:
+    """Make the run directory, or open it to go on; return it with its resolved configuration."""
+    if resume:
+        run, parallel = Run.open(out), config.parallel
+        if run.is_done:
+            return run, config
+        config = replace(read_config(out), parallel=parallel)
         if device not in (None, config.train.device):  # another roof
             config = replace(config, train=config.train.moved_to(device), matmul_flops_per_s=None)
-        config = with_roofline(config)
-        loader = open_loader(folders, config)
+        return run, with_roofline(config)
+    config = replace(config, train=replace(config.train, device=device or config.train.device))
+    optimizer = config.train.optimizer.resolved(config.model.hidden_size, max(stage.tokens_per_step for stage in config.schedule_stages()))
+    config = with_roofline(replace(config, train=replace(config.train.resolved(500), optimizer=optimizer)))
+    open_loader(folders, config)  # a mistake in the mixture is found before there is a run
+    run = Run.create(out, "pretrain", to_dict(config), [*folders, tokenizer_dir], argv, config.train.seed)
+    if plan is not None:
+        save_plan(plan, run.path / "plan.json")
+    return run, config
+
+
+def _one_process(train: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """Return how one rank of several trains: in one thread, on its own device, uncompiled. Raises UserError for CUDA graphs."""
+    if train.cuda_graphs:
+        raise UserError(f"train.cuda_graphs=True works on one process, not on {ranks.world_size}. Leave it out.")
+    return replace(train, device=str(ranks.device), num_threads=1, compile=False)
+
+
+def _share_run(ranks: Ranks, opened: tuple[Run, PretrainConfig] | Literal[False], scratch: Path) -> tuple[Run, PretrainConfig]:
+    """Return this rank's run directory and configuration: the leader's own, for the others a passing one and the leader's configuration."""
+    told = ranks.tell(opened and (to_dict(opened[1]), opened[0].is_done))
+    config = from_dict(PretrainConfig, told[0])
+    here = _one_process(config.train, ranks)
+    if opened:
+        return opened[0], replace(config, train=here)
+    run = Run.create(scratch / "run", "pretrain", told[0])
+    if told[1]:
+        run.finish({})
+    return run, replace(config, train=replace(here, telemetry=replace(here.telemetry, trackers=())))
+
+
+def _train(
+    run: Run, loader: TokenLoader, config: PretrainConfig, ranks: Ranks | None, resume: bool, warn: Callable[[str], None]
+) -> tuple[dict[str, Any], Transformer | None]:
+    """Train; return the summary and the model, which only the leader of several ranks has whole."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    model: Any
+    if ranks is None:
+        model, masters, num_processes = init_model(config.model, config.transfer, generator), None, 1
     else:
-        config = replace(config, train=replace(config.train, device=device or config.train.device))
-        stages = config.schedule_stages()
-        optimizer = config.train.optimizer.resolved(config.model.hidden_size, max(stage.tokens_per_step for stage in stages))
-        config = with_roofline(replace(config, train=replace(config.train.resolved(500), optimizer=optimizer)))
-        loader = open_loader(folders, config)  # a mistake in the mixture is found before there is a run
-        run = Run.create(out, "pretrain", to_dict(config), [*folders, tokenizer_dir], argv, config.train.seed)
-        if plan is not None:
-            save_plan(plan, run.path / "plan.json")
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
-    model = init_model(config.model, config.transfer, torch.Generator().manual_seed(config.train.seed))
+        model, masters = spread_model(config, ranks, generator)
+        num_processes = ranks.world_size
     schedule = BatchSchedule(config.schedule_stages(), config.train.steps or 1)
 
     def loader_steps(step: int) -> int:
@@ -138,7 +201,7 @@ def pretrain(
     for text in loader.warnings(loader_steps(config.train.steps or 1)):
         warn(text)
     device = choose_device(config.train.device)
-    with prefetched(lambda step: scheduled_batches(loader, schedule.rows(step), config), device) as batches_at:
+    with prefetched(lambda step: scheduled_batches(loader, own_rows(schedule.rows(step), ranks), config), device) as batches_at:
         summary = train(
             run,
             model,
@@ -147,21 +210,53 @@ def pretrain(
             config.train,
             description="pretraining",
             flops_per_token=config.mean_flops_per_token(),
-            matmul_flops_per_s=config.matmul_flops_per_s,
+            matmul_flops_per_s=config.matmul_flops_per_s and config.matmul_flops_per_s * num_processes,
             describe_batch=lambda step, rows=None: loader.describe_batch(step, rows, schedule.rows(step)),
             data_metrics=lambda steps: {"epochs": loader.epochs(loader_steps(steps))},
+<<<<<<< HEAD
             scales=scales(model, config.transfer, config.train.optimizer.name),
             data={**loader.fingerprint(), "stages": config.stages},
+=======
+            scales=scales(meta_model(config), config.transfer, config.train.optimizer.name),
+            masters=masters,
+            data=loader.fingerprint(),
+>>>>>>> 7b31653 (Pretraining on many processes: launched by torchrun, one voice, curves proven equal)
             resume=resume,
             warn=warn,
         )
-    save_model(model, tokenizer, run.model_dir)
+    if ranks is not None:
+        model = Transformer(config.transfer.apply(config.model)) if ranks.is_leader else None
+        masters.gather_into(model)
     summary["epochs"] = loader.epochs(loader_steps(summary["steps"]))
     summary["padding"] = loader.padding()
     summary["data"] = [to_dict(account) for account in loader.accounts(loader_steps(summary["steps"]))]
-    summary["num_params"] = sum(p.numel() for p in model.parameters())
-    run.finish(summary)
-    return run
+    summary["num_params"] = sum(p.numel() for p in meta_model(config).parameters())
+    return summary, model
+
+
+def own_rows(rows: Rows, ranks: Ranks | None) -> Rows:
+    """Return this rank's share of a step's rows: the shares of all ranks in order are the step's rows, whatever their number."""
+    if ranks is None:
+        return rows
+    first, count = ranks.share_rows(rows.num_rows)
+    return rows._replace(first=rows.first + first, num_rows=count)
+
+
+def meta_model(config: PretrainConfig) -> Transformer:
+    """Return the decoder's shape without memory for its weights."""
+    with torch.device("meta"):
+        return Transformer(config.transfer.apply(config.model))
+
+
+def spread_model(config: PretrainConfig, ranks: Ranks, generator: torch.Generator) -> tuple[nn.Module, ShardedWeights]:
+    """Make the decoder with its initial weights spread over the ranks: the same weights as on one process."""
+    from plinth.training.sharded_weights import ShardedWeights  # torch.distributed.tensor takes half a second to import
+    from plinth.training.sharding import shard_model
+
+    assert config.train.dtype is not None, "takes a resolved configuration"
+    weights = initial_weights(meta_model(config), config.transfer, generator)
+    model = shard_model(meta_model(config), ranks, config.train.dtype, weights)
+    return model, ShardedWeights(model, config.train.dtype, ranks)
 
 
 def with_roofline(config: PretrainConfig) -> PretrainConfig:

@@ -150,6 +150,7 @@ def train(
     flops_per_token: float | None = None,
     matmul_flops_per_s: float | None = None,
     scales: dict[str, Scale] | None = None,
+    masters: Any = None,
     describe_batch: DescribeBatch = lambda step, rows: f"rows {list(rows)} of step {step + 1}" if rows else f"all of step {step + 1}",
     data_metrics: Callable[[int], dict[str, float]] = lambda steps: {},
     data: Mapping[str, Any] | None = None,
@@ -161,7 +162,9 @@ def train(
     """Train `model` in place for config.steps updates and return a summary; the model ends in float32.
 
     `batches_at(step)` gives the micro-batches of a step and must depend on nothing but the step: that makes a
-    resumed run equal an uninterrupted one bit for bit. `scales` are the optimizer's factors by parameter.
+    resumed run equal an uninterrupted one bit for bit. `scales` are the optimizer's factors by parameter. `masters` are the weights of
+    a `model` that is spread over ranks (ShardedWeights); without, they are made here. Then each rank calls this with its own share of
+    the batches and a run of its own, of which only the leader's is kept; and the model stays spread.
     `data_metrics(steps)` says what so many steps have read, for their line of the metrics.
     Metrics go to run.log, checkpoints to run.checkpoints_dir.
     `describe_batch(step, rows)` names the documents of a batch that looks wrong.
@@ -170,7 +173,8 @@ def train(
     """
     assert config.steps and config.dtype and config.num_threads, "train() takes a resolved configuration"
     device = choose_device(config.device)
-    masters = MasterWeights(model, DTYPES[config.dtype], device)
+    masters = masters or MasterWeights(model, DTYPES[config.dtype], device)
+    ranks = masters.ranks
     optimizer = build_optimizer(masters, config.optimizer, scales)
     gradients = GraphedGradients() if config.cuda_graphs else take_gradients
     telemetry = Telemetry(
@@ -188,10 +192,10 @@ def train(
         Checkpointer(run, state, config.save_policy(), warn) as checkpoints,
         telemetry,
         device_settings(device, tf32=config.tf32, deterministic=config.deterministic),
-        open_workers(config.num_threads, device) as workers,
+        open_workers(config.num_threads, device, inline=ranks is not None) as workers,
         compiled_blocks(model, bool(config.compile)),
         stop_requests() as stop,
-        Progress(config.steps, description) as progress,
+        Progress(config.steps, description, shown=ranks is None or ranks.is_leader) as progress,
     ):
         position = checkpoints.resume() if resume else checkpoints.begin()
         guard.restore(run.metrics())
@@ -224,9 +228,7 @@ def train(
                 raise Stopped(f"stopped after step {step + 1} of {config.steps}; saved. Continue with --resume.")
         time_s = clock.read()
         spent = telemetry.summary(time_s)
-    model.float()
-    masters.publish()
-    model.to("cpu")
+    masters.finish()
     return {
         "steps": config.steps,
         "tokens": position.tokens,

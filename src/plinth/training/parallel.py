@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -153,7 +153,9 @@ def open_ranks(config: ParallelConfig) -> Iterator[Ranks | None]:
     if joined:
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=datetime.timedelta(seconds=config.timeout_s))
     try:
-        with _one_voice():
+        with _one_voice(), warnings.catch_warnings():
+            # Said of each block under tensor parallelism; none of our blocks changes its result in place.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             yield Ranks(config, device)
     finally:
         if joined:
@@ -161,7 +163,11 @@ def open_ranks(config: ParallelConfig) -> Iterator[Ranks | None]:
 
 
 class Silenced(UserError):
-    """Another rank has already said what went wrong."""
+    """Another rank has already said what went wrong; the text is empty."""
+
+    def __init__(self, error: BaseException):
+        super().__init__("")
+        self.exit_code = getattr(error, "exit_code", 1)
 
 
 @contextlib.contextmanager
@@ -180,19 +186,17 @@ def _one_voice() -> Iterator[None]:
 
     try:
         yield
-    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
-        if not _lost_contact(error):
-            if first():
-                raise
-            raise Silenced("") from None
-        _wait_for_failure(store)
+    except Exception as error:
+        lost = _lost_contact(error)
+        if lost:
+            _wait_for_failure(store)
         if not first():
-            raise Silenced("") from None
-        raise UserError(f"rank {rank} lost contact with another process: {str(error).splitlines()[0]} Pass --resume to go on.") from None
-    except UserError as error:
-        if not first():
-            raise Silenced("") from None
-        raise type(error)(f"rank {rank}: {error}" if rank else str(error)) from None
+            raise Silenced(error) from None
+        if lost:
+            raise UserError(f"rank {rank} lost contact with another process: {str(error).splitlines()[0]} Pass --resume to go on.") from None
+        if rank and isinstance(error, UserError):
+            error.args = (f"rank {rank}: {error}",)
+        raise
 
 
 def _lost_contact(error: BaseException) -> bool:
@@ -205,11 +209,6 @@ def _wait_for_failure(store: dist.Store) -> None:
     """Give the rank whose error broke the connection half a second to be the one that speaks."""
     with contextlib.suppress(Exception):
         store.wait(["plinth/failed"], datetime.timedelta(seconds=0.5))
-
-
-def scratch_for_followers(path: Path, scratch: Path, ranks: Ranks | None) -> Path:
-    """Return where this rank keeps its run directory: the leader at `path`, each other rank in a `scratch` folder of its own."""
-    return path if ranks is None or ranks.is_leader else scratch / "run"
 
 
 def balanced(costs: dict[str, float], parts: int) -> list[list[str]]:

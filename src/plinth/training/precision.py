@@ -52,6 +52,16 @@ class MasterWeights:
         """Return the model's own name of a tensor."""
         return name
 
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is set on any rank: here there is one."""
+        return flag
+
+    def finish(self) -> None:
+        """Let the model end in fp32 on the CPU."""
+        self.model.float()
+        self.publish()
+        self.model.to("cpu")
+
     def norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
         """Return the norm of the whole gradient, a scalar on the device."""
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))

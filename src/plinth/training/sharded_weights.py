@@ -36,6 +36,13 @@ class ShardedWeights:
     def publish(self) -> None:
         """Do nothing: the model computes with these shards."""
 
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is set on any rank, alike on all."""
+        return self.ranks.any(flag)[0]
+
+    def finish(self) -> None:
+        """Do nothing: the whole model is put together by `gather_into`."""
+
     def matrix_parts(self) -> dict[str, tuple[int, ...]]:
         """Return the hidden matrices by name; here each projection is a matrix of its own."""
         hidden = set(self.model.matrix_parts())

@@ -1,0 +1,177 @@
+"""Many processes train like one: loss curves, weights, memory, errors. Real process groups (gloo) of 2 and 4 processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from plinth.config import UserError
+from plinth.models.config import DecoderConfig
+from plinth.models.transformer import Transformer
+from plinth.training.objectives import causal_lm_loss
+from plinth.training.parallel import ParallelConfig, balanced
+from plinth.training.sharding import block_of, checkpoint_blocks, chunk, fused_name, part_name
+
+HERE = Path(__file__).parent
+SAME_LOSS = 1e-5  # relative; measured differences are some 1e-7, the order of additions in fp32
+SAME_WEIGHTS = 1e-4  # relative to a tensor's largest entry, after 5 updates; Newton-Schulz magnifies small singular values
+
+
+def start_ranks(count, *arguments):
+    """Start `count` processes of ranks_session.py; return them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environments = [os.environ | together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    command = [sys.executable, "-W", "ignore", HERE / "ranks_session.py", *map(str, arguments)]
+    return [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for env in environments]
+
+
+def run_ranks(count, checks, out):
+    """Run checks on `count` processes and return what the leader wrote."""
+    processes = start_ranks(count, checks, out)
+    texts = [process.communicate(timeout=240) for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(text[1] for text in texts)
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run_ranks(2, "check_curves,check_bf16,check_errors", tmp_path_factory.mktemp("two") / "found.json")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return run_ranks(4, "check_curves", tmp_path_factory.mktemp("four") / "found.json")
+
+
+def entries(found):
+    assert len(found["entries"]) >= 6
+    return found["entries"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", ["two", "four"])
+def test_loss_curves_and_weights_are_those_of_one_process(count, request):
+    for entry in entries(request.getfixturevalue(count)):
+        for (loss, norm), (one_loss, one_norm) in zip(entry["curve"], entry["whole"]["curve"], strict=True):
+            assert loss == pytest.approx(one_loss, rel=SAME_LOSS), entry["layout"]
+            assert norm == pytest.approx(one_norm, rel=10 * SAME_LOSS), entry["layout"]
+        assert entry["whole"]["weights_apart"] < SAME_WEIGHTS, entry["layout"]
+        assert entry["curve"][-1][0] < entry["curve"][0][0]  # it learns something that could differ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", ["two", "four"])
+def test_the_copies_of_the_weights_hold_equal_bits(count, request):
+    assert all(entry["equal_copies"] for entry in entries(request.getfixturevalue(count)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", ["two", "four"])
+def test_memory_a_rank_falls_with_shards_and_tensor_parallelism(count, request):
+    for entry in entries(request.getfixturevalue(count)):
+        layout = {"dp_replicate": 1, "dp_shard": 1, "tp": 1} | entry["layout"]
+        cut = layout["dp_shard"] * layout["tp"]
+        for kind in (0, 1):  # weights, optimizer state
+            held, whole = [rank[kind] for rank in entry["held"]], entry["whole"]["held"][kind]
+            replicated = 0 if entry["shape"] == "tied" else 4 * (1 + kind) * (2 * 2 * (24 + 8) + 24)  # scales, whole on each tp rank
+            assert sum(held) == layout["dp_replicate"] * (whole + (layout["tp"] - 1) * replicated)
+            assert max(held) < 1.25 * whole / cut  # an uneven last piece at this tiny size
+            assert cut > 1 or max(held) == whole
+
+
+@pytest.mark.slow
+def test_bf16_computes_on_fp32_shards(two):
+    assert two["master_dtypes"] == ["torch.float32"]
+    pairs = list(zip(two["bf16"]["float32"], two["bf16"]["bfloat16"], strict=True))
+    assert all(a[0] == pytest.approx(b[0], rel=0.02) for a, b in pairs)
+    assert any(a[0] != b[0] for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_refusals_name_the_fields(two):
+    degrees, heads, rows, normuon = two["errors"]
+    assert "parallel.dp_shard=3" in degrees and "WORLD_SIZE=2" in degrees and "torchrun --nproc-per-node 3" in degrees
+    assert "model.num_kv_heads=1 is not a multiple of parallel.tp=2" in heads
+    assert "sequences_per_step=7" in rows and "Use 6" in rows
+    assert "normuon_beta2=0.9" in normuon
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("check", "line"), [("check_failure", "rank 1: rank one met a mistake."), ("check_death", "rank 0 lost contact")])
+def test_an_error_on_one_rank_ends_all_with_one_line(check, line, tmp_path):
+    processes = start_ranks(2, check, tmp_path / "none.json")
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    said = [text for error in errors for text in error.splitlines() if text.startswith("plinth:")]
+    assert len(said) == 1 and line in said[0]
+    assert not any("Traceback" in error for error in errors)
+
+
+def test_degrees_fill_in_the_shards():
+    assert ParallelConfig().degrees(8) == (1, 8, 1)
+    assert ParallelConfig(dp_replicate=2, tp=2).degrees(8) == (2, 2, 2)
+    assert ParallelConfig().degrees(1) == (1, 1, 1)
+    with pytest.raises(UserError, match="parallel.tp=4 = 8 processes, but WORLD_SIZE=1"):
+        ParallelConfig(dp_replicate=2, tp=4).degrees(1)
+    with pytest.raises(UserError, match="parallel.tp=0 must be at least 1"):
+        ParallelConfig(tp=0)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(12, 4), (50, 4), (3, 4), (1, 2), (0, 2)])
+def test_pieces_are_those_of_torch(size, parts):
+    expected = [len(piece) for piece in torch.arange(size).chunk(parts)] if size else [0]
+    found = [stop - start for start, stop in (chunk(size, parts, i) for i in range(parts))]
+    assert found == expected + [0] * (parts - len(expected))
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "layers.0.attention.out.weight", "layers.1.mlp.gate_up.parts.1", "final_norm.weight"])
+@pytest.mark.parametrize(("shards", "tp"), [(1, 2), (2, 1), (2, 2), (3, 2)])
+def test_blocks_of_a_copy_cover_the_whole_once(name, shards, tp):
+    shape = torch.Size((10,) if "norm" in name else (10, 6))
+    times = torch.zeros(shape)
+    for member in range(shards * tp):
+        times[block_of(name, shape, shards, tp, member)] += 1
+    assert times.min() == times.max() == (tp if "norm" in name else 1)  # a scale is whole on each tensor-parallel rank
+
+
+def test_names_of_parts_go_and_come_back():
+    assert part_name("layers.0.mlp.gate_up.weight", 1) == "layers.0.mlp.gate_up.parts.1"
+    assert fused_name("layers.0.mlp.gate_up.parts.1") == ("layers.0.mlp.gate_up.weight", 1)
+    assert fused_name("embed.weight") == ("embed.weight", None)
+
+
+def test_work_is_dealt_evenly():
+    costs = {f"m{i}": float(cost) for i, cost in enumerate([9, 7, 6, 5, 4, 3, 2])}
+    owners = balanced(costs, 3)
+    assert sorted(name for names in owners for name in names) == sorted(costs)
+    assert max(sum(costs[name] for name in names) for names in owners) == 12
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+def test_recomputed_activations_give_the_same_gradients_from_less_memory(mode):
+    config = DecoderConfig(vocab_size=50, hidden_size=32, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=16, intermediate_size=64)
+    tokens = torch.randint(50, (2, 65), generator=torch.Generator().manual_seed(0))
+    found, kept_bytes = {}, {}
+    for each in ("none", "block", "selective"):
+        model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+        checkpoint_blocks(model, each)
+        kept: dict[int, int] = {}
+
+        def note(tensor, kept=kept):
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss, _, _ = causal_lm_loss(model, (tokens[:, :-1], tokens[:, 1:]))
+        found[each] = torch.autograd.grad(loss, list(model.parameters()))
+        kept_bytes[each] = sum(kept.values())
+    assert all(torch.equal(a, b) for a, b in zip(found["none"], found[mode], strict=True))
+    assert kept_bytes["block"] < 0.7 * kept_bytes["none"]
