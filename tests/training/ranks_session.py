@@ -1,6 +1,9 @@
-"""What the ranks of test_parallel.py run: each process does this, and the leader writes what it found as JSON.
+"""What the ranks of test_parallel.py run: groups of processes, one after the other, whose leaders write what they found as JSON.
 
-usage: ranks_session.py CHECK OUT, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment
+usage: ranks_session.py FOLDER COUNT:CHECK[,CHECK...] ...
+
+Everything is imported once, then each group is forked: a process of its own a rank, with its standard error in FOLDER/CHECK.RANK.err, its
+exit status in FOLDER/CHECK.codes.json, and the leader's findings in FOLDER/CHECK.json.
 """
 
 from __future__ import annotations
@@ -8,7 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -79,9 +84,9 @@ def optimizer_of(masters, name: str):
     return build_optimizer(masters, OptimizerConfig(name=name, lr=0.01, muon_lr=0.02))
 
 
-def check_curves(out: dict) -> None:
+def check_layouts(out: dict) -> None:
     """Compare every layout with one process, for both optimizers and both shapes."""
-    for layout in LAYOUTS[int(os.environ["WORLD_SIZE"])]:
+    for layout in LAYOUTS[torch.distributed.get_world_size()]:
         for optimizer, shape, checkpointing in (("muon", "tied", "selective"), ("adamw", "untied", "block")):
             config = ParallelConfig(**layout, activation_checkpointing=checkpointing)
             with open_ranks(config) as ranks:
@@ -175,10 +180,10 @@ def check_death(out: dict) -> None:
         ranks.sum([1.0])
 
 
-CHECKS = {check.__name__: check for check in (check_curves, check_bf16, check_errors, check_failure, check_death)}
+CHECKS = {check.__name__: check for check in (check_layouts, check_bf16, check_errors, check_failure, check_death)}
 
 
-def main(names: str, path: str) -> None:
+def run_rank(names: str, out_file: Path) -> int:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")  # one for all checks: open_ranks joins it
     out: dict = {}
@@ -188,12 +193,41 @@ def main(names: str, path: str) -> None:
     except UserError as error:
         if str(error):
             print(f"plinth: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
     if os.environ["RANK"] == "0":
-        Path(path).write_text(json.dumps(out))
+        out_file.write_text(json.dumps(out))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    return 0
+
+
+def fork_rank(rank: int, count: int, port: int, names: str, folder: Path) -> int:
+    """Start a rank; return its process id."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.dup2(os.open(folder / f"{names}.{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
+        code = run_rank(names, folder / f"{names}.json")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(folder: Path, groups: list[str]) -> None:
+    for group in groups:
+        count, names = group.split(":")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pids = [fork_rank(rank, int(count), port, names, folder) for rank in range(int(count))]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        (folder / f"{names}.codes.json").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -193,7 +193,9 @@ def _one_voice() -> Iterator[None]:
         if not first():
             raise Silenced(error) from None
         if lost:
-            raise UserError(f"rank {rank} lost contact with another process: {str(error).splitlines()[0]} Pass --resume to go on.") from None
+            raise UserError(
+                f"rank {rank} lost contact with another process: {str(error).splitlines()[0]} Pass --resume to go on."
+            ) from None
         if rank and isinstance(error, UserError):
             error.args = (f"rank {rank}: {error}",)
         raise
