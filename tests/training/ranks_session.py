@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import socket
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +23,9 @@ import torch
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
+from plinth.recipes.pretraining import PretrainConfig, pretrain
+from plinth.run import file_sha256
+from plinth.training.loop import TrainConfig
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig, build_optimizer
 from plinth.training.parallel import ParallelConfig, Ranks, open_ranks
@@ -37,6 +42,11 @@ SHAPES = {
     "tied": CONFIG,
     "untied": DecoderConfig(**{**CONFIG.__dict__, "tie_embeddings": False, "learnable_norm": True}),
 }
+PRETRAINING = PretrainConfig(
+    model=replace(CONFIG, vocab_size=300),
+    train=TrainConfig(steps=8, warmup_steps=2, dtype="float32", num_threads=1, checkpoint_every_s=0, keep_checkpoints=9),
+    seq_len=16, sequences_per_step=8, micro_batch_size=2, matmul_flops_per_s=1e9,
+)  # fmt: skip
 STEPS = 5
 ROWS = 8
 LAYOUTS = {
@@ -180,7 +190,60 @@ def check_death(out: dict) -> None:
         ranks.sum([1.0])
 
 
-CHECKS = {check.__name__: check for check in (check_layouts, check_bf16, check_errors, check_failure, check_death)}
+def tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def train_on(out: dict, layout: dict, resume: bool) -> None:
+    """Pretrain through the recipe in the session's folder; the run's metrics go into the findings."""
+    folder = Path(os.environ["SESSION_FOLDER"])
+    config = replace(PRETRAINING, parallel=ParallelConfig(**layout))
+    pretrain(
+        folder / "run",
+        folder / "shards",
+        folder / "shards" / "tokenizer",
+        config,
+        resume=resume,
+        warn=lambda text: print(text, file=sys.stderr),
+    )
+    if os.environ["RANK"] == "0":
+        checkpoints = folder / "run" / "checkpoints"
+        out["metrics"] = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        out["weights"] = file_sha256(folder / "run" / "model" / "model.safetensors")
+        out["files"] = sorted(file.name for file in max(checkpoints.glob("step_*")).iterdir())
+
+
+def check_start_on_four(out: dict) -> None:
+    train_on(out, {"dp_shard": 2, "tp": 2}, resume=False)
+
+
+def check_resume_on_two(out: dict) -> None:
+    """Go on from step 4, which four ranks saved; a byte of the file of step 5 is wrong."""
+    if os.environ["RANK"] == "0":
+        checkpoints = rewind(5)
+        file = checkpoints / "step_000005" / "__1_0.distcp"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    torch.distributed.barrier()
+    train_on(out, {"dp_replicate": 2}, resume=True)
+
+
+def rewind(step: int) -> Path:
+    """Put the run back to where a crash after `step` would leave it."""
+    run = Path(os.environ["SESSION_FOLDER"]) / "run"
+    (run / "DONE").unlink()
+    shutil.rmtree(run / "model")
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    return run / "checkpoints"
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (check_layouts, check_bf16, check_errors, check_failure, check_death, check_start_on_four, check_resume_on_two)
+}
 
 
 def run_rank(names: str, out_file: Path) -> int:
@@ -219,6 +282,7 @@ def fork_rank(rank: int, count: int, port: int, names: str, folder: Path) -> int
 
 
 def main(folder: Path, groups: list[str]) -> None:
+    os.environ["SESSION_FOLDER"] = str(folder)
     for group in groups:
         count, names = group.split(":")
         with socket.socket() as probe:

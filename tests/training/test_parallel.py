@@ -2,21 +2,32 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from plinth.config import UserError
+from plinth.data.curate import CurateConfig, curate
+from plinth.data.shards import pack_corpus
+from plinth.data.sources import read_documents
 from plinth.models.config import DecoderConfig
+from plinth.models.hub import load_model
 from plinth.models.transformer import Transformer
+from plinth.recipes.pretraining import pretrain
+from plinth.tokenizer.train import train_tokenizer
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.parallel import ParallelConfig, balanced
 from plinth.training.sharding import block_of, checkpoint_blocks, chunk, fused_name, part_name
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from ranks_session import PRETRAINING  # noqa: E402
+
 SAME_LOSS = 1e-5  # relative; measured differences are some 1e-7, the order of additions in fp32
 SAME_WEIGHTS = 1e-4  # relative to a tensor's largest entry, after 5 updates; Newton-Schulz magnifies small singular values
 
@@ -26,6 +37,8 @@ GROUPS = {
     "four": "4:check_layouts",
     "failure": "2:check_failure",
     "death": "2:check_death",
+    "start": "4:check_start_on_four",
+    "resume": "2:check_resume_on_two",
 }
 
 
@@ -33,10 +46,28 @@ GROUPS = {
 def session(tmp_path_factory):
     """Run all groups of processes; return the folder with what they found."""
     folder = tmp_path_factory.mktemp("ranks")
+    pack_stories(folder)
     command = [sys.executable, "-W", "ignore", HERE / "ranks_session.py", folder, *GROUPS.values()]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1] / "src")},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def pack_stories(folder):
+    (folder / "texts").mkdir()
+    for i in range(30):
+        lines = [f"{i * n} times the cat number {n} met {i + n} friends at the {('barn', 'wood', 'lake')[n % 3]}." for n in range(12)]
+        (folder / "texts" / f"{i}.txt").write_text("\n".join(lines) + "\n")
+    documents = read_documents([folder / "texts"])
+    curate(documents, folder / "corpus", CurateConfig(near_duplicate_threshold=None, heldout_fraction=0.1, skip_rules=("repeated_ngrams",)))
+    tokenizer = train_tokenizer(documents.table["text"].to_pylist(), 300)
+    pack_corpus(folder / "corpus", tokenizer, folder / "shards")
 
 
 def codes_and_errors(folder, group):
@@ -119,6 +150,36 @@ def test_an_error_on_one_rank_ends_all_with_one_line(group, line, session):
     said = [text for error in errors for text in error.splitlines() if text.startswith("plinth:")]
     assert len(said) == 1 and line in said[0]
     assert not any("Traceback" in error for error in errors)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks_on_the_same_curve(session):
+    started, resumed = results(session, "start"), results(session, "resume")
+    assert [len([name for name in found["files"] if name.endswith(".distcp")]) for found in (started, resumed)] == [4, 2]
+    config = replace(PRETRAINING, parallel=ParallelConfig())
+    paths = (session / "shards", session / "shards" / "tokenizer", config)
+    alone = pretrain(session / "alone", *paths)
+    told = []
+    run = session / "run"
+    (run / "DONE").unlink()
+    for step in (7, 8):  # what two ranks saved at step 6 is the newest
+        shutil.rmtree(run / "checkpoints" / f"step_{step:06d}", ignore_errors=True)
+    again = pretrain(run, *paths, resume=True, warn=told.append)
+    for metrics in (started["metrics"], resumed["metrics"], again.metrics()):
+        assert [line["step"] for line in metrics] == list(range(1, 9))
+        for line, expected in zip(metrics, alone.metrics(), strict=True):
+            assert line["loss_nats"] == pytest.approx(expected["loss_nats"], rel=SAME_LOSS)
+            assert line["tokens"] == expected["tokens"]
+    weights, whole = load_model(again.model_dir).state_dict(), load_model(alone.model_dir).state_dict()
+    assert all(float((weights[name] - whole[name]).abs().max()) < SAME_WEIGHTS for name in whole)
+
+
+@pytest.mark.slow
+def test_a_damaged_file_of_one_rank_is_named_and_the_checkpoint_before_is_taken(session):
+    results(session, "resume")
+    _, errors = codes_and_errors(session, "resume")
+    assert "step_000005/__1_0.distcp is damaged" in errors[0] and "Falling back to step 4" in errors[0]
+    assert "damaged" not in errors[1]
 
 
 def test_degrees_fill_in_the_shards():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -12,9 +12,12 @@ from plinth.cli.output import emit, say
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.recipes.pretraining import PretrainConfig, pretrain, read_config, show_batch
+from plinth.recipes.ray_launch import run_on_ray
 from plinth.recipes.stages import pretrain_config
+from plinth.run import Run
 from plinth.scaling.plan_record import load_plan
 from plinth.tokenizer.encode import Tokenizer
+from plinth.training.parallel import is_leader
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Options:
     """cpu, cuda or cuda:N; takes the place of train.device, with --resume too"""
     resume: bool = False
     """continue the run from its newest sound checkpoint"""
+    ray_workers: int | None = None
+    """train on so many workers of a Ray cluster, through Ray Train (extra `cluster`); see docs/distributed.md"""
     json: bool = False
     """answer with one JSON object on standard output"""
 
@@ -62,12 +67,29 @@ def main(argv: list[str]) -> int:
             config = read_config(options.out)
         print(show_batch(options.shards, options.tokenizer, config, options.show_batch))
         return 0
-    run = pretrain(
-        options.out, options.shards, options.tokenizer, config,
-        resume=options.resume, device=options.device, argv=argv, warn=say, plan=plan,
-    )  # fmt: skip
-    show_run(run, options.json)
+    call: dict[str, Any] = {
+        "out": options.out, "shards": options.shards, "tokenizer_dir": options.tokenizer, "config": config,
+        "resume": options.resume, "device": options.device, "argv": argv, "plan": plan,
+    }  # fmt: skip
+    if options.ray_workers is None:
+        run = pretrain(**call, warn=say)
+    else:
+        run_on_ray(pretrain_on_worker, absolute_paths(call), options.ray_workers, config.parallel.timeout_s)
+        run = Run.open(options.out)
+    if is_leader():
+        show_run(run, options.json)
     return 0
+
+
+def pretrain_on_worker(call: dict[str, Any]) -> None:
+    """Be one of Ray's workers."""
+    pretrain(**call, warn=say)
+
+
+def absolute_paths(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the call with paths that mean the same in a worker's own directory."""
+    folders = tuple(path.absolute() for path in call["shards"])
+    return call | {"out": call["out"].absolute(), "shards": folders, "tokenizer_dir": call["tokenizer_dir"].absolute()}
 
 
 def show_run(run, as_json: bool) -> None:

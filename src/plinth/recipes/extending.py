@@ -11,6 +11,7 @@ from plinth.config import UserError, to_dict
 from plinth.recipes.pretraining import PretrainConfig, pretrain, read_config
 from plinth.run import Run, is_checkpoint, publish_dir
 from plinth.training.checkpoint import check_sealed
+from plinth.training.parallel import ParallelConfig
 from plinth.training.saving import DATA_FILE
 
 
@@ -35,7 +36,7 @@ def extend(
     old = Run.open(source)
     if (stage := old.provenance["stage"]) != "pretrain":
         raise UserError(f"{source} is a run of the stage {stage}; only pretraining can be extended.")
-    before = read_config(source)
+    before = replace(read_config(source), parallel=ParallelConfig())  # this command runs on one process
     if len(before.schedule_stages()) > 1:
         raise UserError(f"{source} was trained in stages, whose bounds move with the number of steps, so it cannot be extended.")
     fraction = before.train.decay_fraction if decay_fraction is None else decay_fraction

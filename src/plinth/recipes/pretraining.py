@@ -213,14 +213,9 @@ def _train(
             matmul_flops_per_s=config.matmul_flops_per_s and config.matmul_flops_per_s * num_processes,
             describe_batch=lambda step, rows=None: loader.describe_batch(step, rows, schedule.rows(step)),
             data_metrics=lambda steps: {"epochs": loader.epochs(loader_steps(steps))},
-<<<<<<< HEAD
-            scales=scales(model, config.transfer, config.train.optimizer.name),
-            data={**loader.fingerprint(), "stages": config.stages},
-=======
             scales=scales(meta_model(config), config.transfer, config.train.optimizer.name),
             masters=masters,
-            data=loader.fingerprint(),
->>>>>>> 7b31653 (Pretraining on many processes: launched by torchrun, one voice, curves proven equal)
+            data={**loader.fingerprint(), "stages": config.stages},
             resume=resume,
             warn=warn,
         )

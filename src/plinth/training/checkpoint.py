@@ -25,6 +25,7 @@ from plinth.training.optim import Optimizer
 from plinth.training.precision import MasterWeights
 
 FORMAT = 2
+MANY_RANKS_FILE = ".metadata"  # in a checkpoint that several ranks wrote (sharded_checkpoint.py)
 STATE_FILE, RECORD_FILE, SEAL_FILE = "state.safetensors", "state.json", "sha256.json"
 
 
@@ -104,6 +105,11 @@ class TrainingState:
         self._check_parts(record, tensors, where)
         self.masters.load(_below(tensors, "weight/"))
         self.optimizer.load(_below(tensors, "optimizer/"), record["num_updates"])
+        return self.load_rest(record, tensors)
+
+    def load_rest(self, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Position:
+        """Take over all but the weights' and the optimizer's tensors, which several ranks read each for itself."""
+        self.optimizer.num_updates = record["num_updates"]
         self._load_generators(_below(tensors, "generator/"), record["generators"])
         for part, stateful in self.extra.items():
             stateful.load_state_dict({**_below(tensors, f"extra/{part}/"), **record["extra"][part]})
@@ -200,6 +206,10 @@ def check_sealed(folder: Path) -> None:
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the plain values and the tensors of one checkpoint. Raises UserError when a byte differs or a file is cut off."""
     check_sealed(path)
+    if (path / MANY_RANKS_FILE).exists():
+        from plinth.training.sharded_checkpoint import read_whole  # torch.distributed.checkpoint takes half a second to import
+
+        return read_json(path / RECORD_FILE), read_whole(path)
     try:
         return read_json(path / RECORD_FILE), load_file(path / STATE_FILE)
     except SafetensorError as error:

@@ -20,7 +20,7 @@ from plinth.training.device import check_device_name, choose_device, device_sett
 from plinth.training.graphs import GraphedGradients
 from plinth.training.optim import OptimizerConfig, Scale, build_optimizer
 from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
-from plinth.training.saving import Checkpointer, SavePolicy
+from plinth.training.saving import SavePolicy, open_checkpointer
 from plinth.training.schedule import warmup_stable_decay
 from plinth.training.spikes import BadBatchError, DescribeBatch, SpikeConfig, SpikeGuard, trace_rows
 from plinth.training.step import Batch, LossFunction, open_workers, take_gradients, train_step
@@ -178,7 +178,7 @@ def train(
     optimizer = build_optimizer(masters, config.optimizer, scales)
     gradients = GraphedGradients() if config.cuda_graphs else take_gradients
     telemetry = Telemetry(
-        run, config.telemetry, cores=config.num_threads, gpus=gpu_ids(device),
+        run, config.telemetry, cores=config.num_threads * (ranks.world_size if ranks else 1), gpus=gpu_ids(device),
         flops_per_token=flops_per_token, matmul_flops_per_s=matmul_flops_per_s, warn=warn,
     )  # fmt: skip
 
@@ -189,7 +189,7 @@ def train(
     guard = SpikeGuard(config.spikes, trace, advice=_advice(run, config), warn=warn)
     state = TrainingState(masters, optimizer, data=data, generators=generators, extra=extra_state)
     with (
-        Checkpointer(run, state, config.save_policy(), warn) as checkpoints,
+        open_checkpointer(run, state, config.save_policy(), warn) as checkpoints,
         telemetry,
         device_settings(device, tf32=config.tf32, deterministic=config.deterministic),
         open_workers(config.num_threads, device, inline=ranks is not None) as workers,
@@ -223,7 +223,7 @@ def train(
             progress.update(1, note=note)
             last = step + 1 == config.steps
             checkpoints.after_step(position, last)
-            if stop.requested and not last:
+            if masters.any(stop.requested) and not last:
                 checkpoints.save_now(position)
                 raise Stopped(f"stopped after step {step + 1} of {config.steps}; saved. Continue with --resume.")
         time_s = clock.read()

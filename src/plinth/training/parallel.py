@@ -134,6 +134,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_leader() -> bool:
+    """Return whether this process is the one of those launched together that speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def open_ranks(config: ParallelConfig) -> Iterator[Ranks | None]:
     """Join the processes that torchrun (or Ray Train) launched; give None for a lone process.

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from plinth.config import UserError, read_json, save_json
 from plinth.run import Run, publish_dir
@@ -115,7 +116,7 @@ class Checkpointer:
             self._save(position)
             self._wait(told=None)
         if self._failure is not None:
-            text, self._failure = self._describe(self._failure, position.step), None
+            text, self._failure = describe_failure(self.run, self._failure, position.step), None
             raise UserError(f"stopped after step {position.step}, but {text} Mend that and continue with --resume.")
 
     def _save(self, position: Position) -> None:
@@ -144,16 +145,9 @@ class Checkpointer:
             self.run.sync_metrics()  # a checkpoint on the disk means that the metrics up to it are there too
             with publish_dir(self.run.checkpoint_path(step)) as folder:
                 write_checkpoint(folder, self._snapshot)
-            self._prune()
+            prune(self.run, self.policy)
         except BaseException as error:  # told or raised in the training thread
             self._fail(error, step)
-
-    def _prune(self) -> None:
-        passing = [path for step, path in self.run.checkpoints() if not self.policy.keeps_for_good(step)]
-        for path in passing[: max(0, len(passing) - self.policy.keep)]:
-            gone = path.with_name(f".{path.name}.old.{os.getpid():08d}")  # a half-removed one must not look like one
-            path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
 
     def _is_writing(self) -> bool:
         return self._writer is not None and self._writer.is_alive()
@@ -172,13 +166,32 @@ class Checkpointer:
         if self._failure is None or self._is_writing():
             return
         error, self._failure = self._failure, None
-        self.warn(f"{self._describe(error, self._failed_step)} {rest.format(self.policy.every_s)}")
+        self.warn(f"{describe_failure(self.run, error, self._failed_step)} {rest.format(self.policy.every_s)}")
 
-    def _describe(self, error: BaseException, step: int) -> str:
-        """Return one line about a refused write; anything but the system's refusal is our own mistake and is raised."""
-        if not isinstance(error, OSError):
-            raise error
-        place = f"{error.filename}: " if error.filename else ""
-        newest = self.run.last_step
-        rest = f"the newest whole one is of step {newest}." if newest else "there is no earlier one."
-        return f"the checkpoint of step {step} was not written ({place}{error.strerror or error}); {rest}"
+
+def prune(run: Run, policy: SavePolicy) -> None:
+    """Remove the checkpoints that the policy no longer keeps."""
+    passing = [path for step, path in run.checkpoints() if not policy.keeps_for_good(step)]
+    for path in passing[: max(0, len(passing) - policy.keep)]:
+        gone = path.with_name(f".{path.name}.old.{os.getpid():08d}")  # a half-removed one must not look like one
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def describe_failure(run: Run, error: BaseException, step: int) -> str:
+    """Return one line about a refused write; anything but the system's refusal is our own mistake and is raised."""
+    if not isinstance(error, OSError):
+        raise error
+    place = f"{error.filename}: " if error.filename else ""
+    newest = run.last_step
+    rest = f"the newest whole one is of step {newest}." if newest else "there is no earlier one."
+    return f"the checkpoint of step {step} was not written ({place}{error.strerror or error}); {rest}"
+
+
+def open_checkpointer(run: Run, state: TrainingState, policy: SavePolicy, warn: Callable[[str], None]) -> Any:
+    """Return what saves and restores a run: for one process a `Checkpointer`, for ranks what does the same together."""
+    if state.masters.ranks is None:
+        return Checkpointer(run, state, policy, warn)
+    from plinth.training.sharded_saving import ShardedCheckpointer  # torch.distributed.checkpoint takes half a second to import
+
+    return ShardedCheckpointer(run, state, policy, warn)

@@ -17,10 +17,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from plinth.config import UserError
+from plinth.training.checkpoint import MANY_RANKS_FILE
 from plinth.training.sharded_weights import ShardedWeights
 from plinth.training.sharding import fused_name, num_elements
 
-METADATA_FILE = ".metadata"  # the format's own name; its presence tells such a checkpoint
+METADATA_FILE = MANY_RANKS_FILE  # the format gives the name; its presence tells such a checkpoint
 
 
 def is_sharded(folder: Path) -> bool:
