@@ -201,7 +201,7 @@ def train_on(out: dict, layout: dict, resume: bool) -> None:
     pretrain(
         folder / "run",
         folder / "shards",
-        folder / "shards" / "tokenizer",
+        folder / "tokenizer",
         config,
         resume=resume,
         warn=lambda text: print(text, file=sys.stderr),

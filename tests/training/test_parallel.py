@@ -53,7 +53,7 @@ def session(tmp_path_factory):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1] / "src")},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -67,6 +67,8 @@ def pack_stories(folder):
     documents = read_documents([folder / "texts"])
     curate(documents, folder / "corpus", CurateConfig(near_duplicate_threshold=None, heldout_fraction=0.1, skip_rules=("repeated_ngrams",)))
     tokenizer = train_tokenizer(documents.table["text"].to_pylist(), 300)
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(folder / "tokenizer")
     pack_corpus(folder / "corpus", tokenizer, folder / "shards")
 
 
@@ -157,7 +159,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_on_the_same_curve(session):
     started, resumed = results(session, "start"), results(session, "resume")
     assert [len([name for name in found["files"] if name.endswith(".distcp")]) for found in (started, resumed)] == [4, 2]
     config = replace(PRETRAINING, parallel=ParallelConfig())
-    paths = (session / "shards", session / "shards" / "tokenizer", config)
+    paths = (session / "shards", session / "tokenizer", config)
     alone = pretrain(session / "alone", *paths)
     told = []
     run = session / "run"
