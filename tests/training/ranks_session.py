@@ -44,7 +44,7 @@ SHAPES = {
 }
 PRETRAINING = PretrainConfig(
     model=replace(CONFIG, vocab_size=300),
-    train=TrainConfig(steps=8, warmup_steps=2, dtype="float32", num_threads=1, checkpoint_every_s=0, keep_checkpoints=9),
+    train=TrainConfig(steps=8, warmup_steps=2, dtype="float32", num_threads=1, keep_every_steps=1),
     seq_len=16, sequences_per_step=8, micro_batch_size=2, matmul_flops_per_s=1e9,
 )  # fmt: skip
 STEPS = 5

@@ -41,8 +41,7 @@ def stop_requests() -> Iterator[StopRequest]:
     with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere there is nothing to catch
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # no SIGUSR1 on Windows
             if signum := getattr(signal, name, None):
-                previous[signum] = signal.getsignal(signum)
-                signal.signal(signum, ask)
+                previous[signum] = signal.signal(signum, ask)  # refused outside the main thread: then there is nothing to restore
     try:
         yield request
     finally:
