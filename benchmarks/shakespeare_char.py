@@ -83,7 +83,7 @@ def run_ours(train_data, val_data, vocab: int, seed: int, options: argparse.Name
     generator = torch.Generator().manual_seed(seed)
     heads = options.width // 32
     config = DecoderConfig(
-        vocab_size=-(-vocab // 16) * 16, hidden_size=options.width, num_layers=options.layers, num_heads=heads,
+        vocab_size=-(-vocab // 32) * 32, hidden_size=options.width, num_layers=options.layers, num_heads=heads,
         num_kv_heads=heads, head_dim=32, intermediate_size=options.width * 8 // 3 // 32 * 32, max_seq_len=options.context,
     )  # fmt: skip
     started = time.perf_counter()
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the text, one file")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
     parser.add_argument("--only-ours", action="store_true", help="leave the peer out, for tuning")
-    for name, value in {"layers": 4, "width": 128, "context": 64, "rows": 32, "steps": 180, "lr": 0.006, "muon_lr": 0.03}.items():
+    for name, value in {"layers": 2, "width": 128, "context": 64, "rows": 64, "steps": 115, "lr": 0.006, "muon_lr": 0.05}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args()
     train_data, val_data, vocab = read_characters(options.data)

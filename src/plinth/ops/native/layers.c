@@ -47,7 +47,7 @@ EXPORT void add_rms_norm_backward(const bf16 *grad_total, const bf16 *grad_y, co
 
 INLINE __m512 sigmoid16(__m512 x) {
     __m512 e = exp2_16(_mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-80.0f)), _mm512_set1_ps(-LOG2E)));
-    return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+    return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), e)); /* good to 1 in 16,384; a division takes longer than all the rest */
 }
 
 /* gate_up (rows, 2 F), gate first, to silu(gate) up (rows, F). */
