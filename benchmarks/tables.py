@@ -49,18 +49,56 @@ def build_table() -> str:
 
 
 def speed_table() -> str:
-    throughput, shakespeare = load("train_throughput"), load("shakespeare_char")
+    """Return the README's table: the decoder's two sizes and Shakespeare's characters, each beside its peers."""
     lines = ["| measured in one run, alternating, two cores | median | Plinth against it |", "|---|---|---|"]
-    for row in throughput["rows"]:
-        ratio = row["ours_over_this"]
-        against = "" if row["name"].startswith("plinth") else f"{ratio['median']:.1f}× ({ratio['min']:.1f}–{ratio['max']:.1f})"
-        lines.append(f"| pretraining 6 × 256, context 256: {row['name']} | {row['tokens_per_s']['median']:,.0f} tokens/s | {against} |")
-    ratio = shakespeare["ratio_plain_over_ours"]
-    for row in shakespeare["rows"]:
-        against = f"{ratio['median']:.1f}× ({ratio['min']:.1f}–{ratio['max']:.1f})" if row["name"].startswith("plain") else ""
-        loss = row["loss_nats"]["median"]
-        lines.append(f"| Shakespeare's characters to {loss:.2f} nats: {row['name']} | {row['time_s']['median']:.0f} s | {against} |")
+    for name in ("6x256", "12x512"):
+        record = load(f"train_throughput_{name}")
+        size = record["size"]
+        label = f"pretraining {size['layers']} × {size['width']}, context {size['context']}"
+        for row in record["rows"]:
+            against = "" if row["name"].startswith("plinth") else times(row["ours_over_this"])
+            lines.append(f"| {label}: {row['name']} | {row['tokens_per_s']['median']:,.0f} tokens/s | {against} |")
+    for name, label in (("shakespeare_char", "to"), ("shakespeare_three_minutes", "in three minutes:")):
+        record = load(name)
+        for row in record["rows"]:
+            against = times(record["ratio_plain_over_ours"]) if row["name"].startswith("plain") and label == "to" else ""
+            what = f"Shakespeare's characters {label} {row['loss_nats']['median']:.2f} nats: {row['name']}"
+            lines.append(f"| {what} | {row['time_s']['median']:.1f} s | {against} |")
     return "\n".join(lines)
+
+
+def times(ratio: dict) -> str:
+    return f"{ratio['median']:.1f}× ({ratio['min']:.1f}–{ratio['max']:.1f})"
+
+
+def step_budget() -> str:
+    """Return the tables of docs/step_budget.md."""
+    parts = []
+    for name in ("6x256", "12x512"):
+        record, throughput = load(f"step_budget_{name}"), load(f"train_throughput_{name}")
+        parts += [
+            f"### {name.replace('x', ' layers of ')}",
+            "",
+            f"A micro-batch of {record['tokens']:,} tokens takes one core {1e3 * record['micro_batch_s']:.0f} ms. Measured here: a large "
+            f"bf16 product runs at {record['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, a large copy moves "
+            f"{record['copy_bytes_per_s'] / 1e9:.1f} GB/s. "
+            f"Matrix products, attention's included, are {record['matmul_share']:.0%} of the time.",
+            "",
+            "| part | time | share | floor | reached |",
+            "|---|---|---|---|---|",
+        ]
+        for row in record["rows"]:
+            reached = f"{row['floor_s'] / row['time_s']:.0%}" if row["floor_s"] and row["time_s"] else ""
+            floor = f"{1e3 * row['floor_s']:.1f} ms" if row["floor_s"] else ""
+            parts.append(f"| {row['name']} | {1e3 * row['time_s']:.1f} ms | {row['share']:.0%} | {floor} | {reached} |")
+        parts += [
+            "",
+            f"The optimizer takes {1e3 * record['optimizer_s']:.0f} ms of both cores an update, {record['optimizer_share']:.1%} of a step "
+            f"of {record['tokens_per_step']:,} tokens. The whole step on two cores, from the throughput benchmark: "
+            f"{throughput['rows'][0]['tokens_per_s']['median']:,.0f} tokens a second, MFU {throughput['mfu']:.0%} of the measured rate.",
+            "",
+        ]
+    return "\n".join(parts).rstrip()
 
 
 def lifecycle() -> str:
@@ -131,12 +169,14 @@ def put(text: str, start: str, end: str, content: str) -> str:
 
 
 def main() -> int:
-    readme, gpu, loader = ROOT / "README.md", ROOT / "docs" / "gpu.md", ROOT / "docs" / "loader.md"
+    readme, docs = ROOT / "README.md", ROOT / "docs"
+    gpu, loader, step = docs / "gpu.md", docs / "loader.md", docs / "step_budget.md"
     text = put(readme.read_text(), START, END, f"{build_table()}\n\n{speed_table()}")
     pages = {
         readme: put(text, "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle()),
         gpu: put(gpu.read_text(), "<!-- gpu results: written by benchmarks/tables.py -->", "<!-- end of gpu results -->", gpu_tables()),
         loader: put(loader.read_text(), START, END, loader_table()),
+        step: put(step.read_text(), "<!-- step budget: written by benchmarks/tables.py -->", "<!-- end of step budget -->", step_budget()),
     }
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))

@@ -22,6 +22,7 @@ import torch
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden", "-shared")
+NO_COMPILER = "no C compiler (cc, gcc or clang) is on the PATH"
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16"}
 
 P, L, I, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -76,7 +77,7 @@ def why_not() -> str | None:
     if missing := NEEDED - _processor_flags():
         return f"the processor lacks {', '.join(sorted(missing))}"
     if _compiler() is None:
-        return "no C compiler (cc, gcc or clang) is on the PATH"
+        return NO_COMPILER
     try:
         if _load(_build()).request_tiles() != 0:
             return "the system does not let this process use the matrix unit"
@@ -84,6 +85,11 @@ def why_not() -> str | None:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         return f"the C compiler failed: {detail[0] if detail else error}"
     return None
+
+
+def compiler_missing() -> bool:
+    """Return whether a C compiler is all that our kernels lack here."""
+    return why_not() == NO_COMPILER
 
 
 def _processor_flags() -> set[str]:

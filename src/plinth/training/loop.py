@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from plinth.config import UserError
+from plinth.ops import kernels
 from plinth.run import Progress, Run, usable_cores
 from plinth.training.checkpoint import Position, Stateful, TrainingState
 from plinth.training.compile import COMPILE_PAYS_STEPS, compiled_blocks
@@ -176,6 +177,8 @@ def train(
     masters = masters or MasterWeights(model, DTYPES[config.dtype], device)
     ranks = masters.ranks
     optimizer = build_optimizer(masters, config.optimizer, scales)
+    if device == "cpu" and config.dtype == "bfloat16" and kernels.compiler_missing():
+        warn(f"{kernels.why_not()}: training runs about half as fast as with one. Install gcc or clang.")
     gradients = GraphedGradients() if config.cuda_graphs else take_gradients
     telemetry = Telemetry(
         run, config.telemetry, cores=config.num_threads * (ranks.world_size if ranks else 1), gpus=gpu_ids(device),
@@ -235,6 +238,7 @@ def train(
         "loss_nats": _recent_loss(run),
         "time_s": time_s,
         "peak_memory_bytes": peak_memory_bytes(device),
+        "kernels": "own" if kernels.why_not() is None else "torch",
         **spent,
     }
 
