@@ -7,7 +7,7 @@ from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.ops.kernels import library, why_not
-from plinth.training.muon import NEWTON_SCHULZ, orthogonalise, polar_express, quintics
+from plinth.training.muon import NEWTON_SCHULZ, orthogonalise, polar_express, quintics, update_on_kernels
 from plinth.training.optim import OptimizerConfig, build_optimizer, decay_weights, normalise_neurons
 from plinth.training.precision import MasterWeights
 from plinth.training.step import open_workers
@@ -160,3 +160,21 @@ def test_the_kernel_follows_the_iterations_in_float64(shape, name):
         exact = a * exact + (b * gram + c * gram @ gram) @ exact
     assert found.dtype == torch.bfloat16
     assert (found.double() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.skipif(library() is None, reason=f"no kernels of ours here: {why_not()}")
+@pytest.mark.parametrize("shape", [(64, 96), (96, 32)])
+def test_the_kernels_move_momentum_and_weights_as_published(shape):
+    generator = torch.Generator().manual_seed(0)
+    weight, buffer = torch.randn(shape, generator=generator), torch.zeros(shape)
+    twin = weight.clone().requires_grad_()
+    oracle = torch.optim.Muon([twin], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="original")
+    start = weight.clone()
+    for _ in range(4):
+        grad = torch.randn(shape, generator=generator)
+        rate = 0.02 * max(1.0, shape[0] / shape[1]) ** 0.5
+        update_on_kernels(weight, grad, buffer, quintics("newton-schulz", 5), momentum=0.95, keep=1 - 0.02 * 0.1, rate=rate)
+        twin.grad = grad
+        oracle.step()
+    torch.testing.assert_close(buffer, oracle.state[twin]["momentum_buffer"], rtol=1e-5, atol=1e-6)
+    assert (weight - twin.detach()).norm() < 0.02 * (twin.detach() - start).norm()  # torch's Newton-Schulz rounds more in bf16

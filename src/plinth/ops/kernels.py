@@ -37,6 +37,8 @@ SIGNATURES = {
     "add_products": (P, P, L, I, I, P, I),
     "gather_sums": (P, I, P, I, I, I, I),
     "orthogonalise": (P, P, I, I, P, I),
+    "nesterov": (P, P, P, L, F),
+    "move_weights": (P, P, L, F, F),
     "round_sums": (P, P, I, I, I),
 }
 

@@ -28,8 +28,11 @@ def orthogonalise(matrices: torch.Tensor, quintics: tuple[Quintic, ...], dtype: 
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
-    if kernels.library() is not None and dtype is torch.bfloat16 and _fits_kernel(matrices):
-        return _orthogonalise_on_kernel(matrices, quintics)
+    if takes_kernels(matrices, dtype):
+        polynomials, result = torch.tensor(quintics, dtype=torch.float32), torch.empty(matrices.shape, dtype=dtype)
+        for matrix, out in zip(matrices.contiguous(), result):
+            kernels.call("orthogonalise", matrix, out, *matrix.shape, polynomials, len(quintics))
+        return result
     x = matrices.to(dtype)
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
@@ -43,16 +46,28 @@ def orthogonalise(matrices: torch.Tensor, quintics: tuple[Quintic, ...], dtype: 
     return x
 
 
-def _fits_kernel(matrices: torch.Tensor) -> bool:
+def takes_kernels(matrices: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether our kernels do Muon's update of matrices (..., rows, columns), fp32, with iterations in `dtype`."""
     plain = type(matrices) is torch.Tensor and matrices.device.type == "cpu" and matrices.dtype is torch.float32
-    return plain and matrices.shape[1] % 32 == 0 and matrices.shape[2] % 32 == 0
+    whole = matrices.shape[-2] % 32 == 0 and matrices.shape[-1] % 32 == 0
+    return plain and whole and dtype is torch.bfloat16 and kernels.library() is not None
 
 
-def _orthogonalise_on_kernel(matrices: torch.Tensor, quintics: tuple[Quintic, ...]) -> torch.Tensor:
-    polynomials, result = torch.tensor(quintics, dtype=torch.float32), torch.empty(matrices.shape, dtype=torch.bfloat16)
-    for matrix, out in zip(matrices.contiguous(), result):
-        kernels.call("orthogonalise", matrix, out, *matrix.shape, polynomials, len(quintics))
-    return result
+def update_on_kernels(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    buffer: torch.Tensor,
+    quintics: tuple[Quintic, ...],
+    *,
+    momentum: float,
+    keep: float,
+    rate: float,
+) -> None:
+    """Move the momentum, and then the weight to keep · weight - rate · (orthogonal update), in place; all are (rows, columns), fp32."""
+    direction = torch.empty_like(grad)
+    kernels.call("nesterov", grad, buffer, direction, grad.numel(), momentum)
+    update = orthogonalise(direction[None], quintics)[0]
+    kernels.call("move_weights", weight, update, weight.numel(), keep, rate)
 
 
 def quintics(name: str, steps: int) -> tuple[Quintic, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from plinth.config import UserError
-from plinth.training.muon import orthogonalise, quintics
+from plinth.training.muon import orthogonalise, quintics, takes_kernels, update_on_kernels
 from plinth.training.precision import MasterWeights
 
 FIRST_MOMENTUM = 0.85
@@ -151,16 +151,29 @@ class Optimizer:
 
     def _muon_job(self, grads, lr_scale: float, share) -> Callable[[], None]:
         def job() -> None:
-            config = self.config
-            directions = torch.stack(self._directions(grads, share))
+            config, dtype = self.config, self.masters.parameters[0].dtype
             polynomials = quintics(config.polynomials, config.newton_schulz_steps)
-            updates = orthogonalise(directions, polynomials, self.masters.parameters[0].dtype).float()
+            first = grads[share[0][0]][share[0][1] : share[0][2]]
+            if takes_kernels(first, dtype) and config.normuon_beta2 is None and not config.cautious_decay:
+                return self._muon_on_kernels(grads, lr_scale, share, polynomials)
+            updates = orthogonalise(torch.stack(self._directions(grads, share)), polynomials, dtype).float()
             if config.normuon_beta2 is not None:
                 for (name, a, b), update in zip(share, updates):
                     normalise_neurons(update, self.state[f"row_square/{name}"][a:b], config.normuon_beta2)
             self._move(share, updates, lr_scale, updates.shape[1] / updates.shape[2])
 
         return job
+
+    def _muon_on_kernels(self, grads, lr_scale: float, share, polynomials) -> None:
+        config = self.config
+        for name, a, b in share:
+            scale, grad = self.scales[name], grads[name][a:b]
+            lr = config.muon_lr * lr_scale * scale.lr
+            update_on_kernels(
+                self.masters.tensors[name][a:b], grad, self.state[f"momentum/{name}"][a:b], polynomials,
+                momentum=config.momentum_at(self.num_updates), keep=1.0 - lr * config.weight_decay * scale.weight_decay,
+                rate=lr * max(1.0, grad.shape[0] / grad.shape[1]) ** 0.5,
+            )  # fmt: skip
 
     def _muon_over_ranks(self, grads, lr_scale: float) -> None:
         """Move this rank's shards; the ranks deal the matrices among them and send each other the shards of directions and updates."""

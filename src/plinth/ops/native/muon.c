@@ -1,4 +1,4 @@
-/* Muon's iterations on the matrix unit: every singular value of a matrix moves towards 1, one matrix at a time in the second-level cache.
+/* Muon's update. Its iterations run on the matrix unit: every singular value of a matrix moves towards 1, one matrix at a time in the second-level cache.
 
 With X (m, n), m <= n:  G = X X^T,  P = a I + b G + c G G,  X <- P X.  G and G G are symmetric: only blocks on and above the diagonal
 are computed, the others are mirrored. */
@@ -114,4 +114,23 @@ EXPORT void orthogonalise(const float *in, bf16 *out, int R, int C, const float 
             for (int i = 0; i < 16; i++) store16(out + (size_t)(r + i) * C + c, _mm512_castsi512_ps(v[i]));
         }
     free(s.x), free(s.next), free(s.gram), free(s.inner), free(s.columns), free(s.pairs);
+}
+
+/* buffer <- momentum buffer + (1 - momentum) grad;  out <- momentum buffer + (1 - momentum) grad (Nesterov). Counts are multiples of 16. */
+EXPORT void nesterov(const float *grad, float *buffer, float *out, long count, float momentum) {
+    const __m512 rest = _mm512_set1_ps(1.0f - momentum);
+    for (long i = 0; i < count; i += 16) {
+        const __m512 g = _mm512_loadu_ps(grad + i), old = _mm512_loadu_ps(buffer + i);
+        const __m512 moved = _mm512_fmadd_ps(rest, _mm512_sub_ps(g, old), old);
+        _mm512_storeu_ps(buffer + i, moved);
+        _mm512_storeu_ps(out + i, _mm512_fmadd_ps(rest, _mm512_sub_ps(g, moved), moved));
+    }
+}
+
+/* weight <- keep weight - rate update. */
+EXPORT void move_weights(float *weight, const bf16 *update, long count, float keep, float rate) {
+    for (long i = 0; i < count; i += 16) {
+        const __m512 kept = _mm512_mul_ps(_mm512_set1_ps(keep), _mm512_loadu_ps(weight + i));
+        _mm512_storeu_ps(weight + i, _mm512_fnmadd_ps(_mm512_set1_ps(rate), load16(update + i), kept));
+    }
 }
