@@ -139,7 +139,7 @@ def gpu_tables() -> str:
 
 
 def loader_table() -> str:
-    rows, training = load("loader_throughput")["rows"], load("train_throughput")["rows"][0]
+    rows, training = load("loader_throughput")["rows"], load("train_throughput_6x256")["rows"][0]
     lines = [
         "| documents | tokens | rows of | packing | tokens/s | first batch: step 0, step 1,000,000 "
         "| memory grown: peak, without file pages | padding |",
