@@ -50,7 +50,7 @@ def measure(options: OptimizerConfig, rounds: int) -> tuple[list[float], list[fl
             train_step(masters, causal_lm_loss, batches, optimizer, workers)
             middle = time.perf_counter()
             optimizer.step(grads, 1.0, workers)
-            masters.publish()
+            masters.publish(workers)
             steps.append(middle - began)
             alone.append(time.perf_counter() - middle)
     return steps[1:], alone[1:]

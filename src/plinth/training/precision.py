@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,12 @@ def fastest_dtype(device: str | None = None) -> str:
             times.append(time.perf_counter() - start)
         seconds[name] = min(times)
     return min(seconds, key=lambda name: seconds[name])
+
+
+@torch.no_grad()
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source into its target, rounding to the target's dtype."""
+    torch._foreach_copy_(targets, sources)
 
 
 class MasterWeights:
@@ -67,9 +74,11 @@ class MasterWeights:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the fp32 weights into the model."""
-        torch._foreach_copy_(self.parameters, [self.tensors[name] for name in self.names])
+    def publish(self, workers: Any = None) -> None:
+        """Copy the fp32 weights into the model; `workers` share the copying."""
+        sources, shares = [self.tensors[name] for name in self.names], 1 if workers is None else workers.num_threads
+        copies = [(self.parameters[i::shares], sources[i::shares]) for i in range(min(shares, len(sources)))]
+        list((map if workers is None else workers.map)(lambda copy: copy_all(*copy), copies))
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over saved weights by name."""

@@ -33,7 +33,7 @@ class ShardedWeights:
         self.shapes = {name: torch.Size(p.shape) for name, p in named}
         self._owners: list[list[str]] | None = None
 
-    def publish(self) -> None:
+    def publish(self, workers: Any = None) -> None:
         """Do nothing: the model computes with these shards."""
 
     def any(self, flag: bool) -> bool:

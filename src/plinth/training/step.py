@@ -221,7 +221,7 @@ def train_step(
     if clip_grad_norm is not None and grad_norm > clip_grad_norm:
         torch._foreach_mul_(grads, clip_grad_norm / grad_norm)
     optimizer.step(dict(zip(masters.names, grads)), lr_scale, workers)
-    masters.publish()
+    masters.publish(workers)
     return result
 
 
