@@ -67,6 +67,7 @@ def refuse_processes(verb: str) -> int:
 
 def run_verb(module: str, argv: list[str]) -> int:
     """Call a verb's main; turn a user's mistake, a full disk or Ctrl-C into one clear line."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # fp32 products add in one order, wherever their operands lie in memory
     if os.environ.get("PLINTH_DEBUG"):
         return importlib.import_module(module).main(argv)
     try:

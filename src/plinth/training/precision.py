@@ -69,9 +69,13 @@ class MasterWeights:
         self.publish()
         self.model.to("cpu")
 
-    def norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
-        """Return the norm of the whole gradient, a scalar on the device."""
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    def norm(self, grads: list[torch.Tensor], workers: Any) -> torch.Tensor:
+        """Return the norm of the whole gradient, a scalar on the device.
+
+        On a CPU each tensor's is taken by one core: its last bits must not depend on how many cores share a sum.
+        """
+        norms = torch._foreach_norm(grads) if self.device.type != "cpu" else workers.map(torch.linalg.vector_norm, grads)
+        return torch.linalg.vector_norm(torch.stack(list(norms)))
 
     @torch.no_grad()
     def publish(self, workers: Any = None) -> None:

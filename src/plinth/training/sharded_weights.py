@@ -85,7 +85,7 @@ class ShardedWeights:
             grads.append(grad)
         return grads
 
-    def norm(self, grads: Sequence[torch.Tensor]) -> float:
+    def norm(self, grads: Sequence[torch.Tensor], workers: Any = None) -> float:
         """Return the norm of the whole gradient, alike on all ranks; what tensor-parallel ranks hold alike counts once."""
         squares = 0.0
         for name, grad in zip(self.names, grads):

@@ -210,8 +210,8 @@ def train_step(
     micro-batch: operation by operation, or as a CUDA graph (`training.graphs`).
     """
     loss_sum, count, sums, grads = split_gradients(masters, loss_function, batches, workers, gradients)
-    torch._foreach_mul_(grads, (1.0 / torch.as_tensor(count, dtype=torch.float64, device=masters.device)).float())
-    loss_sum, count, grad_norm, *values = read_scalars([loss_sum, count, masters.norm(grads), *sums.values()])
+    scale_all(grads, (1.0 / torch.as_tensor(count, dtype=torch.float64, device=masters.device)).float(), workers)
+    loss_sum, count, grad_norm, *values = read_scalars([loss_sum, count, masters.norm(grads, workers), *sums.values()])
     if not count:
         raise ValueError("the batch holds no supervised token.")
     loss = loss_sum / count
@@ -219,10 +219,18 @@ def train_step(
     if not (allows or finite_only)(result):
         return replace(result, applied=False)
     if clip_grad_norm is not None and grad_norm > clip_grad_norm:
-        torch._foreach_mul_(grads, clip_grad_norm / grad_norm)
+        scale_all(grads, clip_grad_norm / grad_norm, workers)
     optimizer.step(dict(zip(masters.names, grads)), lr_scale, workers)
     masters.publish(workers)
     return result
+
+
+def scale_all(grads: list[torch.Tensor], factor: torch.Tensor | float, workers: Workers | InlineWorker) -> None:
+    """Multiply all gradients in place: on a GPU in one call, on a CPU by all workers."""
+    if grads[0].device.type == "cpu":
+        workers.map(lambda grad: grad.mul_(factor), grads)
+    else:
+        torch._foreach_mul_(grads, factor)
 
 
 def finite_only(result: StepResult) -> bool:
