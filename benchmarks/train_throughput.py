@@ -53,7 +53,7 @@ class Size:
         )  # fmt: skip
 
 
-SIZES = {"6x256": Size(6, 256, 4, 256, micro_batch_size=16), "12x512": Size(12, 512, 8, 512, micro_batch_size=4)}
+SIZES = {"6x256": Size(6, 256, 4, 256, micro_batch_size=16), "12x512": Size(12, 512, 8, 512, micro_batch_size=8)}
 
 
 def run_ours(size: Size, steps: int) -> float:
