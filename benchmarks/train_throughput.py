@@ -59,7 +59,7 @@ SIZES = {"6x256": Size(6, 256, 4, 256, micro_batch_size=16), "12x512": Size(12, 
 def run_ours(size: Size, steps: int) -> float:
     micro_batches = size.tokens_per_step // (size.micro_batch_size * size.context)
     shape = {"micro_batch_size": size.micro_batch_size, "seq_len": size.context, "micro_batches": micro_batches}
-    return measure_tokens_per_s(size.decoder(), dtype=fastest_dtype(), optimizer="muon", steps=steps, **shape).tokens_per_s
+    return measure_tokens_per_s(size.decoder(), dtype=fastest_dtype(), optimizer="muon", steps=max(4, steps), **shape).tokens_per_s
 
 
 def run_trainer(size: Size, steps: int, kind: str, bf16: bool = False) -> float:
