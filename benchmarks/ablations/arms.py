@@ -65,6 +65,7 @@ ARMS = {
     "quarter of the batch": Arm(sequences=0.25),
     "adamw, quarter of the batch": Arm(optimizer={"name": "adamw"}, sequences=0.25),
     "short sequences first": Arm(stages=((0.4, 0.25, 4.0), (0.6, 1.0, 1.0))),
+    "logit soft cap": Arm(model={"logit_softcap": 15.0}),
     "small batches first": Arm(stages=((0.3, 1.0, 0.5), (0.7, 1.0, 1.0))),
 }
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from plinth.config import UserError
 
 MULTIPLIERS = ("output_multiplier", "attention_multiplier")
+EXTRAS = ("logit_softcap",)  # options that no other program's format holds
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class DecoderConfig:
     """factor on the last hidden states, before the head; folded into the weights at export"""
     attention_multiplier: float = 1.0
     """factor on attention's 1/sqrt(head_dim); folded into the scale of the queries' norm at export"""
+    logit_softcap: float | None = None
+    """bound of the logits, as cap * tanh(logits / cap) (default: none; only Plinth reads a model that has one)"""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -59,15 +62,27 @@ class DecoderConfig:
             raise UserError(
                 f"output_multiplier={self.output_multiplier} and attention_multiplier={self.attention_multiplier} must be positive."
             )
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise UserError(f"logit_softcap={self.logit_softcap} must be positive. Leave it out for logits without a bound.")
         if self.norm_eps <= 0 or self.rope_theta <= 0:
             raise UserError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive.")
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the contents of config.json as transformers, vLLM and llama.cpp read it, for weights without multipliers."""
+        """Return the contents of config.json as transformers, vLLM and llama.cpp read it, for weights without multipliers.
+
+        A decoder with extras, which they would compute wrongly, is none of theirs: its model_type is "plinth", and they refuse it.
+        """
+        if self.extras:
+            return self._shape_fields() | {
+                "architectures": ["PlinthForCausalLM"],
+                "model_type": "plinth",
+                **{f"plinth_{name}": value for name, value in self.extras.items()},
+            }
+        return self._shape_fields() | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+    def _shape_fields(self) -> dict[str, Any]:
         folded = {"plinth_norm_eps": self.norm_eps} | {f"plinth_{name}": getattr(self, name) for name in MULTIPLIERS}
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_layers,
@@ -90,6 +105,12 @@ class DecoderConfig:
         }
 
     @property
+    def extras(self) -> dict[str, Any]:
+        """Return the options, by name, that exported formats cannot hold and that are on."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: getattr(self, name) for name in EXTRAS if getattr(self, name) != defaults[name]}
+
+    @property
     def has_multipliers(self) -> bool:
         return any(getattr(self, name) != 1.0 for name in MULTIPLIERS)
 
@@ -100,9 +121,13 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> DecoderConfig:
-        """Read config.json. Raises UserError when it describes an architecture other than Qwen3's."""
-        if values.get("model_type") != "qwen3":
-            raise UserError(f"model_type={values.get('model_type')!r} is not supported. Supported: qwen3 (the default decoder).")
+        """Read config.json. Raises UserError when it describes an architecture other than Qwen3's, with our extras or without."""
+        kind = values.get("model_type")
+        if kind not in ("qwen3", "plinth"):
+            raise UserError(f"model_type={kind!r} is not supported. Supported: qwen3 (the default decoder), plinth (it with extras).")
+        extras = {name: values[f"plinth_{name}"] for name in EXTRAS if f"plinth_{name}" in values}
+        if bool(extras) != (kind == "plinth"):
+            raise UserError(f"model_type={kind!r} does not go with the extras {sorted(extras)}. Copy the model's own config.json again.")
         try:
             rope = values.get("rope_parameters") or {}
             heads = values["num_attention_heads"]
@@ -120,6 +145,7 @@ class DecoderConfig:
                 tie_embeddings=values.get("tie_word_embeddings", False),
                 learnable_norm=values.get("plinth_learnable_norm", True),
                 **{name: values.get(f"plinth_{name}", 1.0) for name in MULTIPLIERS},
+                **extras,
             )
         except KeyError as error:
             raise UserError(f"config.json lacks {error}; a Qwen3 configuration needs it.") from None

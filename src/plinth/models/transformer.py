@@ -15,6 +15,7 @@ from plinth.ops import kernels
 from plinth.ops.linear import linear_rows
 from plinth.ops.rope import rope_table
 from plinth.ops.segments import positions_in_segments, segment_mask
+from plinth.ops.softcap import softcap
 
 
 class Block(nn.Module):
@@ -120,8 +121,12 @@ class Transformer(nn.Module):
         return parts
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return next-token scores, shape (..., V)."""
-        return nn.functional.linear(hidden, self.output_weight)
+        """Return next-token scores, shape (..., V); fp32 where they are capped."""
+        return self._capped(nn.functional.linear(hidden, self.output_weight))
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = self.config.logit_softcap
+        return logits if cap is None else softcap(logits, cap)
 
     @torch.no_grad()
     def forward_rows(self, tokens_N, positions_N, slots_N, cache: KVCache, spans: Sequence[Span] | None = None) -> torch.Tensor:
@@ -144,4 +149,4 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def logits_rows(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Return next-token scores of N rows, a multiple of ROW_TILE, each independent of its company bit for bit."""
-        return linear_rows(hidden_ND, self.output_weight)
+        return self._capped(linear_rows(hidden_ND, self.output_weight))

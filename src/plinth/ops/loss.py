@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from plinth.ops import kernels
 from plinth.ops.chunked_loss import chunked_cross_entropy
 from plinth.ops.linear import WeightGradient, collected, takes_rows
+from plinth.ops.softcap import softcap, softcapped_cross_entropy
 from plinth.ops.vocab_parallel import spread_cross_entropy
 
 CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread: 4 MB in bf16
@@ -86,14 +87,19 @@ class _KernelCrossEntropy(torch.autograd.Function):
         return grad_hidden, None, None, None
 
 
-def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, cap: float | None = None
+) -> torch.Tensor:
     """Return the summed cross-entropy in nats of `targets_N` under softmax(hidden · weightᵀ), a fp32 scalar.
 
-    Targets below zero do not count.
+    Targets below zero do not count. With a cap the logits are bounded by `ops.softcap` first.
 
     Without our kernels, in bf16, a token's loss carries the rounding of its probability, one part in 512, without bias, and a loss
     above 87 nats is cut there.  The slow twin is `F.cross_entropy(hidden @ weight.T, targets, ignore_index=-1, reduction="sum")`.
     """
+    if cap is not None:
+        assert not hasattr(weight_VD, "device_mesh"), "a decoder with a soft cap is not spread over processes"
+        return softcapped_cross_entropy(hidden_ND, weight_VD, targets_N, cap)
     if hasattr(weight_VD, "device_mesh"):  # a DTensor: the head's rows are spread over processes
         return spread_cross_entropy(hidden_ND, weight_VD, targets_N)
     if hidden_ND.device.type != "cpu":
@@ -104,10 +110,11 @@ def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targe
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
 
 
-def token_log_probs(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+def token_log_probs(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, cap: float | None = None) -> torch.Tensor:
     """Return log-probabilities in nats of `targets_N`, fp32, shape (N,); differentiable, for preference losses.
 
-    A target below zero gets 0.
+    A target below zero gets 0. With a cap the logits are bounded by `ops.softcap` first.
     """
     logits = F.linear(hidden_ND, weight_VD).float()
+    logits = logits if cap is None else softcap(logits, cap)
     return -F.cross_entropy(logits, targets_N, ignore_index=-1, reduction="none")

@@ -91,7 +91,7 @@ def sequence_log_probs(model: Transformer, inputs_BT: torch.Tensor, targets_BT: 
     targets_N = targets_BT.flatten()
     counted_N = targets_N >= 0
     rows = select_rows(counted_N, int(counted_N.sum()))
-    log_probs = token_log_probs(hidden_ND[rows], model.output_weight, targets_N[rows])
+    log_probs = token_log_probs(hidden_ND[rows], model.output_weight, targets_N[rows], model.config.logit_softcap)
     return torch.zeros(inputs_BT.shape[0], device=inputs_BT.device).index_add(0, rows // inputs_BT.shape[1], log_probs)
 
 

@@ -29,13 +29,14 @@ def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]):
     it runs on all: how many are counted is known there alone, and asking would make it idle.
     """
     inputs_BT, targets_BT, *segments_BT = batch
+    cap = model.config.logit_softcap
     hidden_ND = model(inputs_BT, *segments_BT).flatten(0, 1)
     targets_N = targets_BT.flatten()
     counted_N = targets_N >= 0
     if targets_N.device.type != "cpu":
-        return linear_cross_entropy(hidden_ND, model.output_weight, targets_N), counted_N.sum(dtype=torch.float64), {}
+        return linear_cross_entropy(hidden_ND, model.output_weight, targets_N, cap), counted_N.sum(dtype=torch.float64), {}
     count = int(counted_N.sum())
     if padded_rows(count) < targets_N.numel():
         rows = select_rows(counted_N, count)
         hidden_ND, targets_N = hidden_ND[rows], targets_N[rows]
-    return linear_cross_entropy(hidden_ND, model.output_weight, targets_N), count, {}
+    return linear_cross_entropy(hidden_ND, model.output_weight, targets_N, cap), count, {}

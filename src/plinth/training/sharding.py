@@ -114,7 +114,12 @@ def _sum_gradients(module: nn.Module) -> None:
 
 
 def check_divisible(model: nn.Module, tp: int) -> None:
-    """Raise UserError unless `tp` ranks get whole heads and equal numbers of features."""
+    """Raise UserError for a decoder with extras, and unless `tp` ranks get whole heads and equal numbers of features."""
+    if model.config.extras:
+        raise UserError(
+            f"{', '.join(model.config.extras)}: training on several processes does not know these options of the model. "
+            "Leave them out, or train on one process."
+        )
     for name in ("num_heads", "num_kv_heads", "intermediate_size"):
         value = getattr(model.config, name)
         if value % tp:

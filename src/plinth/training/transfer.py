@@ -70,6 +70,11 @@ class Parametrization:
         """
         if self.name == "standard":
             return config
+        if config.extras:
+            raise UserError(
+                f"parametrization={self.name} has no rule for {', '.join(config.extras)}. "
+                "Leave these options of the model out, or use parametrization=standard."
+            )
         if config.has_multipliers:
             raise UserError(
                 f"output_multiplier={config.output_multiplier} and attention_multiplier={config.attention_multiplier} are set by "
