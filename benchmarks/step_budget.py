@@ -3,8 +3,8 @@
     python benchmarks/step_budget.py
 
 One thread runs micro-batches under PyTorch's profiler; the time of each operation counts for one part. A part's floor is the larger of
-its operations over the measured rate of a large bf16 matrix product and its bytes, each tensor read or written once, over the measured
-bandwidth of a large copy, both of one core. The optimizer's part is timed on two threads, as it runs, and stated for one core.
+its operations over one core's measured rate of a large bf16 matrix product and its bytes, each tensor read or written once, over the
+measured bandwidth of a large copy by all cores. The optimizer's part is timed on all cores, as it runs.
 """
 
 from __future__ import annotations
