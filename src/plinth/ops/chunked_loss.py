@@ -12,6 +12,9 @@ import torch.nn.functional as F
 CHUNK_ELEMENTS = 1 << 29  # logits in flight: 1 GB in bf16
 SMALLEST_CHUNK = 128  # rows
 
+Inner = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(logits, targets) -> each row's loss, and the gradient of their sum in the logits' dtype."""
+
 
 def losses_and_gradient(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's cross-entropy in nats, fp32, and the gradient of their sum in the logits' dtype.
@@ -28,7 +31,7 @@ def losses_and_gradient(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tup
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _compiled() -> Inner:
     """Return `losses_and_gradient` compiled where the compiler for GPUs (Triton) is installed; it is with PyTorch on Linux."""
     return torch.compile(losses_and_gradient, fullgraph=True) if importlib.util.find_spec("triton") else losses_and_gradient
 
@@ -45,8 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradients beside the loss, so that each chunk of logits lives once."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, elements):
-        inner = _compiled() if hidden_ND.device.type == "cuda" else losses_and_gradient
+    def forward(ctx, hidden_ND, weight_VD, targets_N, elements, inner):
         wanted = hidden_ND.requires_grad or weight_VD.requires_grad
         grad_hidden = torch.empty_like(hidden_ND) if wanted else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None
@@ -66,9 +68,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors  # no look at `grad`'s value: it would wait for the GPU
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
 
 
-def chunked_cross_entropy(hidden_ND, weight_VD, targets_N, elements: int = CHUNK_ELEMENTS) -> torch.Tensor:
-    """Return what `ops.loss.linear_cross_entropy` returns, on any device, without waiting for it."""
-    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, elements)
+def chunked_cross_entropy(hidden_ND, weight_VD, targets_N, elements: int = CHUNK_ELEMENTS, inner: Inner | None = None) -> torch.Tensor:
+    """Return what `ops.loss.linear_cross_entropy` returns, on any device, without waiting for it.
+
+    `inner` gives losses and gradient of a chunk of logits in `losses_and_gradient`'s place.
+    """
+    inner = inner or (_compiled() if hidden_ND.device.type == "cuda" else losses_and_gradient)
+    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, elements, inner)

@@ -29,27 +29,32 @@ class WeightGradient:
 
     def __init__(self, shape: torch.Size):
         self._shape, self._transposed = shape, shape[0] > shape[1]
-        self._sums = torch.empty(sorted(shape), dtype=torch.float32)
-        self.is_empty = True
+        self._sums: torch.Tensor | None = None
 
     def add(self, grad_NF: torch.Tensor, x_ND: torch.Tensor) -> None:
         """Add gradᵀ · x; the operand with fewer columns is the one that the kernel transposes."""
         left, right = (x_ND, grad_NF) if self._transposed else (grad_NF, x_ND)
-        kernels.call("add_products", left, right, *left.shape, right.shape[1], self._sums, int(self.is_empty))
-        self.is_empty = False
+        fresh = self._sums is None
+        if fresh:
+            self._sums = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32)
+        kernels.call("add_products", left, right, *left.shape, right.shape[1], self._sums, int(fresh))
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether nothing has been added."""
+        return self._sums is None
 
     def scaled(self, factor: torch.Tensor) -> WeightGradient:
         """Return the sums times a scalar; a factor of 1 costs nothing."""
         if factor == 1.0:
             return self
         other = WeightGradient(self._shape)
-        other._sums, other.is_empty = self._sums * factor, self.is_empty
+        other._sums = self._sums * factor
         return other
 
     def absorb(self, other: WeightGradient) -> None:
         """Add the sums of `other`, which may not be used any more."""
-        self._sums = other._sums if self.is_empty else self._sums.add_(other._sums)
-        self.is_empty = self.is_empty and other.is_empty
+        self._sums = other._sums if self._sums is None else self._sums.add_(other._sums)
 
     def rounded(self) -> torch.Tensor:
         """Return the sums in bf16, shape (F, D)."""
@@ -79,7 +84,9 @@ class GradientSums:
 
     def of(self, weight_FD: torch.Tensor) -> WeightGradient:
         """Return the sums that belong to a weight."""
-        return self._by_weight.setdefault(id(weight_FD), WeightGradient(weight_FD.shape))
+        if id(weight_FD) not in self._by_weight:
+            self._by_weight[id(weight_FD)] = WeightGradient(weight_FD.shape)
+        return self._by_weight[id(weight_FD)]
 
     def filled(self, weight: torch.Tensor) -> list[WeightGradient]:
         """Return the sums of a weight in a list, which is empty if nothing was added."""

@@ -80,9 +80,12 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self, workers: Any = None) -> None:
         """Copy the fp32 weights into the model; `workers` share the copying."""
-        sources, shares = [self.tensors[name] for name in self.names], 1 if workers is None else workers.num_threads
-        copies = [(self.parameters[i::shares], sources[i::shares]) for i in range(min(shares, len(sources)))]
-        list((map if workers is None else workers.map)(lambda copy: copy_all(*copy), copies))
+        sources = [self.tensors[name] for name in self.names]
+        if workers is None:
+            copy_all(self.parameters, sources)
+            return
+        shares = min(workers.num_threads, len(sources))
+        workers.map(lambda i: copy_all(self.parameters[i::shares], sources[i::shares]), range(shares))
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over saved weights by name."""
