@@ -1,15 +1,12 @@
 """A real server on a free loopback port, with a tokenizer trained here and a small model with random weights."""
 
-import contextlib
-import socket
-import threading
 import time
 
 import httpx
 import pytest
 import torch
-import uvicorn
 
+from local_server import serve
 from plinth.inference.engine import Engine
 from plinth.inference.text import TextEngine
 from plinth.models.config import DecoderConfig
@@ -51,25 +48,6 @@ def make_text_engine():
         return TextEngine(Engine(model, max_batch=max_batch, eos_ids=eos_ids), tokenizer)
 
     return make
-
-
-@contextlib.contextmanager
-def serve(app):
-    """Run the application in a thread, on a port that the system picks; yield its address."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(64)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        httpx.get(f"{url}/healthz", timeout=60).raise_for_status()
-        yield url
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
 
 
 @pytest.fixture(scope="session")

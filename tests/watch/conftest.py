@@ -1,14 +1,10 @@
 """Run directories written by hand, line by line, as a run would write them."""
 
-import contextlib
 import json
-import socket
-import threading
 
-import httpx
 import pytest
-import uvicorn
 
+from local_server import serve
 from plinth.watch.app import create_app
 from scaling.conftest import corpus, probe  # noqa: F401  (fixtures)
 
@@ -39,26 +35,7 @@ def written(tmp_path):
     return lambda name="run", **options: Written(tmp_path / name, **options)
 
 
-@contextlib.contextmanager
-def serve(path):
-    """Serve the page of a path on a free port of this machine; yield its address."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(16)
-    app = create_app(path, frozenset({"127.0.0.1", "localhost"}))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        httpx.get(f"{url}/healthz", timeout=60).raise_for_status()
-        yield url
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
-
-
 @pytest.fixture(scope="session")
 def start():
-    return serve
+    """Serve the page of a path: `with start(path) as url`."""
+    return lambda path: serve(create_app(path, frozenset({"127.0.0.1", "localhost"})))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from plinth.config import UserError, save_json, write_atomic
 from plinth.evaluation.panels import Line, Panel, panels_svg
 from plinth.models.transformer import Transformer
-from plinth.recipes.transfer import Family, Learner, Size, open_text, ordered, say_time, seconds_a_step, threads
+from plinth.recipes.transfer import Along, Family, Learner, Size, compared, open_text, say_time, seconds_a_step, threads, varied
 from plinth.run import Progress
 from plinth.training.optim import OptimizerConfig
 from plinth.training.step import Batch, Workers, open_workers
@@ -37,7 +37,7 @@ class CoordinateConfig:
 
     family: Family = field(default_factory=lambda: Family(seq_len=64, sequences_per_step=4))
     """the decoders"""
-    along: Literal["width", "depth"] = "width"
+    along: Along = "width"
     """which size varies; the other stays at its base"""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """hidden sizes checked (along width)"""
@@ -67,14 +67,11 @@ class CoordinateConfig:
 
     @property
     def names(self) -> tuple[Name, ...]:
-        defaults: dict[str, tuple[Name, ...]] = {"width": ("standard", "mup"), "depth": ("mup", "completep")}
-        return self.parametrizations or defaults[self.along]
+        return compared(self.along, self.parametrizations)
 
     @property
     def sizes(self) -> list[Size]:
-        if self.along == "width":
-            return [Size(width, self.family.base_depth) for width in ordered(self.widths, "widths")]
-        return [Size(self.family.base_width, depth) for depth in ordered(self.depths, "depths")]
+        return varied(self.family, self.along, self.widths, self.depths)
 
 
 @torch.no_grad()

@@ -13,14 +13,28 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from plinth.config import UserError, read_json, save_json, to_dict, write_atomic
 from plinth.evaluation.panels import Line, Panel, panels_svg
 from plinth.recipes.coordinate_check import MUON_FACTOR
-from plinth.recipes.transfer import Family, Learner, Size, Text, locked, open_text, ordered, say_time, seconds_a_step, threads
+from plinth.recipes.transfer import (
+    Along,
+    Family,
+    Learner,
+    Size,
+    Text,
+    compared,
+    locked,
+    open_text,
+    ordered,
+    say_time,
+    seconds_a_step,
+    threads,
+    varied,
+)
 from plinth.run import Progress, installed_versions
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig
@@ -35,7 +49,7 @@ class OverlayConfig:
 
     family: Family = field(default_factory=Family)
     """the decoders"""
-    along: Literal["width", "depth"] = "width"
+    along: Along = "width"
     """which size varies; the other stays at its base"""
     widths: tuple[int, ...] = (64, 128, 256)
     """hidden sizes (along width)"""
@@ -59,14 +73,11 @@ class OverlayConfig:
 
     @property
     def names(self) -> tuple[Name, ...]:
-        defaults: dict[str, tuple[Name, ...]] = {"width": ("standard", "mup"), "depth": ("mup", "completep")}
-        return self.parametrizations or defaults[self.along]
+        return compared(self.along, self.parametrizations)
 
     @property
     def sizes(self) -> list[Size]:
-        if self.along == "width":
-            return [Size(width, self.family.base_depth) for width in ordered(self.widths, "widths")]
-        return [Size(self.family.base_width, depth) for depth in ordered(self.depths, "depths")]
+        return varied(self.family, self.along, self.widths, self.depths)
 
     @property
     def points(self) -> list[Point]:

@@ -29,6 +29,7 @@ from plinth.training.precision import DTYPES, MasterWeights
 from plinth.training.step import Workers, train_step
 from plinth.training.transfer import Name, Parametrization, init_model, scales
 
+Along = Literal["width", "depth"]
 DEFAULT_VOCAB_SIZE = 1024  # of the tokenizer trained on the embedded text: the head of a narrow model should not be all of it
 
 
@@ -178,3 +179,16 @@ def ordered(values: Sequence[int], what: str) -> Iterator[int]:
     if len(set(values)) < 2:
         raise UserError(f"{what}={list(values)} holds fewer than two different sizes; a slope needs two. Name more.")
     yield from sorted(set(values))
+
+
+def compared(along: Along, named: tuple[Name, ...] | None) -> tuple[Name, ...]:
+    """Return the parametrisations that are named, else those that differ along a size."""
+    defaults: dict[Along, tuple[Name, ...]] = {"width": ("standard", "mup"), "depth": ("mup", "completep")}
+    return named or defaults[along]
+
+
+def varied(family: Family, along: Along, widths: Sequence[int], depths: Sequence[int]) -> list[Size]:
+    """Return the sizes along one of the two, in rising order; the other stays at its base."""
+    if along == "width":
+        return [Size(width, family.base_depth) for width in ordered(widths, "widths")]
+    return [Size(family.base_width, depth) for depth in ordered(depths, "depths")]
