@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ablations.arms import ARMS, BASELINE, SIZES, SWEEPS, Arm  # noqa: E402
 from plinth.data.loader import TokenLoader  # noqa: E402
+from plinth.data.shards import open_split  # noqa: E402
 from plinth.models.config import DecoderConfig  # noqa: E402
 from plinth.models.cost import count_params  # noqa: E402
 from plinth.models.transformer import Transformer  # noqa: E402
@@ -117,8 +118,7 @@ def steps_within(size: str, arm: Arm, ratios: list[float]) -> int:
 @torch.no_grad()
 def heldout_loss(model: Transformer, shards: Path, seq_len: int, batch: int = 16) -> float:
     """Return nats a token over the whole held-out split, cut in windows of `seq_len`, in fp32; the ends of documents count."""
-    split = TokenLoader(shards, seq_len, 1, 0, split="heldout").split
-    tokens = torch.from_numpy(split.tokens[: split.num_tokens].astype("int64"))
+    tokens = torch.from_numpy(open_split(shards, "heldout").tokens.astype("int64"))
     rows = (len(tokens) - 1) // seq_len
     inputs, targets = tokens[: rows * seq_len].view(rows, seq_len), tokens[1 : rows * seq_len + 1].view(rows, seq_len)
     total = sum(float(causal_lm_loss(model, (x, y))[0]) for x, y in zip(inputs.split(batch), targets.split(batch)))

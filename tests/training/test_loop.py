@@ -67,6 +67,14 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path, dtype, step, backgrou
     assert summary["tokens"] == STEPS * 4 * 12
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Give Ctrl-C its meaning, which a shell takes from what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("signals", [["SIGINT"], ["SIGTERM"], ["SIGTERM", "SIGTERM"], ["SIGUSR1", "SIGTERM"]], ids="+".join)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, signals):
     def batches(step):
@@ -84,7 +92,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, signals):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path, ctrl_c_interrupts):
     def batches(step):
         if step == 4:
             os.kill(os.getpid(), signal.SIGINT)
