@@ -1,0 +1,77 @@
+/* Products of rows and matrices in bf16, and the choice of the kernel by the matrix's format. */
+#include "matrix.h"
+
+enum { PREFETCH_BYTES = 8192 }; /* how far ahead of the products the weights are asked for */
+
+static __thread int configured_rows;
+
+void tile_rows(int rows) {
+    if (rows == configured_rows) return;
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes_a_row[16];
+        uint8_t rows[16];
+    } config __attribute__((aligned(64))) = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {rows, rows, rows, rows, rows, rows, 16, 16}};
+    _tile_loadconfig(&config);
+    configured_rows = rows;
+}
+
+void release_tiles(void) {
+    if (configured_rows) _tile_release();
+    configured_rows = 0;
+}
+
+size_t operand_bytes(const Matrix *w, int rows) { return (size_t)(rows + 15) / 16 * 16 * w->steps * 64; }
+
+void place_operand(Operand *x, const Matrix *w, int rows, void *memory) {
+    *x = (Operand){.format = w->format, .inputs = w->inputs, .steps = w->steps, .group = w->group, .tiles = memory};
+}
+
+void prepare(const Operand *x, int first, int last) {}
+
+/* Up to 16 rows: two results, the weights read once. */
+INLINE void few_rows(const Matrix *w, const bf16 *a, const bf16 *b, float *out, size_t stride) {
+    settle_memory();
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int k = 0; k < w->steps; k++, a += 512, b += 1024) {
+        for (int i = 0; i < 2048; i += 64) _mm_prefetch((const char *)b + PREFETCH_BYTES + i, _MM_HINT_T0);
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, out, stride * 4);
+    _tile_stored(1, out + 16, stride * 4);
+    settle_memory();
+}
+
+INLINE void many_rows(const Matrix *w, const bf16 *a, const bf16 *b, float *out, size_t stride) {
+    const size_t next = (size_t)w->steps * 512;
+    zero_results();
+    for (int k = 0; k < w->steps; k++, a += 512, b += 1024) multiply(a, a + next, 64, b, b + 512, 64);
+    store_results(out, stride);
+}
+
+static void product_bf16(const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride) {
+    const bf16 *a = x->tiles + (size_t)row * w->steps * 32, *b = (const bf16 *)w->values + (size_t)panel * w->steps * 1024;
+    tile_rows(rows < 16 ? rows : 16);
+    if (rows <= 16)
+        few_rows(w, a, b, out, stride);
+    else
+        many_rows(w, a, b, out, stride);
+}
+
+void product(const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride) {
+    product_bf16(w, x, panel, row, rows, out, stride);
+}
+
+void matrix_row(const Matrix *w, int output, float *values) {
+    const uint32_t *pairs = (const uint32_t *)w->values + (size_t)(output / 32) * w->steps * 512 + output % 32 / 16 * 256 + output % 16;
+    for (int k = 0; k < w->steps; k++, pairs += 512, values += 32)
+        for (int i = 0; i < 16; i++) {
+            values[2 * i] = to_float((bf16)pairs[16 * i]);
+            values[2 * i + 1] = to_float((bf16)(pairs[16 * i] >> 16));
+        }
+}
