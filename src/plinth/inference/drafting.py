@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
-
-import numpy as np
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A guess at the tokens that come next."""
-
-    tokens: list[int]
-    """token ids, may be fewer than asked for, or none"""
-    probabilities: np.ndarray | None = None
-    """float64 (len(tokens), V): the distribution each token was drawn from; None = the guess is certain (all mass on the token)"""
-
-
-NO_DRAFT = Draft([])
 
 
 class Drafter(Protocol):
-    """Guesses for one request. What it returns may depend on the tokens so far and on the request's seed, on nothing else."""
+    """Guesses for one request; `Engine.add` takes one.
 
-    def propose(self, tokens: Sequence[int], count: int) -> Draft:
-        """Return a guess of at most `count` tokens that follow `tokens` (prompt and completion so far)."""
+    The engine runs the guesses as rows beside the last token, draws a token at each place exactly as it would without
+    them (the draw of a place depends on the seed and the place alone), and keeps the guesses as long as they equal what
+    was drawn. So a guess changes how many tokens a step gives, never which.
+    """
+
+    def propose(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Return a guess of at most `count` tokens that follow `tokens` (prompt and completion so far); [] to pass."""
+
+    def observe(self, proposed: int, accepted: int) -> None:
+        """Hear how many of the proposed tokens were right."""
