@@ -28,10 +28,18 @@ class Arm:
     optimizer: dict[str, Any] = field(default_factory=dict)
     sequences: float = 1.0
     """sequences an update, as a multiple of the size's"""
+    intermediate: float = 1.0
+    """width of the feed-forward layer, as a multiple of the size's"""
     stages: tuple[tuple[float, float, float], ...] = ()
     """(share of the tokens, multiple of the sequence length, multiple of the number of sequences)"""
     decay_fraction: float = 0.4
     warmup_steps: int = 10
+
+    def model_fields(self, size: str) -> dict[str, Any]:
+        """Return the fields of DecoderConfig that differ from the size's."""
+        if self.intermediate == 1.0:
+            return self.model
+        return self.model | {"intermediate_size": int(SIZES[size].model["intermediate_size"] * self.intermediate)}
 
 
 SIZES = {
@@ -53,6 +61,7 @@ ARMS = {
     "muon": Arm(),
     "adamw": Arm(optimizer={"name": "adamw"}, sequences=0.5),
     "muon at twice the rate": Arm(optimizer={"muon_lr": 0.02}),
+    "muon at half the rate": Arm(optimizer={"muon_lr": 0.005}),
     "muon, 4 iterations": Arm(optimizer={"newton_schulz_steps": 4}),
     "muon, 3 iterations": Arm(optimizer={"newton_schulz_steps": 3}),
     "polar express": Arm(optimizer={"polynomials": "polar-express"}),
@@ -66,6 +75,9 @@ ARMS = {
     "adamw, quarter of the batch": Arm(optimizer={"name": "adamw"}, sequences=0.25),
     "short sequences first": Arm(stages=((0.4, 0.25, 4.0), (0.6, 1.0, 1.0))),
     "logit soft cap": Arm(model={"logit_softcap": 15.0}),
+    "relu²": Arm(model={"activation": "relu2"}, intermediate=1.5),  # two matrices half as wide again: as many parameters as three
+    "residual scalars": Arm(model={"residual_scalars": True}),
+    "value embeddings": Arm(model={"value_embeddings": True}),
     "small batches first": Arm(stages=((0.3, 1.0, 0.5), (0.7, 1.0, 1.0))),
 }
 

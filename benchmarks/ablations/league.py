@@ -46,7 +46,7 @@ class Run:
 
     def __init__(self, shards: Path, size: str, arm: Arm, seed: int, steps: int):
         self.size, self.arm, self.steps = SIZES[size], arm, steps
-        shape = {"vocab_size": self.size.vocab_size, "max_seq_len": self.size.seq_len} | self.size.model | arm.model
+        shape = {"vocab_size": self.size.vocab_size, "max_seq_len": self.size.seq_len} | self.size.model | arm.model_fields(size)
         self.config = DecoderConfig(**shape)
         name = arm.optimizer.get("name", "muon")
         options = {"name": name} | self.size.rates[name] | arm.optimizer
@@ -80,7 +80,7 @@ def timing_key(size: str, arm: Arm) -> str:
     """Name what decides the time of a step: all of an arm but its rates."""
     free = ("lr", "muon_lr", "weight_decay", "beta2", "momentum_warmup_steps")
     optimizer = {name: value for name, value in arm.optimizer.items() if name not in free}
-    return json.dumps([size, arm.model, optimizer, arm.sequences, arm.stages])
+    return json.dumps([size, arm.model_fields(size), optimizer, arm.sequences, arm.stages])
 
 
 def time_arm(shards: Path, size: str, arm: Arm) -> dict[str, list[float]]:

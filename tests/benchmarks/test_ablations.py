@@ -49,6 +49,8 @@ def test_every_arm_is_a_change_that_the_project_knows(size):
     for arm in (ARMS | SWEEPS[size]).values():
         assert set(arm.model) <= model and set(arm.optimizer) <= optimizer
     body = count_params(DecoderConfig(**SIZES[size].model))["matrix"]
+    without_gate = DecoderConfig(**(SIZES[size].model | ARMS["relu²"].model_fields(size)))
+    assert count_params(without_gate)["matrix"] == body  # the comparison is one of equal parameters
     assert body == pytest.approx({"1M": 1e6, "10M": 1e7}[size], rel=0.1)
 
 

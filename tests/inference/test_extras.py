@@ -6,7 +6,7 @@ import torch
 from plinth.inference.engine import Engine
 from plinth.inference.sampling import SamplingParams
 
-EXTRAS = {"logit_softcap": 4.0}
+EXTRAS = {"logit_softcap": 4.0, "activation": "relu2", "residual_scalars": True, "value_embeddings": True}
 GREEDY = SamplingParams(temperature=0, max_tokens=10, logprobs=2)
 
 

@@ -13,6 +13,9 @@ from plinth.models.cost import (
     decode_bytes_per_token,
     forward_flops_per_token,
     kv_bytes_per_token,
+    least_tokens_for_muon,
+    muon_cost_share,
+    optimizer_by_cost,
     train_flops_per_token,
     train_memory_bytes,
 )
@@ -108,6 +111,13 @@ def kept_bytes(config, dtype, length):
         hidden = model(tokens)
     assert hidden.dtype == dtype
     return sum(t.untyped_storage().nbytes() for t in kept.values()) - tokens.nbytes
+
+
+def test_the_optimizer_follows_from_what_muon_costs():
+    assert muon_cost_share(384, 16_384) == pytest.approx(0.117, abs=1e-3)
+    assert [optimizer_by_cost(384, tokens) for tokens in (16_384, 4096, 4084)] == ["muon", "muon", "adamw"]  # 0.12, 0.469, 0.4701
+    least = least_tokens_for_muon(384)
+    assert optimizer_by_cost(384, int(least) + 1) == "muon" and optimizer_by_cost(384, int(least) - 1) == "adamw"
 
 
 def test_cache_bytes_are_those_of_the_cache(config):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from plinth.scaling.laws import BESIROGLU, HOFFMANN, LAWS, MUENNIGHOFF, REPETITION, SMALL_CODE, STEP_LAW, default_law, muon_cost_share
+from plinth.scaling.laws import BESIROGLU, HOFFMANN, LAWS, MUENNIGHOFF, REPETITION, SMALL_CODE, STEP_LAW, default_law
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,6 @@ def test_step_law_worked_by_hand():
     assert STEP_LAW.lr(1e9, 1e11) == pytest.approx(1.79 * 10 ** (-6.417 + 3.377), rel=1e-9)
     assert STEP_LAW.tokens_per_step(1e11) == pytest.approx(0.58 * 10**6.281, rel=1e-9)
     assert STEP_LAW.lr(1e4, 1e9) == STEP_LAW.max_lr
-
-
-def test_muon_cost():
-    assert muon_cost_share(384, 16_384) == pytest.approx(0.117, abs=1e-3)
 
 
 def test_default_law_is_the_one_fitted_nearest():

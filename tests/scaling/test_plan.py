@@ -15,6 +15,7 @@ from plinth.scaling.laws import BESIROGLU, REPETITION, SMALL_CODE
 from plinth.scaling.plan import Plan, PlanConfig, compare, load_plan, make_plan, save_plan, smallest_useful
 from plinth.scaling.show import print_plan
 from plinth.scaling.timing import body_params, step_cost
+from plinth.training.optim import OptimizerConfig
 
 
 def test_time_budget_is_kept_and_used(corpus, probe):
@@ -124,7 +125,7 @@ def test_every_core_gets_a_part_of_a_step(corpus, probe):
 def test_muon_by_rule(corpus, probe):
     for budget in ("1m", "10m", "1h"):
         plan = make_plan(budget, corpus, probe)
-        assert (plan.optimizer == "muon") == (5 * plan.model.hidden_size / plan.tokens_per_step <= 0.15)
+        assert plan.optimizer == OptimizerConfig().resolved(plan.model.hidden_size, plan.tokens_per_step).name
 
 
 @pytest.mark.parametrize("budget", ["1s", "1e9flops", "1000tokens"])

@@ -14,10 +14,36 @@ from plinth.ops.linear import linear_rows
 from plinth.ops.rope import apply_rope
 
 
+class ValueEmbedding(nn.Module):
+    """What a token's own embedding adds to its values, behind a gate a head that the first channels of attention's input open.
+
+    Source: nanochat, after Zhou et al. 2024, arXiv:2410.17897 (value residual), and modded-nanogpt.
+    Differs: the table starts at 0, so that the decoder begins as the one without; the gate starts at 1, as theirs.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.kv_dim)
+        self.gate = nn.Linear(config.value_gate_channels, config.num_kv_heads, bias=False)
+
+    def forward(self, tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return what is added to the values of tokens (...) whose inputs to attention are x (..., D), shape (..., K, E)."""
+        return self._gated(tokens, nn.functional.linear(x[..., : self.gate.in_features], self.gate.weight))
+
+    def forward_rows(self, tokens_N: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+        """Do what `forward` does, each row independent of its company bit for bit."""
+        return self._gated(tokens_N, linear_rows(x_ND[:, : self.gate.in_features].contiguous(), self.gate.weight))
+
+    def _gated(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # 2 sigmoid(score), written with the tanh: PyTorch's sigmoid rounds by the place of a number in the tensor, its tanh does not.
+        opening = 1.0 + torch.tanh(0.5 * scores)
+        return self.table(tokens).unflatten(-1, (self.gate.out_features, -1)) * opening[..., None]
+
+
 class Attention(nn.Module):
     """Queries, keys and values come from one fused projection: H query heads, then K key heads, then K value heads."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, layer: int = 0):
         super().__init__()
         self.config = config
         heads = config.num_heads + 2 * config.num_kv_heads
@@ -25,14 +51,17 @@ class Attention(nn.Module):
         self.out = Linear(config.num_heads * config.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
+        self.value_embed = ValueEmbedding(config) if config.has_value_embedding(layer) else None
 
-    def forward(self, x_BTD: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, mask_B1TT=None) -> torch.Tensor:
-        """Attend causally within each sequence, or where the mask says; returns (B, T, D).
+    def forward(self, x_BTD: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, mask_B1TT=None, tokens_BT=None) -> torch.Tensor:
+        """Attend causally within each sequence, or where the mask says; returns (B, T, D). A value embedding needs the tokens.
 
         Under tensor parallelism the projection gives this rank's heads only: its width says how many.
         """
         config = self.config
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, config.head_dim))
+        if self.value_embed is not None:
+            qkv = self._with_embedded_values(qkv, self.value_embed(tokens_BT, x_BTD))
         kv_heads = qkv.shape[-2] * config.num_kv_heads // (config.num_heads + 2 * config.num_kv_heads)
         shape = {"num_heads": qkv.shape[-2] - 2 * kv_heads, "num_kv_heads": kv_heads, "eps": config.norm_eps}
         if config.learnable_norm or mask_B1TT is not None or x_BTD.device.type != "cpu":
@@ -40,7 +69,12 @@ class Attention(nn.Module):
             return self.out(plain_qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape, **scales, mask_B1TT=mask_B1TT))
         return self.out(qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape))
 
-    def forward_rows(self, x_ND, cos_NE, sin_NE, positions_N, slots_N, cache: KVCache, layer: int, views: list[View]):
+    def _with_embedded_values(self, qkv: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """Return the heads (..., H + 2 K, E) with `added` (..., K, E) on the values, so that every way to attend takes them as they are."""
+        queries_keys, values = qkv.split((self.config.num_heads + self.config.num_kv_heads, self.config.num_kv_heads), dim=-2)
+        return torch.cat((queries_keys, values + added), -2)
+
+    def forward_rows(self, x_ND, cos_NE, sin_NE, positions_N, slots_N, tokens_N, cache: KVCache, layer: int, views: list[View]):
         """Attend from N rows, each to positions 0..positions_N[i] of its slot; rows outside all views give zeros.
 
         A row's result does not depend on its company: projections run in fixed tiles, and every product of attention
@@ -49,6 +83,8 @@ class Attention(nn.Module):
         config = self.config
         qkv = linear_rows(x_ND, self.qkv.weight).unflatten(-1, (-1, config.head_dim))
         q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
+        if self.value_embed is not None:
+            v = v + self.value_embed.forward_rows(tokens_N, x_ND)
         cos, sin = cos_NE[:, None], sin_NE[:, None]
         q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
         cache.write(layer, slots_N, positions_N, k, v)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from plinth.config import UserError
 
 MULTIPLIERS = ("output_multiplier", "attention_multiplier")
-EXTRAS = ("logit_softcap",)  # options that no other program's format holds
+EXTRAS = ("logit_softcap", "activation", "residual_scalars", "value_embeddings")  # options that no other program's format holds
+HIDDEN_ACTS = {"swiglu": "silu", "relu2": "relu2"}  # activation → what config.json calls it
+VALUE_GATE_CHANNELS = 12
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class DecoderConfig:
     """factor on attention's 1/sqrt(head_dim); folded into the scale of the queries' norm at export"""
     logit_softcap: float | None = None
     """bound of the logits, as cap * tanh(logits / cap) (default: none; only Plinth reads a model that has one)"""
+    activation: Literal["swiglu", "relu2"] = "swiglu"
+    """feed-forward layer: swiglu, down(silu(gate(x)) * up(x)), or relu2, down(relu(up(x))^2) without a gate (only Plinth reads it)"""
+    residual_scalars: bool = False
+    """learn two factors a block, on the residual stream and on the normalised embedding added to it (only Plinth reads such a model)"""
+    value_embeddings: bool = False
+    """add an embedding of the token, behind a learnt gate, to the values of every other block (only Plinth reads such a model)"""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -64,6 +72,8 @@ class DecoderConfig:
             )
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise UserError(f"logit_softcap={self.logit_softcap} must be positive. Leave it out for logits without a bound.")
+        if self.activation not in HIDDEN_ACTS:
+            raise UserError(f"activation={self.activation!r} is unknown. Use one of {', '.join(HIDDEN_ACTS)}.")
         if self.norm_eps <= 0 or self.rope_theta <= 0:
             raise UserError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive.")
 
@@ -95,7 +105,7 @@ class DecoderConfig:
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "rms_norm_eps": self.norm_eps * self.stream_factor**2,
             "tie_word_embeddings": self.tie_embeddings,
-            "hidden_act": "silu",
+            "hidden_act": HIDDEN_ACTS[self.activation],
             "attention_bias": False,
             "attention_dropout": 0.0,
             "use_sliding_window": False,
@@ -109,6 +119,29 @@ class DecoderConfig:
         """Return the options, by name, that exported formats cannot hold and that are on."""
         defaults = {field.name: field.default for field in fields(self)}
         return {name: getattr(self, name) for name in EXTRAS if getattr(self, name) != defaults[name]}
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of one position's keys, or values, of one block."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def num_mlp_matrices(self) -> int:
+        """How many matrices of hidden_size x intermediate_size a block has: gate, up and down, or up and down."""
+        return 3 if self.activation == "swiglu" else 2
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Return whether a block, counted from 0, has a value embedding: the last, and every other before it (as in nanochat)."""
+        return self.value_embeddings and (self.num_layers - 1 - layer) % 2 == 0
+
+    @property
+    def num_value_embeddings(self) -> int:
+        return (self.num_layers + 1) // 2 if self.value_embeddings else 0
+
+    @property
+    def value_gate_channels(self) -> int:
+        """How many channels of its input attention reads to open the gate of the value embedding."""
+        return min(VALUE_GATE_CHANNELS, self.hidden_size)
 
     @property
     def has_multipliers(self) -> bool:

@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from plinth.models.config import DecoderConfig
 from plinth.ops.loss import CHUNK_ELEMENTS
 
+MAX_MUON_SHARE = 0.47  # the highest share at which docs/ablations.md has compared Muon with AdamW, in equal time; Muon won there
+
 
 def _layer_matrix_params(config: DecoderConfig) -> int:
-    """Parameters of one block's matrices: fused qkv, attention output, gate and up, down."""
+    """Parameters of one block's matrices: fused qkv, attention output, gate (which squared ReLU lacks) and up, down."""
     heads = config.num_heads + 2 * config.num_kv_heads
     attention = config.hidden_size * config.head_dim * (heads + config.num_heads)
-    return attention + 3 * config.hidden_size * config.intermediate_size
+    return attention + config.num_mlp_matrices * config.hidden_size * config.intermediate_size
+
+
+def _value_gate_params(config: DecoderConfig) -> int:
+    """Parameters of the gates of all value embeddings."""
+    return config.num_value_embeddings * config.value_gate_channels * config.num_kv_heads
 
 
 def count_params(config: DecoderConfig) -> dict[str, int]:
     """Return {total, embedding, non_embedding, matrix}.
 
-    `embedding` is the token matrix, and the head's where that is one of its own. `matrix` is the blocks' matrices (what Muon trains).
+    `embedding` is the token matrix, the head's where that is one of its own, and the tables of value embeddings. `matrix` is the
+    blocks' matrices (what Muon trains).
     """
     matrix = config.num_layers * _layer_matrix_params(config)
     norms = (config.num_layers * 2 * (config.hidden_size + config.head_dim) + config.hidden_size) * config.learnable_norm
-    embedding = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    return {"total": matrix + norms + embedding, "embedding": embedding, "non_embedding": matrix + norms, "matrix": matrix}
+    scalars = 2 * config.num_layers * config.residual_scalars
+    body = matrix + norms + scalars + _value_gate_params(config)
+    tables = config.num_value_embeddings * config.kv_dim
+    embedding = config.vocab_size * (config.hidden_size * (1 if config.tie_embeddings else 2) + tables)
+    return {"total": body + embedding, "embedding": embedding, "non_embedding": body, "matrix": matrix}
 
 
 def forward_flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool = True) -> int:
     """Return the operations of a forward pass a token, averaged over a sequence of `seq_len` tokens, the head included.
 
-    A multiply-add counts as 2. Matrices: 2 (block matrices + V D). Attention: scores and weighted values are 4 H E a layer and attended
-    position; a token attends to (seq_len + 1) / 2 positions on average, or to all with causal=False (the convention of PaLM, and what
-    profilers count). Norms, rotary embedding, softmax and the lookup are left out: they are no matrix products.
+    A multiply-add counts as 2. Matrices: 2 (block matrices + gates of value embeddings + V D). Attention: scores and weighted values are
+    4 H E a layer and attended position; a token attends to (seq_len + 1) / 2 positions on average, or to all with causal=False (the
+    convention of PaLM, and what profilers count). Norms, rotary embedding, softmax and lookups are left out: they are no matrix products.
     Source: Kaplan et al. 2020, arXiv:2001.08361, table 1; Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    matrices = 2 * (config.num_layers * _layer_matrix_params(config) + config.vocab_size * config.hidden_size)
+    head = config.vocab_size * config.hidden_size
+    matrices = 2 * (config.num_layers * _layer_matrix_params(config) + _value_gate_params(config) + head)
     doubled_positions = seq_len + 1 if causal else 2 * seq_len
     return matrices + 2 * doubled_positions * config.num_layers * config.num_heads * config.head_dim
 
@@ -42,6 +55,24 @@ def forward_flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool
 def train_flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool = True) -> int:
     """Return the operations of a training step a token: forward, and twice that backward; nothing is recomputed."""
     return 3 * forward_flops_per_token(config, seq_len, causal=causal)
+
+
+def muon_cost_share(hidden_size: int, tokens_per_step: int) -> float:
+    """Return what Muon's orthogonalisation costs as a share of a step: about 5 width / tokens.
+
+    Five Newton-Schulz iterations on a square matrix take some 30 d^3 FLOPs, the step itself 6 d^2 a token.
+    """
+    return 5.0 * hidden_size / tokens_per_step
+
+
+def optimizer_by_cost(hidden_size: int, tokens_per_step: int) -> Literal["muon", "adamw"]:
+    """Return the optimizer where none is named: muon up to the share of a step at which it was seen to win, else adamw."""
+    return "muon" if muon_cost_share(hidden_size, tokens_per_step) <= MAX_MUON_SHARE else "adamw"
+
+
+def least_tokens_for_muon(hidden_size: int) -> float:
+    """Return the smallest batch, in tokens, at which `optimizer_by_cost` takes muon."""
+    return muon_cost_share(hidden_size, 1) / MAX_MUON_SHARE
 
 
 def kv_bytes_per_token(config: DecoderConfig, dtype_bytes: int = 4) -> int:
@@ -54,14 +85,14 @@ def decode_bytes_per_token(
 ) -> int:
     """Return the bytes read from memory for one generated token of each of `batch_size` sequences, rounded up.
 
-    Every weight once a step, shared by the batch (of a separate embedding matrix only one row a sequence), and the keys and values of
-    `context_tokens` positions. At small batches this, over the memory's bandwidth, is the least time of a token.
+    Every weight once a step, shared by the batch (of a separate embedding matrix and of value embeddings one row a sequence), and the
+    keys and values of `context_tokens` positions. At small batches this, over the memory's bandwidth, is the least time of a token.
     """
     counts = count_params(config)
     head = config.vocab_size * config.hidden_size
     step = (counts["non_embedding"] + head) * weight_bytes
-    rows = 0 if config.tie_embeddings else config.hidden_size * weight_bytes
-    return -(-step // batch_size) + rows + context_tokens * kv_bytes_per_token(config, cache_bytes)
+    rows = (0 if config.tie_embeddings else config.hidden_size) + config.num_value_embeddings * config.kv_dim
+    return -(-step // batch_size) + rows * weight_bytes + context_tokens * kv_bytes_per_token(config, cache_bytes)
 
 
 @dataclass(frozen=True)
@@ -117,8 +148,10 @@ def activation_bytes_per_token(config: DecoderConfig, seq_len: int, compute_byte
     """Return the bytes a token that the blocks' fused operations on a CPU keep for the backward pass.
 
     A norm keeps its output and a scale; attention the normalised and the rotated heads, the values, the repeated keys where heads are
-    grouped, its output, and a row of probabilities a head; SwiGLU gate, up, silu(gate) and their product. Exact for a decoder without
-    learnt norm scales; learnt ones take the plain operations, whose norms keep fp32 copies besides, but no probabilities.
+    grouped, its output, and a row of probabilities a head; SwiGLU gate, up, silu(gate) and their product; squared ReLU relu(up)
+    and its square; residual scalars the sum before each block and the normalised embedding; a value embedding its row, its gate and the
+    gate's tanh. Exact for a decoder without learnt norm scales; learnt ones take the plain operations, whose norms keep fp32 copies
+    besides, but no probabilities.
     With `own_kernels` (plinth.ops.kernels, bf16 only) attention keeps its input, its output and a number a head, and SwiGLU its input
     and its output.
     """
@@ -129,12 +162,20 @@ def activation_bytes_per_token(config: DecoderConfig, seq_len: int, compute_byte
     head_vectors = 2 * (heads + kv_heads) + heads + (2 * heads if grouped else kv_heads)
     attention = head_vectors * config.head_dim + (heads + kv_heads) + heads * seq_len
     norm = config.hidden_size + 1
-    layer = 2 * norm + attention + 4 * config.intermediate_size
-    return (config.num_layers * layer + norm) * compute_bytes
+    layer = 2 * norm + attention + (4 if config.activation == "swiglu" else 2) * config.intermediate_size
+    return (config.num_layers * layer + norm + _kept_by_extras(config) + config.residual_scalars) * compute_bytes
+
+
+def _kept_by_extras(config: DecoderConfig) -> int:
+    """Elements a token that residual scalars and value embeddings keep, but for the scale of the embedding's norm."""
+    mixed = (config.num_layers + 1) * config.hidden_size * config.residual_scalars
+    return mixed + config.num_value_embeddings * (config.kv_dim + 2 * config.num_kv_heads)
 
 
 def _activation_bytes_with_kernels(config: DecoderConfig) -> int:
     heads = config.num_heads + 2 * config.num_kv_heads
     norm = 2 * config.hidden_size + 4
     attention = 2 * (heads + config.num_heads) * config.head_dim + 4 * config.num_heads
-    return config.num_layers * (2 * norm + attention + 2 * 3 * config.intermediate_size) + norm
+    feed_forward = 2 * config.num_mlp_matrices * config.intermediate_size
+    extras = 2 * _kept_by_extras(config) + 4 * config.residual_scalars
+    return config.num_layers * (2 * norm + attention + feed_forward) + norm + extras

@@ -17,7 +17,7 @@ import torch
 
 from plinth import __version__
 from plinth.config import UserError, nearest, read_json, save_json
-from plinth.models.config import DecoderConfig
+from plinth.models.config import HIDDEN_ACTS, DecoderConfig
 from plinth.models.tensor_file import save_tensors
 from plinth.models.transformer import Transformer
 from plinth.run import file_sha256, publish_dir
@@ -36,12 +36,21 @@ LAYER_NAMES = {
     "mlp_norm.weight": ["post_attention_layernorm.weight"],
     "mlp.gate_up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.down.weight": ["mlp.down_proj.weight"],
+    # Of options that only Plinth reads.
+    "mlp.up.weight": ["mlp.up_proj.weight"],
+    "attention.value_embed.table.weight": ["self_attn.value_embed.weight"],
+    "attention.value_embed.gate.weight": ["self_attn.value_gate.weight"],
 }
-OTHER_NAMES = {"embed.weight": ["model.embed_tokens.weight"], "final_norm.weight": ["model.norm.weight"], "head.weight": ["lm_head.weight"]}
+OTHER_NAMES = {
+    "embed.weight": ["model.embed_tokens.weight"],
+    "final_norm.weight": ["model.norm.weight"],
+    "head.weight": ["lm_head.weight"],
+    "resid_lambda": ["model.resid_lambda"],
+    "x0_lambda": ["model.x0_lambda"],
+}
 
 # Fields of config.json that change the arithmetic in ways that the decoder does not have: field → values that are fine.
 UNSUPPORTED = {
-    "hidden_act": ("silu",),
     "attention_bias": (False,),
     "use_sliding_window": (False,),
     "rope_scaling": (),
@@ -144,7 +153,7 @@ def import_tensors(config: DecoderConfig, tensors: dict[str, torch.Tensor], wher
         state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
         if config.has_multipliers:
             state[name] = state[name] / fold_factor(config, name)
-        if len(shape) == 1 and not config.learnable_norm:
+        if name.endswith("norm.weight") and not config.learnable_norm:
             _check_ones(state.pop(name), _published_names(name)[0], where)
     if left:
         raise UserError(f"{where} holds {len(left)} tensor(s) that its config.json has no place for: {', '.join(sorted(left)[:3])}.")
@@ -166,14 +175,14 @@ def fold_factor(config: DecoderConfig, name: str) -> float | torch.Tensor:
     """Return what a weight is multiplied by so that the decoder computes the same without its multipliers.
 
     A head of its own takes the output multiplier. An embedding that is the head too shrinks as a whole, and with it the residual
-    stream: projections that write to the stream shrink alike, the norms do not see it (their eps shrinks by the square), and so that
+    stream: whatever writes to the stream shrinks alike, the norms do not see it (their eps shrinks by the square), and so that
     the norms of queries and keys, which share that eps, do not see it either, the rows that feed them shrink too.
     """
     if name.endswith("q_norm.weight"):
         return config.attention_multiplier
     if not config.tie_embeddings:
         return config.output_multiplier if name == "head.weight" else 1.0
-    if name == "embed.weight" or name.endswith(("attention.out.weight", "mlp.down.weight")):
+    if name in ("embed.weight", "x0_lambda") or name.endswith(("attention.out.weight", "mlp.down.weight")):
         return config.stream_factor
     if name.endswith("attention.qkv.weight"):
         factors = torch.ones((config.num_heads + 2 * config.num_kv_heads) * config.head_dim, 1)
@@ -211,7 +220,8 @@ def _check_ones(scale: torch.Tensor, name: str, where: str) -> None:
 
 
 def _check_supported(values: dict[str, Any], path: Path) -> None:
-    for name, fine in UNSUPPORTED.items():
+    activation = HIDDEN_ACTS.get(values.get("plinth_activation", "swiglu"), "silu")
+    for name, fine in ({"hidden_act": (activation,)} | UNSUPPORTED).items():
         if values.get(name) is not None and values[name] not in fine:
             wanted = f"Supported: {fine[0]}." if fine else "Use a model without it."
             raise UserError(f"{path / 'config.json'}: {name}={values[name]!r} is not supported. {wanted}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from plinth.models.config import DecoderConfig
 from plinth.ops.linear import linear, linear_rows
 from plinth.ops.norm import add_rms_norm, rms_norm
 from plinth.ops.swiglu import swiglu
@@ -56,3 +57,28 @@ class SwiGLU(nn.Module):
     def forward_rows(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Do what `forward` does, each row independent of its company bit for bit."""
         return linear_rows(swiglu(linear_rows(x_ND, self.gate_up.weight)), self.down.weight)
+
+
+class SquaredReLU(nn.Module):
+    """Feed-forward layer without a gate: down(relu(up(x))²).
+
+    Source: So et al. 2021, arXiv:2109.08668, section 3 (Primer).
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.up = Linear(hidden_size, intermediate_size)
+        self.down = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu().square())
+
+    def forward_rows(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Do what `forward` does, each row independent of its company bit for bit."""
+        return linear_rows(linear_rows(x_ND, self.up.weight).relu().square(), self.down.weight)
+
+
+def feed_forward(config: DecoderConfig) -> SwiGLU | SquaredReLU:
+    """Return the feed-forward layer that a decoder's activation names."""
+    kind = SwiGLU if config.activation == "swiglu" else SquaredReLU
+    return kind(config.hidden_size, config.intermediate_size)

@@ -10,31 +10,35 @@ from torch import nn
 from plinth.models.attention import Attention
 from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import KVCache, Span
-from plinth.models.mlp import RMSNorm, SwiGLU
+from plinth.models.mlp import RMSNorm, feed_forward
 from plinth.ops import kernels
 from plinth.ops.linear import linear_rows
+from plinth.ops.norm import add_rms_norm
 from plinth.ops.rope import rope_table
 from plinth.ops.segments import positions_in_segments, segment_mask
 from plinth.ops.softcap import softcap
+
+# What a parameter's name ends with; of the others, those of one dimension start at 1, and the matrices are drawn.
+START_AT_ZERO = ("attention.out.weight", "mlp.down.weight", "x0_lambda", "value_embed.table.weight", "value_embed.gate.weight")
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward layer."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, layer: int = 0):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = feed_forward(config)
 
-    def forward(self, x, delta, cos, sin, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the residual stream and what is still to be added to it; return the same two.
+    def forward(self, x, delta, cos, sin, mask=None, tokens=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the residual stream and what is still to be added to it; return the same two. A value embedding needs the tokens.
 
         Handing on the sum unfinished lets each sum fuse with the normalisation that follows it.
         """
         x, normed = self.attention_norm.add(x, delta)
-        x, normed = self.mlp_norm.add(x, self.attention(normed, cos, sin, mask))
+        x, normed = self.mlp_norm.add(x, self.attention(normed, cos, sin, mask, tokens))
         return x, self.mlp(normed)
 
 
@@ -45,15 +49,18 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.resid_lambda = nn.Parameter(torch.ones(config.num_layers)) if config.residual_scalars else None
+        self.x0_lambda = nn.Parameter(torch.zeros(config.num_layers)) if config.residual_scalars else None
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> Transformer:
         """Draw the weights: normal with deviation 1/sqrt(fan_in); matrices that write to the residual stream start at 0.
 
-        Zero output projections make every block the identity at first (as in modded-nanogpt and nanochat).
+        Zero output projections make every block the identity at first (as in modded-nanogpt and nanochat). What the options of the
+        model add starts where it changes nothing, and takes no random numbers: the other weights are those of the model without.
         """
         for name, parameter in self.named_parameters():
             self.init_parameter(name, parameter, generator)
@@ -62,10 +69,10 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def init_parameter(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
         """Draw one parameter, given whole; all of them in the model's order give what `init_weights` gives."""
-        if parameter.dim() < 2:
-            parameter.fill_(1.0)
-        elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+        if name.endswith(START_AT_ZERO):
             parameter.zero_()
+        elif parameter.dim() < 2:
+            parameter.fill_(1.0)
         else:
             deviation = self.embed_deviation if name == "embed.weight" else parameter.shape[1] ** -0.5
             parameter.normal_(0.0, deviation, generator=generator)
@@ -100,9 +107,24 @@ class Transformer(nn.Module):
             positions, mask = positions_in_segments(segments_BT), segment_mask(segments_BT)
         cos, sin = self.rotation(positions)
         x, delta = self.embed(tokens_BT), None
-        for layer in self.layers:
-            x, delta = layer(x, delta, cos, sin, mask)
+        first = self._first(x)
+        for i, layer in enumerate(self.layers):
+            x, delta = layer(*self._mixed(i, x, delta, first), cos, sin, mask, tokens_BT)
         return self._output(self.final_norm.add(x, delta)[1])
+
+    def _first(self, embedded: torch.Tensor) -> torch.Tensor | None:
+        """Return the normalised embedding that `_mixed` adds to the residual stream; None without residual scalars."""
+        return add_rms_norm(embedded, None, self.config.norm_eps)[1] if self.config.residual_scalars else None
+
+    def _mixed(self, i: int, x, delta, first) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the residual stream before block i, and what is still to be added: resid_lambda · (x + delta) + x0_lambda · first.
+
+        Source: modded-nanogpt and nanochat.  Differs: x0_lambda starts at 0, where nanochat's starts at 0.1.
+        """
+        if self.resid_lambda is None or self.x0_lambda is None:
+            return x, delta
+        total = x if delta is None else x + delta
+        return self.resid_lambda[i] * total + self.x0_lambda[i] * first, None
 
     def _output(self, normed: torch.Tensor) -> torch.Tensor:
         factor = self.config.output_multiplier
@@ -116,7 +138,10 @@ class Transformer(nn.Module):
         for i in range(config.num_layers):
             parts[f"layers.{i}.attention.qkv.weight"] = tuple(n * config.head_dim for n in heads)
             parts[f"layers.{i}.attention.out.weight"] = (config.hidden_size,)
-            parts[f"layers.{i}.mlp.gate_up.weight"] = (config.intermediate_size,) * 2
+            if config.activation == "swiglu":
+                parts[f"layers.{i}.mlp.gate_up.weight"] = (config.intermediate_size,) * 2
+            else:
+                parts[f"layers.{i}.mlp.up.weight"] = (config.intermediate_size,)
             parts[f"layers.{i}.mlp.down.weight"] = (config.hidden_size,)
         return parts
 
@@ -139,9 +164,11 @@ class Transformer(nn.Module):
         views = cache.views(slots_N, positions_N, spans)
         cos_NE, sin_NE = cache.cos_SE[positions_N], cache.sin_SE[positions_N]
         x, delta = self.embed(tokens_N), None
+        first = self._first(x)
         for i, layer in enumerate(self.layers):
+            x, delta = self._mixed(i, x, delta, first)
             x, normed = layer.attention_norm.add(x, delta)
-            delta = layer.attention.forward_rows(normed, cos_NE, sin_NE, positions_N, slots_N, cache, i, views)
+            delta = layer.attention.forward_rows(normed, cos_NE, sin_NE, positions_N, slots_N, tokens_N, cache, i, views)
             x, normed = layer.mlp_norm.add(x, delta)
             delta = layer.mlp.forward_rows(normed)
         return self._output(self.final_norm.add(x, delta)[1])

@@ -11,7 +11,7 @@ from plinth.models import cost
 from plinth.models.config import DecoderConfig
 from plinth.ops.kernels import library
 from plinth.scaling.corpus import CorpusStats
-from plinth.scaling.laws import STEP_LAW, ChinchillaLaw, data_constrained_bits_per_byte, muon_cost_share
+from plinth.scaling.laws import STEP_LAW, ChinchillaLaw, data_constrained_bits_per_byte
 from plinth.scaling.plan_config import PlanConfig
 from plinth.scaling.probe import Probe
 from plinth.scaling.timing import body_params, step_cost
@@ -221,7 +221,7 @@ def choose_tokens_per_step(tokens: float, seq_len: int, hidden_size: int, option
     """
     wanted = min(STEP_LAW.tokens_per_step(max(tokens, 1.0)), tokens / PREFERRED_STEPS)
     if options.optimizer is None:
-        for_muon = 5.0 * hidden_size / options.max_muon_share
+        for_muon = cost.least_tokens_for_muon(hidden_size)
         if wanted < for_muon <= tokens / MUON_STEPS:
             wanted = math.ceil(for_muon / seq_len / SEQUENCE_GROUP) * SEQUENCE_GROUP * seq_len
     sequences = max(MIN_SEQUENCES, round(wanted / seq_len / SEQUENCE_GROUP) * SEQUENCE_GROUP)
@@ -229,10 +229,8 @@ def choose_tokens_per_step(tokens: float, seq_len: int, hidden_size: int, option
 
 
 def choose_optimizer(config: DecoderConfig, tokens_per_step: int, options: PlanConfig) -> str:
-    """Return muon where its orthogonalisation is a small share of a step, else adamw."""
-    if options.optimizer is not None:
-        return options.optimizer
-    return "muon" if muon_cost_share(config.hidden_size, tokens_per_step) <= options.max_muon_share else "adamw"
+    """Return the named optimizer, or the one that `plinth pretrain` takes where none is named."""
+    return options.optimizer or cost.optimizer_by_cost(config.hidden_size, tokens_per_step)
 
 
 def choose_micro_batch(

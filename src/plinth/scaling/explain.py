@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from plinth.scaling.laws import REPETITION, STEP_LAW, ChinchillaLaw, muon_cost_share
+from plinth.models.cost import MAX_MUON_SHARE, muon_cost_share
+from plinth.scaling.laws import REPETITION, STEP_LAW, ChinchillaLaw
 from plinth.scaling.plan_record import Plan
 
 MANY_EPOCHS = 16.0
@@ -24,7 +25,7 @@ def plan_sources(plan: Plan, law: ChinchillaLaw) -> dict[str, str]:
     energy = f"estimate: {plan.probe.cores} cores x {options.watts_per_core:g} W, no counter read"
     price = f"{options.price_per_hour:g} an hour" if options.price_per_hour else "no price given (price_per_hour=0)"
     muon = muon_cost_share(plan.model.hidden_size, plan.tokens_per_step)
-    rule = "<=" if muon <= options.max_muon_share else ">"
+    rule = "<=" if muon <= MAX_MUON_SHARE else ">"
     sources = {
         "bpb": loss,
         "loss_nats": f"bpb x {plan.corpus.bytes_per_token(plan.vocab_size):.3f} bytes a token, measured on this text",
@@ -38,7 +39,7 @@ def plan_sources(plan: Plan, law: ChinchillaLaw) -> dict[str, str]:
         "lr": f"{STEP_LAW.name} ({STEP_LAW.source}), at most {STEP_LAW.max_lr:g}",
         "muon_lr": "the option's value, not tuned for this run",
         "muon_gain": f"a token under Muon counts {options.muon_gain:g} times (ratio of record times of modded-nanogpt, 31.4 to 24.9 min)",
-        "optimizer": f"rule: Muon costs 5 x width / tokens_per_step = {muon:.2f} {rule} {options.max_muon_share:g} of a step",
+        "optimizer": f"rule: Muon costs 5 x width / tokens_per_step = {muon:.2f} {rule} {MAX_MUON_SHARE:g} of a step",
         "adam_beta2": "longer memory at small batches (Porian et al. 2024, arXiv:2406.19146)",
         "warmup_steps": f"{options.warmup_share:.0%} of the steps, at least 10",
         "decay_steps": f"{options.decay_share:.0%} of the steps (warm-up, stable, decay: Hägele et al. 2024, arXiv:2405.18392)",

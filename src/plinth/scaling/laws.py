@@ -237,11 +237,3 @@ class StepLaw:
 
 
 STEP_LAW = StepLaw()
-
-
-def muon_cost_share(hidden_size: int, tokens_per_step: int) -> float:
-    """Return what Muon's orthogonalisation costs as a share of a step: about 5 width / tokens.
-
-    Five Newton-Schulz iterations on a square matrix take some 30 d^3 FLOPs, the step itself 6 d^2 a token.
-    """
-    return 5.0 * hidden_size / tokens_per_step

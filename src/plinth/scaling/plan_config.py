@@ -44,8 +44,6 @@ class PlanConfig:
     """share of the budget for preference tuning"""
     overhead_share: float = 0.05
     """share of a time budget kept for checkpoints, validation and a machine busier than at the probe"""
-    max_muon_share: float = 0.15
-    """Muon is used where 5 hidden_size / tokens_per_step is at most this"""
     muon_gain: float = 1.26
     """tokens under AdamW that a token under Muon is worth; the default is a ratio of published record times"""
     warmup_share: float = 0.05

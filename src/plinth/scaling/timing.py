@@ -93,7 +93,7 @@ def muon_flops(config: DecoderConfig) -> float:
     """
     width, query = config.hidden_size, config.num_heads * config.head_dim
     key_value = config.num_kv_heads * config.head_dim
-    matrices = [(query, width), (width, query)] + 2 * [(key_value, width)] + 3 * [(config.intermediate_size, width)]
+    matrices = [(query, width), (width, query)] + 2 * [(key_value, width)] + config.num_mlp_matrices * [(config.intermediate_size, width)]
     small_large = [(min(shape), max(shape)) for shape in matrices]
     return float(config.num_layers * MUON_STEPS * sum(4 * m * m * n + 2 * m**3 for m, n in small_large))
 
