@@ -40,6 +40,7 @@ SIGNATURES = {
     "nesterov": (P, P, P, L, F),
     "move_weights": (P, P, L, F, F),
     "round_sums": (P, P, I, I, I),
+    "add_mask": (P, P, L, I, I),
 }
 
 
