@@ -17,7 +17,7 @@ from plinth.training.precision import MasterWeights
 FIRST_MOMENTUM = 0.85
 # Factors on AdamW's rate by name, 1 for the rest. nanochat moves x0_lambda a hundred times as fast as resid_lambda, but on a stream whose
 # embedding has deviation 1; ours, where tied, has 0.02, so the same step weighs more. Short runs at the league's small size liked 3 better
-# than 1 and hardly less than 10, on the one seed looked at; no sweep has been made.
+# than 1 and hardly less than 10, on both seeds looked at; no sweep has been made.
 OWN_RATES = {"x0_lambda": 3.0}
 # Elements of the matrices orthogonalised in one call, of which a few copies live at a time: in a core's cache, in a device's memory.
 CACHED_ELEMENTS, STACK_ELEMENTS = 1 << 19, 1 << 27
