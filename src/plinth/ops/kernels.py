@@ -41,7 +41,11 @@ SIGNATURES = {
     "move_weights": (P, P, L, F, F),
     "round_sums": (P, P, I, I, I),
     "add_mask": (P, P, L, I, I),
+    "decoder_bytes": (P, P),
+    "decoder_forward": (P, P),
+    "end_threads": (),
 }
+RESULTS = {"decoder_bytes": ctypes.c_size_t, "decoder_forward": I}
 
 
 def usable(*tensors: torch.Tensor | None) -> bool:
@@ -136,5 +140,5 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.request_tiles.restype = ctypes.c_long
     for name, arguments in SIGNATURES.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, RESULTS.get(name)
     return loaded

@@ -12,6 +12,7 @@ void tile_rows(int rows) {
         uint16_t bytes_a_row[16];
         uint8_t rows[16];
     } config __attribute__((aligned(64))) = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {rows, rows, rows, rows, rows, rows, 16, 16}};
+    __asm__ volatile("" ::"r"(&config) : "memory"); /* the instruction reads all of it, which the compiler does not know */
     _tile_loadconfig(&config);
     configured_rows = rows;
 }

@@ -1,0 +1,209 @@
+/* One call of the model: all rows of a batch through all layers, by all threads of a job, phase by phase. */
+#include "decoder.h"
+
+enum { CACHED_BYTES = 1 << 20 }; /* of a matrix's first operand: what stays in the second-level cache while panels pass */
+
+/* Takes results of a product: 32 columns from 32 panel, of rows row .. row + rows - 1. */
+typedef void (*Finish)(const Work *w, const float *block, int panel, int row, int rows);
+
+/* All panels times all rows, `together` panels at once, shared out among the threads. */
+static void multiply_all(const Work *w, const Matrix *m, const Operand *x, int rows, int together, Finish finish) {
+    float block[2 * 32 * 32] __attribute__((aligned(64)));
+    const int deep = round_up(CACHED_BYTES / (m->steps * 64), 32), units = m->panels / together;
+    const int few = rows <= 32 ? 1 + units / (8 * w->call->threads) : 1; /* units of a share: neighbours, read one behind the other */
+    const int shares = (units + few - 1) / few * ((rows + deep - 1) / deep);
+    for (int share; (share = next_share()) < shares;) {
+        const int first = share % ((units + few - 1) / few) * few, top = share / ((units + few - 1) / few) * deep;
+        for (int unit = first; unit < first + few && unit < units; unit++)
+            for (int row = top; row < top + deep && row < rows; row += 32) {
+                const int count = rows - row < 32 ? rows - row : 32;
+                for (int i = 0; i < together; i++) product(m, x, unit * together + i, row, count, block + 1024 * i, 32);
+                finish(w, block, unit * together, row, count);
+            }
+    }
+}
+
+static void add_to_stream(const Work *w, const float *block, int panel, int row, int rows) {
+    float *x = w->stream + (size_t)row * w->width + panel * 32;
+    for (int r = 0; r < rows; r++, x += w->width)
+        for (int i = 0; i < 32; i += 16) _mm512_store_ps(x + i, _mm512_add_ps(_mm512_load_ps(x + i), _mm512_load_ps(block + 32 * r + i)));
+}
+
+static void keep_qkv(const Work *w, const float *block, int panel, int row, int rows) {
+    const size_t columns = (size_t)w->model->layers[0].qkv.panels * 32;
+    float *out = w->qkv + row * columns + panel * 32;
+    for (int r = 0; r < rows; r++, out += columns)
+        for (int i = 0; i < 32; i += 16) _mm512_store_ps(out + i, _mm512_load_ps(block + 32 * r + i));
+}
+
+INLINE __m512 gated(const float *line) {
+    const __m512 gate = _mm512_load_ps(line), up = _mm512_load_ps(line + 16);
+    const __m512 e = exp2_16(_mm512_mul_ps(_mm512_max_ps(gate, _mm512_set1_ps(-80.0f)), _mm512_set1_ps(-LOG2E)));
+    return _mm512_mul_ps(_mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1.0f), e)), up);
+}
+
+/* Two panels of gates and ups give 32 inputs of the next matrix. */
+static void put_gated(const Work *w, const float *block, int panel, int row, int rows) {
+    for (int r = 0; r < rows; r++) put32(&w->gated, row + r, panel * 16, gated(block + 32 * r), gated(block + 1024 + 32 * r));
+}
+
+static void give_logits(const Work *w, const float *block, int panel, int row, int rows) {
+    const int vocabulary = w->model->head.outputs;
+    const float cap = w->model->logit_softcap;
+    for (int r = 0; r < rows; r++) {
+        float *out = w->call->logits + (size_t)(row + r) * vocabulary;
+        for (int i = 0; i < 32 && panel * 32 + i < vocabulary; i += 16) {
+            const int room = vocabulary - panel * 32 - i;
+            __m512 values = _mm512_load_ps(block + 32 * r + i);
+            if (cap > 0) {
+                float each[16];
+                _mm512_storeu_ps(each, values);
+                for (int j = 0; j < 16; j++) each[j] = cap * tanhf(each[j] / cap);
+                values = _mm512_loadu_ps(each);
+            }
+            _mm512_mask_storeu_ps(out + panel * 32 + i, room >= 16 ? 0xffff : (__mmask16)((1u << room) - 1), values);
+        }
+    }
+}
+
+/* A share of n rows: thread's part of whole rows. */
+INLINE void part_of(int n, int thread, int threads, int *first, int *last) {
+    *first = (int)((long)n * thread / threads);
+    *last = (int)((long)n * (thread + 1) / threads);
+}
+
+INLINE __m512 inverse_rms(const float *x, const Work *w) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < w->width; i += 16) sum = _mm512_fmadd_ps(_mm512_load_ps(x + i), _mm512_load_ps(x + i), sum);
+    return _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / w->model->hidden_size + w->model->norm_eps));
+}
+
+/* Puts x / rms(x), times the scales, times `factor`, into an operand, or into `plain` where there is one. */
+INLINE void norm_row(const Work *w, const float *x, const float *scales, float factor, const Operand *out, int row, float *plain) {
+    const __m512 scale = _mm512_mul_ps(inverse_rms(x, w), _mm512_set1_ps(factor));
+    for (int i = 0; i < w->width; i += 32) {
+        __m512 low = _mm512_mul_ps(_mm512_load_ps(x + i), scale), high = _mm512_mul_ps(_mm512_load_ps(x + i + 16), scale);
+        if (scales) low = _mm512_mul_ps(low, _mm512_loadu_ps(scales + i)), high = _mm512_mul_ps(high, _mm512_loadu_ps(scales + i + 16));
+        if (plain) {
+            float both[32];
+            _mm512_storeu_ps(both, low), _mm512_storeu_ps(both + 16, high);
+            const int room = w->model->hidden_size - i;
+            memcpy(plain + i, both, sizeof(float) * (room < 32 ? room : 32));
+        } else
+            put32(out, row, i, low, high);
+    }
+}
+
+static void norm_rows(const Work *w, const float *scales, const Operand *out, int thread) {
+    int first, last;
+    part_of(w->call->num_rows, thread, w->call->threads, &first, &last);
+    for (int r = first; r < last; r++) norm_row(w, w->stream + (size_t)r * w->width, scales, 1.0f, out, r, NULL);
+    prepare(out, first, last);
+    meet();
+}
+
+/* Quantised formats need whole rows, which several threads have put. */
+static void finish_operand(const Work *w, const Operand *x, int thread) {
+    int first, last;
+    meet();
+    if (x->format == FORMAT_BF16) return;
+    part_of(w->call->num_rows, thread, w->call->threads, &first, &last);
+    prepare(x, first, last);
+    meet();
+}
+
+static void run_layer(const Work *w, const Layer *layer, int thread) {
+    const int rows = w->call->num_rows;
+    norm_rows(w, layer->attention_norm, &w->normed, thread);
+    multiply_all(w, &layer->qkv, &w->normed, rows, 1, keep_qkv);
+    meet();
+    write_keys(w, layer);
+    meet();
+    attend_rows(w, layer, thread);
+    finish_operand(w, &w->attended, thread);
+    multiply_all(w, &layer->out, &w->attended, rows, 1, add_to_stream);
+    meet();
+    norm_rows(w, layer->mlp_norm, &w->normed, thread);
+    multiply_all(w, &layer->gate_up, &w->normed, rows, 2, put_gated);
+    finish_operand(w, &w->gated, thread);
+    multiply_all(w, &layer->down, &w->gated, rows, 1, add_to_stream);
+    meet();
+}
+
+static void run_all(void *context, int thread) {
+    const Work *w = context;
+    const Decoder *m = w->model;
+    const Call *c = w->call;
+    int first, last;
+    part_of(c->num_rows, thread, c->threads, &first, &last);
+    for (int r = first; r < last; r++) matrix_row(&m->embed, c->tokens[r], w->stream + (size_t)r * w->width);
+    meet();
+    for (int i = 0; i < m->num_layers; i++) run_layer(w, m->layers + i, thread);
+    part_of(c->num_wanted, thread, c->threads, &first, &last);
+    for (int r = first; r < last; r++)
+        norm_row(w, w->stream + (size_t)c->wanted[r] * w->width, m->final_norm, m->output_multiplier, &w->last, r,
+                 c->hidden ? c->hidden + (size_t)r * m->hidden_size : NULL);
+    if (c->logits) {
+        prepare(&w->last, first, last);
+        meet();
+        multiply_all(w, &m->head, &w->last, c->num_wanted, 1, give_logits);
+    }
+    release_tiles();
+}
+
+/* Cuts the rows into spans of one sequence, of at most `most` rows, that cross no border between blocks where `blocks` is set. */
+static int cut(const Call *c, int most, int blocks, Span *spans) {
+    int count = 0;
+    for (int r = 0; r < c->num_rows; r++) {
+        Span *span = spans + count - 1;
+        const int goes_on = r > 0 && c->sequences[r] == c->sequences[r - 1] && c->positions[r] == c->positions[r - 1] + 1;
+        if (goes_on && span->rows < most && !(blocks && c->positions[r] % BLOCK == 0))
+            span->rows++;
+        else
+            spans[count++] = (Span){r, 1};
+    }
+    return count;
+}
+
+/* Lays a call's work out in memory from `at`; returns the bytes, and writes nothing where `at` is null. */
+static size_t lay_out(const Decoder *m, const Call *c, char *at, Work *w) {
+    const int rows = round_up(c->num_rows, 32), wanted = round_up(c->num_wanted, 32), sharing = m->num_heads / m->num_kv_heads;
+    const Layer *layer = m->layers;
+    *w = (Work){.model = m, .call = c, .width = round_up(m->hidden_size, 32), .heads_a_tile = sharing < TILE ? sharing : TILE};
+    for (int r = 0; r < c->num_rows; r++)
+        if (c->positions[r] >= w->longest) w->longest = round_up(c->positions[r] + 1, BLOCK);
+    size_t used = 0;
+#define TAKE(bytes) (used += ((size_t)(bytes) + 127) / 64 * 64, at ? at + used - ((size_t)(bytes) + 127) / 64 * 64 : NULL)
+#define TAKE_OPERAND(x, w_, n) \
+    { \
+        char *memory = TAKE(operand_bytes(w_, n)); \
+        if (memory) place_operand(x, w_, n, memory); \
+    }
+    w->stream = (float *)TAKE((size_t)rows * w->width * 4);
+    w->qkv = (float *)TAKE((size_t)rows * layer->qkv.panels * 32 * 4);
+    w->groups = (Span *)TAKE(rows * sizeof(Span));
+    w->writes = (Span *)TAKE(rows * sizeof(Span));
+    TAKE_OPERAND(&w->normed, &layer->qkv, rows)
+    TAKE_OPERAND(&w->attended, &layer->out, rows)
+    TAKE_OPERAND(&w->gated, &layer->down, rows)
+    TAKE_OPERAND(&w->last, &m->head, wanted)
+    w->scratch_bytes = attention_scratch_bytes(m, w->longest) + 64;
+    w->scratch_bytes -= w->scratch_bytes % 64;
+    w->scratch = TAKE(w->scratch_bytes * c->threads);
+    return used;
+}
+
+/* Returns the bytes of memory that a call needs. */
+EXPORT size_t decoder_bytes(const Decoder *m, const Call *c) {
+    Work w;
+    return lay_out(m, c, NULL, &w);
+}
+
+/* Runs the call: writes keys and values of its rows, and logits or hidden states of those wanted. Returns 0 or an error number. */
+EXPORT int decoder_forward(const Decoder *m, const Call *c) {
+    Work w;
+    lay_out(m, c, c->memory, &w);
+    w.num_groups = cut(c, TILE / w.heads_a_tile, 0, w.groups);
+    w.num_writes = cut(c, BLOCK, 1, w.writes);
+    return run_together(run_all, &w, c->threads);
+}

@@ -1,0 +1,213 @@
+/* Attention of a call's rows over keys and values in blocks. A row's arithmetic is that of its own position: it takes the blocks of its
+sequence in order, and what lies behind its position adds zeros. */
+#include "decoder.h"
+
+/* x, a head of one row, to x / rms(x) times the scales of its norm, rotated to its position and times `factor`. */
+INLINE void norm_and_rotate(const float *x, const float *scales, const Decoder *m, int E, int position, float factor, __m512 out[MOST_VECTORS]) {
+    __m512 n[MOST_VECTORS], sum = _mm512_setzero_ps();
+    for (int i = 0; i < E / 16; i++) n[i] = _mm512_loadu_ps(x + 16 * i), sum = _mm512_fmadd_ps(n[i], n[i], sum);
+    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / E + m->norm_eps));
+    for (int i = 0; i < E / 16; i++) {
+        n[i] = _mm512_mul_ps(n[i], scale);
+        if (scales) n[i] = _mm512_mul_ps(n[i], _mm512_loadu_ps(scales + 16 * i));
+    }
+    const float *cosines = m->cosines + (size_t)position * E, *sines = m->sines + (size_t)position * E;
+    for (int i = 0; i < E / 16; i++) {
+        __m512 r = _mm512_mul_ps(n[i], _mm512_loadu_ps(cosines + 16 * i));
+        r = _mm512_fmadd_ps(n[(i + E / 32) % (E / 16)], _mm512_loadu_ps(sines + 16 * i), r);
+        out[i] = _mm512_mul_ps(r, _mm512_set1_ps(factor));
+    }
+}
+
+INLINE __m512i pack32(const __m512 v[2]) { return (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]); }
+
+INLINE bf16 *head_block(bf16 *cache, const Work *w, int row, int position, int head) {
+    const Call *c = w->call;
+    const int block = c->block_tables[(size_t)c->sequences[row] * c->max_blocks + position / BLOCK];
+    return cache + ((size_t)block * w->model->num_kv_heads + head) * BLOCK * w->model->head_dim;
+}
+
+INLINE void write_span(const Work *w, const Layer *layer, const Span *span, int head, int E) {
+    const Decoder *m = w->model;
+    const int start = w->call->positions[span->first], columns = layer->qkv.panels * 32;
+    uint32_t *keys = (uint32_t *)head_block(layer->keys, w, span->first, start, head);
+    bf16 *values = head_block(layer->values, w, span->first, start, head);
+    if (start % BLOCK == 0) memset(values, 0, BLOCK * E * 2); /* what a former owner left might not be a number, and zero times it neither */
+    const __m512i pairs = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
+    for (int r = 0; r < span->rows; r++) {
+        const int position = start + r, place = position % BLOCK;
+        const float *x = w->qkv + (size_t)(span->first + r) * columns + (size_t)(m->num_heads + head) * E;
+        __m512 k[MOST_VECTORS];
+        norm_and_rotate(x, layer->k_norm, m, E, position, 1.0f, k);
+        for (int e = 0; e < E / 32; e++)
+            _mm512_i32scatter_epi32(keys + (place / 16 * (E / 32) + e) * 256 + place % 16, pairs, pack32(k + 2 * e), 4);
+        const float *v = x + (size_t)m->num_kv_heads * E;
+        for (int d = 0; d < E / 16; d++) {
+            const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(v + 16 * d)));
+            const int odd = place % 2;
+            _mm512_mask_storeu_epi16(values + d * 512 + place / 2 * 32, odd ? 0xaaaaaaaau : 0x55555555u, odd ? _mm512_slli_epi32(wide, 16) : wide);
+        }
+    }
+}
+
+/* What a thread needs to let the rows of one tile attend. */
+typedef struct {
+    bf16 *queries, *weights; /* [head_dim / 32][16][32] and [blocks][16][32] */
+    float *scores, *sums;    /* (16, stride) and (16, head_dim) */
+    size_t stride;
+} Scratch;
+
+size_t attention_scratch_bytes(const Decoder *m, int longest) {
+    return (size_t)TILE * (m->head_dim * 2 + m->head_dim * 4 + longest * 2 + (longest + TILE) * 4);
+}
+
+INLINE Scratch lay_out(const Work *w, int thread) {
+    char *memory = w->scratch + thread * w->scratch_bytes;
+    const int E = w->model->head_dim;
+    return (Scratch){.queries = (bf16 *)memory,
+                     .sums = (float *)(memory + TILE * E * 2),
+                     .weights = (bf16 *)(memory + TILE * E * 6),
+                     .scores = (float *)(memory + TILE * (E * 6 + w->longest * 2)),
+                     .stride = w->longest + TILE};
+}
+
+INLINE void score_blocks(const Scratch *s, const bf16 *keys, const int32_t *table, size_t block_size, int blocks, int E) {
+    for (int j = 0; j < blocks; j++) {
+        const bf16 *k = keys + table[j] * block_size;
+        if (j + 1 < blocks)
+            for (int i = 0; i < BLOCK * E; i += 32) _mm_prefetch((const char *)(keys + table[j + 1] * block_size + i), _MM_HINT_T0);
+        settle_memory();
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int e = 0; e < E / 32; e++) {
+            _tile_loadd(4, s->queries + e * 512, 64);
+            _tile_loadd(6, k + e * 512, 64);
+            _tile_loadd(7, k + (E / 32 + e) * 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, s->scores + BLOCK * j, s->stride * 4);
+        _tile_stored(1, s->scores + BLOCK * j + 16, s->stride * 4);
+        settle_memory();
+    }
+}
+
+/* Turns the first n scores of a line into weights 2^(score - highest), zeros up to the last block; returns the inverse of their sum. */
+INLINE float weigh(const Scratch *s, int line, int n, int blocks) {
+    const float *scores = s->scores + line * s->stride;
+    __m512 highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) {
+        const __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+        highest = _mm512_mask_max_ps(highest, mask, highest, _mm512_loadu_ps(scores + i));
+    }
+    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
+    for (int i = 0; i < BLOCK * blocks; i += 16) {
+        __m512 weight = _mm512_setzero_ps();
+        if (i < n) {
+            const __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+            weight = _mm512_maskz_mov_ps(mask, exp2_16(_mm512_sub_ps(_mm512_loadu_ps(scores + i), highest)));
+            sum = _mm512_add_ps(sum, weight);
+        }
+        store16(s->weights + (size_t)i / 32 * 512 + line * 32 + i % 32, weight);
+    }
+    return 1.0f / _mm512_reduce_add_ps(sum);
+}
+
+/* Adds up the values of all blocks: `tiles` tiles of sixteen dimensions at once, from dimension `first`. */
+INLINE void add_values(const Scratch *s, const bf16 *values, const int32_t *table, size_t block_size, int blocks, int E, int first, int tiles) {
+    zero_results();
+    for (int j = 0; j < blocks; j++) {
+        const bf16 *v = values + table[j] * block_size + first * BLOCK;
+        if (j + 1 < blocks)
+            for (int i = 0; i < BLOCK * 16 * tiles; i += 32)
+                _mm_prefetch((const char *)(values + table[j + 1] * block_size + first * BLOCK + i), _MM_HINT_T0);
+        _tile_loadd(4, s->weights + (size_t)j * 512, 64);
+        _tile_loadd(6, v, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, v + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (tiles == 4) {
+            _tile_loadd(6, v + 1024, 64);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(7, v + 1536, 64);
+            _tile_dpbf16ps(3, 4, 7);
+        }
+    }
+    _tile_stored(0, s->sums + first, E * 4);
+    _tile_stored(1, s->sums + first + 16, E * 4);
+    if (tiles == 4) {
+        _tile_stored(2, s->sums + first + 32, E * 4);
+        _tile_stored(3, s->sums + first + 48, E * 4);
+    }
+    settle_memory();
+}
+
+/* Lets `heads` query heads from `head` on, which share key head kv, of the group's rows attend. */
+INLINE void attend_group(const Work *w, const Layer *layer, const Scratch *s, const Span *group, int kv, int head, int heads, int E) {
+    const Decoder *m = w->model;
+    const Call *c = w->call;
+    const int first = group->first, last = c->positions[first + group->rows - 1], blocks = last / BLOCK + 1, columns = layer->qkv.panels * 32;
+    const int32_t *table = c->block_tables + (size_t)c->sequences[first] * c->max_blocks;
+    const size_t block_size = (size_t)m->num_kv_heads * BLOCK * E;
+    for (int r = 0; r < group->rows; r++)
+        for (int h = 0; h < heads; h++) {
+            __m512 q[MOST_VECTORS];
+            norm_and_rotate(w->qkv + (size_t)(first + r) * columns + (size_t)(head + h) * E, layer->q_norm, m, E, c->positions[first + r],
+                            m->attention_factor, q);
+            for (int e = 0; e < E / 32; e++) _mm512_store_si512(s->queries + e * 512 + (r * heads + h) * 32, pack32(q + 2 * e));
+        }
+    tile_rows(group->rows * heads);
+    score_blocks(s, layer->keys + (size_t)kv * BLOCK * E, table, block_size, blocks, E);
+    float inverse[TILE];
+    for (int line = 0; line < group->rows * heads; line++) inverse[line] = weigh(s, line, c->positions[first + line / heads] + 1, blocks);
+    const bf16 *values = layer->values + (size_t)kv * BLOCK * E;
+    for (int e = 0; e < E; e += 64) {
+        if (E - e >= 64)
+            add_values(s, values, table, block_size, blocks, E, e, 4);
+        else
+            add_values(s, values, table, block_size, blocks, E, e, 2);
+    }
+    for (int line = 0; line < group->rows * heads; line++)
+        for (int e = 0; e < E; e += 32) {
+            const __m512 scale = _mm512_set1_ps(inverse[line]);
+            const float *sum = s->sums + line * E + e;
+            put32(&w->attended, first + line / heads, (head + line % heads) * E + e, _mm512_mul_ps(_mm512_loadu_ps(sum), scale),
+                  _mm512_mul_ps(_mm512_loadu_ps(sum + 16), scale));
+        }
+}
+
+INLINE void write_all(const Work *w, const Layer *layer, int E) {
+    const int heads = w->model->num_kv_heads;
+    for (int i; (i = next_share()) < w->num_writes * heads;) write_span(w, layer, w->writes + i / heads, i % heads, E);
+}
+
+INLINE void attend_all(const Work *w, const Layer *layer, int thread, int E) {
+    const int kv_heads = w->model->num_kv_heads, sharing = w->model->num_heads / kv_heads, parts = (sharing + w->heads_a_tile - 1) / w->heads_a_tile;
+    const Scratch s = lay_out(w, thread);
+    for (int i; (i = next_share()) < w->num_groups * kv_heads * parts;) {
+        const int kv = i / parts % kv_heads, from = i % parts * w->heads_a_tile;
+        const int heads = sharing - from < w->heads_a_tile ? sharing - from : w->heads_a_tile;
+        attend_group(w, layer, &s, w->groups + i / parts / kv_heads, kv, kv * sharing + from, heads, E);
+    }
+}
+
+/* The width of a head is known to the compiler. */
+#define FOR_WIDTH(E, run) \
+    switch (E) { \
+    case 32: run(32); break; \
+    case 64: run(64); break; \
+    case 96: run(96); break; \
+    case 128: run(128); break; \
+    }
+
+void write_keys(const Work *w, const Layer *layer) {
+#define RUN(E) write_all(w, layer, E)
+    FOR_WIDTH(w->model->head_dim, RUN)
+#undef RUN
+}
+
+void attend_rows(const Work *w, const Layer *layer, int thread) {
+#define RUN(E) attend_all(w, layer, thread, E)
+    FOR_WIDTH(w->model->head_dim, RUN)
+#undef RUN
+}
