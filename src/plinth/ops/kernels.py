@@ -23,7 +23,7 @@ import torch
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden", "-shared")
 NO_COMPILER = "no C compiler (cc, gcc or clang) is on the PATH"
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16"}
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "avx512vbmi"} | {"amx_tile", "amx_bf16", "amx_int8"}
 
 P, L, I, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
@@ -44,6 +44,8 @@ SIGNATURES = {
     "decoder_bytes": (P, P),
     "decoder_forward": (P, P),
     "end_threads": (),
+    "quantised_pack": (P, I, I, I, P, P),
+    "quantised_multiply": (P, P, I, P, I, I),
 }
 RESULTS = {"decoder_bytes": ctypes.c_size_t, "decoder_forward": I}
 

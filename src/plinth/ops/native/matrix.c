@@ -1,5 +1,6 @@
 /* Products of rows and matrices in bf16, and the choice of the kernel by the matrix's format. */
 #include "matrix.h"
+#include "quantised.h"
 
 enum { PREFETCH_BYTES = 8192 }; /* how far ahead of the products the weights are asked for */
 
@@ -22,13 +23,18 @@ void release_tiles(void) {
     configured_rows = 0;
 }
 
-size_t operand_bytes(const Matrix *w, int rows) { return (size_t)(rows + 15) / 16 * 16 * w->steps * 64; }
+size_t operand_bytes(const Matrix *w, int rows) {
+    return w->format == FORMAT_BF16 ? (size_t)(rows + 15) / 16 * 16 * w->steps * 64 : quantised_operand_bytes(w, rows);
+}
 
 void place_operand(Operand *x, const Matrix *w, int rows, void *memory) {
+    if (w->format != FORMAT_BF16) return quantised_place(x, w, rows, memory);
     *x = (Operand){.format = w->format, .inputs = w->inputs, .steps = w->steps, .group = w->group, .tiles = memory};
 }
 
-void prepare(const Operand *x, int first, int last) {}
+void prepare(const Operand *x, int first, int last) {
+    if (x->format != FORMAT_BF16) quantised_prepare(x, first, last);
+}
 
 /* Up to 16 rows: two results, the weights read once. */
 INLINE void few_rows(const Matrix *w, const bf16 *a, const bf16 *b, float *out, size_t stride) {
@@ -65,10 +71,14 @@ static void product_bf16(const Matrix *w, const Operand *x, int panel, int row, 
 }
 
 void product(const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride) {
-    product_bf16(w, x, panel, row, rows, out, stride);
+    if (w->format == FORMAT_BF16)
+        product_bf16(w, x, panel, row, rows, out, stride);
+    else
+        quantised_product(w, x, panel, row, rows, out, stride);
 }
 
 void matrix_row(const Matrix *w, int output, float *values) {
+    if (w->format != FORMAT_BF16) return quantised_row(w, output, values);
     const uint32_t *pairs = (const uint32_t *)w->values + (size_t)(output / 32) * w->steps * 512 + output % 32 / 16 * 256 + output % 16;
     for (int k = 0; k < w->steps; k++, pairs += 512, values += 32)
         for (int i = 0; i < 16; i++) {
