@@ -13,6 +13,7 @@ from plinth.inference.runner import BLOCK_TOKENS, Rows
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.ops import kernels
+from plinth.ops.quantise import dequantise, quantise
 
 REASON = why_not_native(DecoderConfig())
 needs_native = pytest.mark.skipif(REASON is not None, reason=f"no native runner here: {REASON}")
@@ -92,21 +93,40 @@ def test_logits_are_those_of_the_model(shape, length):
 
 
 @needs_native
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bits_do_not_depend_on_cuts_blocks_or_threads(shape):
+def test_quantised_logits_are_those_of_the_rounded_weights(shape, weights):
+    """What is left is the rounding of the rows to int8 and of keys and values to bf16."""
+    model = random_model(shape)
+    runner = runner_of(model, weights=weights)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(dequantise(quantise(parameter, weights if name.startswith("layers") else "int8")))
+        tokens = random_tokens(model, 70)
+        wanted = model.logits(model(torch.tensor([tokens]))[0])
+    got = read(runner, tokens, [2, 1, 0])
+    assert (got - wanted).norm() / wanted.norm() < 0.05
+
+
+@needs_native
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_do_not_depend_on_cuts_blocks_or_threads(shape, weights):
     model = random_model(shape)
     tokens = random_tokens(model, 131)
-    alone = read(runner_of(model, num_threads=1), tokens, [0, 1, 2, 3, 4])
-    one_by_one = read(runner_of(model, num_threads=2), tokens, [7, 3, 60, 1, 9], range(1, 131))
-    in_pieces = read(runner_of(model, num_threads=3), tokens, [5, 4, 3, 2, 1], (1, 18, 50, 64, 65, 130))
+    alone = read(runner_of(model, num_threads=1, weights=weights), tokens, [0, 1, 2, 3, 4])
+    one_by_one = read(runner_of(model, num_threads=2, weights=weights), tokens, [7, 3, 60, 1, 9], range(1, 131))
+    in_pieces = read(runner_of(model, num_threads=3, weights=weights), tokens, [5, 4, 3, 2, 1], (1, 18, 50, 64, 65, 130))
     assert torch.equal(alone, one_by_one) and torch.equal(alone, in_pieces)
 
 
 @needs_native
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("count", [2, 3, 15, 16, 17, 33, 64])
-def test_bits_do_not_depend_on_company(count):
+def test_bits_do_not_depend_on_company(count, weights):
     model = random_model("grouped, ragged")
-    lone, shared = runner_of(model, 2, num_threads=1), runner_of(model, 2 * count, num_threads=2)
+    lone, shared = (runner_of(model, 2 * n, num_threads=k, weights=weights) for n, k in ((1, 1), (count, 2)))
     prompts = [random_tokens(model, 1 + 7 * i % 50, seed=i) for i in range(count)]
     blocks = [[2 * i + 1, 2 * i] for i in range(count)]
     together = shared.forward(call([(prompt, 0, own) for prompt, own in zip(prompts, blocks)])).clone()

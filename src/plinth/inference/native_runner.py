@@ -18,9 +18,11 @@ from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.ops import decoder, kernels
 from plinth.ops.matrix import PackedMatrix, pack_bf16
+from plinth.ops.quantise import pack_int4, pack_int8
 from plinth.ops.rope import rope_table
 
-PACK = {"bf16": pack_bf16}
+PACK = {"bf16": pack_bf16, "int8": pack_int8, "int4": pack_int4}
+PACK_ENDS = PACK | {"int4": pack_int8}  # embedding and head: 4 bits lose more there than in layers, for their share of memory
 LOG2E = 1.4426950408889634  # the kernels' exponentials have base 2
 
 
@@ -62,12 +64,12 @@ class NativeRunner:
         """Pack the weights of a model of the same shape anew; the cache's content, which belongs to the old ones, is stale then."""
         if model.config != self.config:
             raise UserError(f"reload takes a model of the same configuration; this one has {model.config}, the runner {self.config}.")
-        pack, config = PACK[self.weights], self.config
+        pack, pack_ends, config = PACK[self.weights], PACK_ENDS[self.weights], self.config
         cos, sin = rope_table(torch.arange(config.max_seq_len), config.head_dim, config.rope_theta)
         self._tables = (cos.contiguous(), sin.contiguous())
         self._layers = [_pack_layer(layer, pack) for layer in model.layers]
-        self._embed = pack(model.embed.weight)
-        self._head = self._embed if model.head is None else pack(model.head.weight)
+        self._embed = pack_ends(model.embed.weight)
+        self._head = self._embed if model.head is None else pack_ends(model.head.weight)
         self._final_norm = _scales(model.final_norm.weight)
         self._link()
 

@@ -111,6 +111,16 @@ def pack_quantised(weight_FD: torch.Tensor, format: str) -> PackedMatrix:
     return PackedMatrix(format, outputs, inputs, values, scales, GROUP)
 
 
+def pack_int8(weight_FD: torch.Tensor) -> PackedMatrix:
+    """Round a weight to int8 and lay it out in panels."""
+    return pack_quantised(weight_FD, "int8")
+
+
+def pack_int4(weight_FD: torch.Tensor) -> PackedMatrix:
+    """Round a weight to sixteen levels and lay it out in panels."""
+    return pack_quantised(weight_FD, "int4")
+
+
 def multiply(x_ND: torch.Tensor, weight: PackedMatrix, panels: tuple[int, int] | None = None) -> torch.Tensor:
     """Return x · weightᵀ, fp32 (N, outputs), by our kernel; with `panels`, only outputs 32 first .. 32 last - 1 are computed."""
     struct = weight.struct()
