@@ -1,85 +1,42 @@
-"""Choosing the next token: sampling parameters, truncation, and noise that belongs to a request alone.
+"""Choosing the next token: from a row of logits, the parameters of a request and noise that belongs to it alone.
 
-Order: temperature, then top-k, then top-p on what top-k left (renormalised), then min-p.  Log-probabilities that are
-reported are always those of the raw model distribution, before temperature and truncation.
+Order: logit_bias; repetition penalty; presence and frequency penalty; then what is forbidden (ends before min_tokens,
+everything but allowed_token_ids, what the grammar's mask rules out); temperature; top-k; top-p; min-p; typical. Each works
+on what the one before left. Log-probabilities that are reported are those of the raw logits, before all of this.
 
-A draw inverts the cumulative distribution at one uniform number, a pure function of (seed of the request, index of the
-token in its completion).  So a token never depends on which other requests share the batch, nor on the batch's size.
-Every step here works on each row alone, with the same order of additions whatever the number of rows.
+A draw inverts the cumulative distribution, in order of token ids, at one uniform number, a pure function of (seed of the
+request, index of the token in its completion). So a token never depends on which other requests share the batch, nor on
+the batch's size. Every step works on each row alone, with the same order of additions whatever the number of rows.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from plinth.config import UserError
-
-NUCLEUS_COLUMNS = 64  # sorted columns tried first for top-p; while some nucleus is wider, NUCLEUS_GROWTH times as many
-NUCLEUS_GROWTH = 8
-SMALLEST_TEMPERATURE = 1e-30  # below it a division would overflow; such a row is as good as greedy
+from plinth.inference import penalties
+from plinth.inference.penalties import TokenCounts
+from plinth.inference.sampling_params import SamplingParams
+from plinth.inference.truncation import NO_LIMIT, SamplingColumns, largest_mask, sampling_weights
+from plinth.ops import row_choice
+from plinth.ops.mask import add_mask
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens for one request, and when to stop."""
+class Chosen:
+    """One token for each of N rows."""
 
-    temperature: float = 1.0
-    """divisor of the logits; 0 = always the most probable token (the lower id on a tie)"""
-    top_k: int | None = None
-    """keep only this many most probable tokens; None = all"""
-    top_p: float | None = None
-    """keep the fewest tokens whose probability together reaches this share, in (0, 1]; None = all"""
-    min_p: float | None = None
-    """keep tokens at least this many times as probable as the most probable one, in [0, 1]; None = all"""
-    max_tokens: int = 128
-    """completion tokens at most; the context of the model bounds it too"""
-    stop: tuple[str, ...] = ()
-    """strings that end the text; they are not part of it"""
-    stop_token_ids: tuple[int, ...] = ()
-    """token ids that end the completion, beside the model's own end; they are not part of it"""
-    seed: int | None = None
-    """seed of this request alone; None = a fresh one from the operating system"""
-    logprobs: int | None = None
-    """alternatives to report a token, most probable first, raw model distribution; None or 0 = only the chosen token's"""
-
-    def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or more")
-        _check_number("top_p", self.top_p, 0.0, 1.0, "more than 0 and at most 1; leave it out to keep all tokens")
-        _check_number("min_p", self.min_p, 0.0, 1.0, "between 0 and 1")
-        if self.top_p == 0:
-            raise UserError("top_p=0 keeps no token. It must be more than 0 and at most 1; for greedy choice use temperature=0.")
-        _check_count("top_k", self.top_k, 1, "leave it out to keep all tokens")
-        _check_count("max_tokens", self.max_tokens, 1, "it bounds the completion's length")
-        _check_count("logprobs", self.logprobs, 0, "it is the number of alternatives a token")
-        if self.seed is not None and not isinstance(self.seed, int):
-            raise UserError(f"seed={self.seed!r} is not a whole number.")
-        object.__setattr__(self, "stop", _strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
-
-
-def _check_number(name: str, value: float | None, low: float, high: float, rule: str) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (low <= value <= high) or math.isinf(value):
-        raise UserError(f"{name}={value!r} is out of range: it must be {rule}.")
-
-
-def _check_count(name: str, value: int | None, low: int, rule: str) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-        raise UserError(f"{name}={value!r} is not a whole number of at least {low}: {rule}.")
-
-
-def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not isinstance(text, str) or not text for text in stop):
-        raise UserError(f"stop={list(stop)!r} holds an empty string or no string: it would end every text at once. Remove it.")
-    return stop
+    tokens: list[int]
+    """token ids; -1 in a row in which nothing is allowed"""
+    logprobs: list[float]
+    """log-probability in nats of each token under the raw logits; NaN in a row that holds one, -inf for token -1"""
+    top_logprobs: list[list[tuple[int, float]]]
+    """(token id, log-probability in nats) of as many alternatives as each row asked for, most probable first"""
 
 
 def fresh_seed() -> int:
@@ -105,36 +62,112 @@ def _mix64(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-@dataclass(frozen=True)
-class SamplingColumns:
-    """The parameters of N rows as tensors, (N,) each, so that one call samples for all of them."""
+def choose_tokens(
+    logits_NV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int] | np.ndarray,
+    indices: Sequence[int] | np.ndarray,
+    histories: Sequence[TokenCounts | None] | None = None,
+    masks: Sequence[np.ndarray | None] | None = None,
+    *,
+    eos_ids: Collection[int] = (),
+) -> Chosen:
+    """Choose a token for each row of float32 logits, which are left as they are.
 
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    any_greedy: bool
-    any_sampled: bool
-    any_truncated: bool
+    seeds: 0 to 2**64 - 1 each. indices: how many tokens each completion has. histories: wanted where params.needs_history.
+    masks: a row's allowed tokens, uint8 (ceil(V / 8),), bit i % 8 of byte i // 8 for token i; None = all.
+    eos_ids: the model's own ends, for min_tokens.
+    """
+    tokens_N, log_sums_N = peaks(logits_NV)
+    changed = [i for i, p in enumerate(params) if p.changes_logits or (masks is not None and masks[i] is not None)]
+    drawn = [i for i, p in enumerate(params) if p.temperature > 0 and i not in changed]
+    noise_N = uniform_noise(np.asarray(seeds, dtype=np.uint64), np.asarray(indices)) if changed or drawn else np.zeros(0)
+    if drawn:
+        tokens_N[drawn] = _draw(logits_NV, drawn, [params[i] for i in drawn], noise_N[drawn])
+    if changed:
+        logits_MV, one_each = logits_NV[changed], [params[i] for i in changed]
+        picked = [[column[i] for i in changed] if column is not None else None for column in (indices, histories, masks)]
+        change_logits(logits_MV, one_each, *picked, eos_ids=eos_ids)
+        tokens_N[changed] = _draw(logits_MV, range(len(changed)), one_each, noise_N[changed])
+    logprobs_N = logits_NV.gather(-1, tokens_N.clamp_min(0)[:, None])[:, 0] - log_sums_N
+    if changed:
+        logprobs_N = torch.where(tokens_N < 0, -torch.inf, logprobs_N)
+    return Chosen(tokens_N.tolist(), logprobs_N.tolist(), _alternatives(logits_NV, log_sums_N, [p.logprobs or 0 for p in params]))
 
-    @classmethod
-    def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> SamplingColumns:
-        """Gather the parameters of each row; absent truncations become ones that keep all tokens."""
-        no_limit = 2**31 - 1
-        return cls(
-            torch.tensor([float(p.temperature) for p in params], dtype=torch.float32, device=device),
-            torch.tensor([p.top_k or no_limit for p in params], dtype=torch.int64, device=device),
-            torch.tensor([1.0 if p.top_p is None else p.top_p for p in params], dtype=torch.float64, device=device),
-            torch.tensor([p.min_p or 0.0 for p in params], dtype=torch.float32, device=device),
-            any(p.temperature == 0 for p in params),
-            any(p.temperature > 0 for p in params),
-            any(p.temperature > 0 and (p.top_k or p.min_p or (p.top_p or 1.0) < 1.0) for p in params),
-        )
 
-    def rows(self, index_M: torch.Tensor) -> SamplingColumns:
-        """Return the columns of some rows only."""
-        picked = [value[index_M] if isinstance(value := getattr(self, f.name), torch.Tensor) else value for f in fields(self)]
-        return SamplingColumns(*picked)  # type: ignore[arg-type]
+def peaks(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the most probable token a row, int64 (N,), the lower id on a tie, and the log of the sum of exponentials, float32 (N,)."""
+    if row_choice.usable(logits_NV):
+        return row_choice.peaks(logits_NV)
+    return logits_NV.argmax(-1), logits_NV.logsumexp(-1)
+
+
+def change_logits(
+    logits_NV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    indices: Sequence[int],
+    histories: Sequence[TokenCounts | None] | None = None,
+    masks: Sequence[np.ndarray | None] | None = None,
+    *,
+    eos_ids: Collection[int] = (),
+) -> None:
+    """Apply, in place, everything that comes before the temperature; arguments as of choose_tokens."""
+    device, vocab_size = logits_NV.device, logits_NV.shape[1]
+    biased = [(i, token, bias) for i, p in enumerate(params) for token, bias in p.logit_bias]
+    if biased:
+        rows, ids, bias = zip(*biased)
+        penalties.add_bias(logits_NV, _ids(rows, device), _ids(ids, device), torch.tensor(bias, device=device))
+    _penalise(logits_NV, params, histories)
+    early = [(i, token) for i, p in enumerate(params) if indices[i] < p.min_tokens for token in p.end_ids(eos_ids)]
+    if early:
+        rows, ids = zip(*early)
+        penalties.forbid(logits_NV, _ids(rows, device), _ids(ids, device))
+    for i, p in enumerate(params):
+        mask = masks[i] if masks is not None else None
+        if p.allowed_token_ids is not None:
+            allowed = penalties.mask_of_ids(p.allowed_token_ids, vocab_size)
+            mask = allowed if mask is None else allowed & mask
+        if mask is not None:
+            add_mask(logits_NV[i : i + 1], mask[None])
+
+
+def _penalise(logits_NV: torch.Tensor, params: Sequence[SamplingParams], histories: Sequence[TokenCounts | None] | None) -> None:
+    rows = [i for i, p in enumerate(params) if p.needs_history]
+    if not rows:
+        return
+    assert histories is not None and all(histories[i] is not None for i in rows), "penalties need the tokens so far"
+    seen: list[TokenCounts] = [histories[i] for i in rows]  # type: ignore[misc]
+    device, lengths = logits_NV.device, [len(history.ids) for history in seen]
+
+    def spread(values: Sequence[float]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)).to(device)
+
+    rows_E = torch.from_numpy(np.repeat(np.array(rows), lengths)).to(device)
+    ids_E = torch.from_numpy(np.concatenate([history.ids for history in seen])).to(device)
+    counts_E = torch.from_numpy(np.concatenate([history.counts for history in seen])).to(device)
+    penalties.penalise_repetition(logits_NV, rows_E, ids_E, spread([params[i].repetition_penalty or 1.0 for i in rows]))
+    presence, frequency = ([getattr(params[i], name) or 0.0 for i in rows] for name in ("presence_penalty", "frequency_penalty"))
+    penalties.penalise_counts(logits_NV, rows_E, ids_E, counts_E, spread(presence), spread(frequency))
+
+
+def _ids(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _draw(logits_NV: torch.Tensor, rows: Sequence[int], params: Sequence[SamplingParams], noise_M: np.ndarray) -> torch.Tensor:
+    """Return a token for each of `rows`, int64 (M,), -1 where every logit is -inf."""
+    if row_choice.usable(logits_NV):
+        return row_choice.draw(logits_NV, rows, np.array([_options(p, noise) for p, noise in zip(params, noise_M)]))
+    logits_MV = logits_NV if len(rows) == len(logits_NV) else logits_NV[list(rows)]
+    noise = torch.from_numpy(noise_M).to(logits_NV.device)
+    tokens_M = sample_tokens(logits_MV, SamplingColumns.of(params, logits_NV.device), noise)
+    return torch.where(logits_MV.amax(-1) == -torch.inf, -1, tokens_M)
+
+
+def _options(params: SamplingParams, noise: float) -> tuple[float, ...]:
+    """Return the columns of row_choice.OPTIONS; None becomes what keeps all tokens."""
+    p = params
+    return (p.temperature, p.top_k or NO_LIMIT, p.top_p or 1.0, p.min_p or 0.0, p.typical_p or 1.0, noise)
 
 
 def sample_tokens(logits_NV: torch.Tensor, columns: SamplingColumns, noise_N: torch.Tensor) -> torch.Tensor:
@@ -151,90 +184,50 @@ def sample_tokens(logits_NV: torch.Tensor, columns: SamplingColumns, noise_N: to
     return torch.where(columns.temperature > 0, drawn_N, logits_NV.argmax(-1)) if columns.any_greedy else drawn_N
 
 
-def sampling_weights(logits_NV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
-    """Return the unnormalised distribution that sampling draws from, float32 (N, V); greedy rows hold temperature 1."""
-    temperature_N = torch.where(columns.temperature > 0, columns.temperature, 1.0).clamp_min(SMALLEST_TEMPERATURE)
-    shifted_NV = logits_NV - logits_NV.amax(-1, keepdim=True)
-    weights_NV = torch.softmax(shifted_NV / temperature_N[:, None], -1)
-    if not columns.any_truncated:
-        return weights_NV
-    vocab_size = logits_NV.shape[-1]
-    truncated_N = (columns.temperature > 0) & ((columns.top_k < vocab_size) | (columns.top_p < 1) | (columns.min_p > 0))
-    index_M = truncated_N.nonzero()[:, 0]
-    if len(index_M) == len(truncated_N):
-        return truncate(logits_NV, weights_NV, columns)
-    if len(index_M):
-        weights_NV[index_M] = truncate(logits_NV[index_M], weights_NV[index_M], columns.rows(index_M))
-    return weights_NV
+def _alternatives(logits_NV: torch.Tensor, log_sums_N: torch.Tensor, counts: Sequence[int]) -> list[list[tuple[int, float]]]:
+    """Return the most probable tokens, as many as each row asks for; rows that want the same number are found together."""
+    found: list[list[tuple[int, float]]] = [[] for _ in counts]
+    for count in set(counts) - {0}:
+        rows = [i for i, wanted in enumerate(counts) if wanted == count]
+        every = len(rows) == len(logits_NV)
+        logits_MV, log_sums_M = (logits_NV, log_sums_N) if every else (logits_NV[rows], log_sums_N[rows])
+        for i, top in zip(rows, largest_logprobs(logits_MV, log_sums_M, count)):
+            found[i] = top
+    return found
 
 
-def truncate(logits_NV: torch.Tensor, weights_NV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
-    """Return the weights with zeros where top-k, top-p or min-p drop a token; at least one stays a row."""
-    by_rank = bool((columns.top_k < logits_NV.shape[-1]).any() or (columns.top_p < 1).any())
-    if by_rank:
-        count_N, threshold_N = nucleus_counts(logits_NV, weights_NV, columns)
-        kept_NV = largest_mask(logits_NV, threshold_N, count_N)
-        weights_NV = weights_NV * kept_NV
-    floor_N1 = columns.min_p[:, None] * weights_NV.amax(-1, keepdim=True)
-    return weights_NV * (weights_NV >= floor_N1)
+def largest_logprobs(logits_NV: torch.Tensor, log_sums_N: torch.Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """Return the `count` most probable (token id, log-probability in nats) a row, the lower id first among equals."""
+    count = min(count, logits_NV.shape[-1])
+    if count == 0:
+        return [[] for _ in logits_NV]
+    ids_NC = row_choice.largest(logits_NV, count) if row_choice.usable(logits_NV) else _largest(logits_NV, count)
+    values_NC = logits_NV.gather(-1, ids_NC.clamp_min(0)) - log_sums_N[:, None]
+    return [[pair for pair in zip(ids, values) if pair[0] >= 0] for ids, values in zip(ids_NC.tolist(), values_NC.tolist())]
 
 
-def nucleus_counts(logits_NV: torch.Tensor, weights_NV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how many of its most probable tokens a row keeps by top-k and top-p, and the last kept logit.
-
-    Sums run in float64 from the most probable token on, so the answer is the same however many columns were sorted.
-    """
-    vocab_size = logits_NV.shape[-1]
-    top_k_N = columns.top_k.clamp_max(vocab_size)
-    limited_N = top_k_N < vocab_size
-    nucleus_N = columns.top_p < 1
-    width = int(torch.where(limited_N, top_k_N, 1).max())
-    if bool((nucleus_N & ~limited_N).any()):
-        width = max(width, NUCLEUS_COLUMNS)
-    while True:
-        width = min(width, vocab_size)
-        sorted_NC, order_NC = logits_NV.topk(width, dim=-1)
-        cumulative_NC = weights_NV.gather(-1, order_NC).cumsum(-1, dtype=torch.float64)
-        at_k_N = cumulative_NC.gather(-1, (top_k_N.clamp_max(width) - 1)[:, None])[:, 0]
-        total_N = torch.where(limited_N, at_k_N, weights_NV.sum(-1, dtype=torch.float64))
-        reached_N = (cumulative_NC < (columns.top_p * total_N)[:, None]).sum(-1) + 1
-        if width == vocab_size or not bool((nucleus_N & ~limited_N & (reached_N > width)).any()):
-            break
-        width *= NUCLEUS_GROWTH
-    count_N = torch.where(nucleus_N, torch.minimum(reached_N, top_k_N), top_k_N).clamp_max(vocab_size)
-    last_N = sorted_NC.gather(-1, (count_N.clamp_max(width) - 1)[:, None])[:, 0]
-    everything_N = count_N >= vocab_size  # rows cut by min-p only; their last logit may lie outside the sorted columns
-    return count_N, torch.where(everything_N, -torch.inf, last_N)
-
-
-def largest_mask(values_NV: torch.Tensor, threshold_N: torch.Tensor, count_N: torch.Tensor) -> torch.Tensor:
-    """Mark exactly count_N values a row, the largest; among equals to the threshold the lower ids win. bool (N, V)."""
-    above_NV = values_NV > threshold_N[:, None]
-    equal_NV = values_NV == threshold_N[:, None]
-    room_N1 = (count_N - above_NV.sum(-1))[:, None]
-    if bool((equal_NV.sum(-1, keepdim=True) <= room_N1).all()):  # no tie to break
-        return above_NV | equal_NV
-    return above_NV | (equal_NV & (equal_NV.cumsum(-1, dtype=torch.int32) <= room_N1))
+def _largest(logits_NV: torch.Tensor, count: int) -> torch.Tensor:
+    threshold_N = logits_NV.topk(count, dim=-1).values[:, -1]
+    kept_NV = largest_mask(logits_NV, threshold_N, torch.full_like(threshold_N, count, dtype=torch.int64))
+    ids_NC = kept_NV.nonzero()[:, 1].view(-1, count)
+    order_NC = logits_NV.gather(-1, ids_NC).sort(dim=-1, descending=True, stable=True).indices
+    return ids_NC.gather(-1, order_NC)
 
 
 def top_logprobs(logprobs_NV: torch.Tensor, count: int) -> list[list[tuple[int, float]]]:
     """Return the `count` most probable (token id, log-probability in nats) a row, the lower id first among equals."""
-    count = min(count, logprobs_NV.shape[-1])
-    if count == 0:
-        return [[] for _ in logprobs_NV]
-    threshold_N = logprobs_NV.topk(count, dim=-1).values[:, -1]
-    kept_NV = largest_mask(logprobs_NV, threshold_N, torch.full_like(threshold_N, count, dtype=torch.int64))
-    ids_NC = kept_NV.nonzero()[:, 1].view(-1, count)
-    values_NC, order_NC = logprobs_NV.gather(-1, ids_NC).sort(dim=-1, descending=True, stable=True)
-    ids_NC = ids_NC.gather(-1, order_NC)
-    return [list(zip(ids, values)) for ids, values in zip(ids_NC.tolist(), values_NC.tolist())]
+    return largest_logprobs(logprobs_NV, logprobs_NV.new_zeros(len(logprobs_NV)), count)
 
 
-def target_distribution(logits_V: Sequence[float], params: SamplingParams) -> list[float]:
-    """Return the exact distribution that `params` draws from, in plain Python: the slow twin of sample_tokens.
+def target_distribution(
+    logits_V: Sequence[float], params: SamplingParams, history: TokenCounts | None = None, index: int | None = None
+) -> list[float]:
+    """Return the exact distribution that `params` draws from, in plain Python: the slow twin of choose_tokens without masks.
 
-    Probabilities over the vocabulary, they sum to 1; greedy puts all on one token.
+    Probabilities over the vocabulary, they sum to 1; greedy puts all on one token. history and index, the number of tokens
+    that the completion has, as in choose_tokens; without an index, min_tokens is not looked at.
     """
+    logits_V = _changed(logits_V, params, history, index)
     ranked = sorted(range(len(logits_V)), key=lambda token: (-logits_V[token], token))
     if params.temperature == 0:
         return [float(token == ranked[0]) for token in range(len(logits_V))]
@@ -242,13 +235,34 @@ def target_distribution(logits_V: Sequence[float], params: SamplingParams) -> li
     weights = {token: math.exp((logits_V[token] - peak) / params.temperature) for token in ranked}
     kept = ranked[: params.top_k]
     if params.top_p is not None and params.top_p < 1:
-        total, reached, nucleus = sum(weights[token] for token in kept), 0.0, []
-        for token in kept:
-            nucleus.append(token)
-            reached += weights[token]
-            if reached >= params.top_p * total:
-                break
-        kept = nucleus
+        kept = _fewest(kept, weights, params.top_p)
     kept = [token for token in kept if weights[token] >= (params.min_p or 0.0) * weights[ranked[0]]]
+    if params.typical_p is not None and params.typical_p < 1:
+        total = sum(weights[token] for token in kept)
+        surprise = {token: -math.log(weights[token] / total) for token in kept if weights[token] > 0}
+        expected = sum(surprise[token] * weights[token] / total for token in surprise)
+        kept = _fewest(sorted(surprise, key=lambda token: (abs(surprise[token] - expected), token)), weights, params.typical_p)
     total = sum(weights[token] for token in kept)
     return [weights[token] / total if token in set(kept) else 0.0 for token in range(len(logits_V))]
+
+
+def _fewest(ordered: list[int], weights: dict[int, float], share: float) -> list[int]:
+    """Return the first of the tokens, as many as it takes to reach the share of their mass."""
+    total, reached = sum(weights[token] for token in ordered), 0.0
+    for count, token in enumerate(ordered, start=1):
+        reached += weights[token]
+        if reached >= share * total:
+            return ordered[:count]
+    return ordered
+
+
+def _changed(logits_V: Sequence[float], params: SamplingParams, history: TokenCounts | None, index: int | None) -> list[float]:
+    changed = [logit + dict(params.logit_bias).get(token, 0.0) for token, logit in enumerate(logits_V)]
+    for token, count in zip(history.ids.tolist(), history.counts.tolist()) if history is not None else ():
+        factor = params.repetition_penalty or 1.0
+        changed[token] = changed[token] / factor if changed[token] > 0 else changed[token] * factor
+        changed[token] -= (params.frequency_penalty or 0.0) * count + (params.presence_penalty or 0.0) * (count > 0)
+    banned = set(params.stop_token_ids) if index is not None and index < params.min_tokens else set()
+    if params.allowed_token_ids is not None:
+        banned |= set(range(len(changed))) - set(params.allowed_token_ids)
+    return [-math.inf if token in banned else logit for token, logit in enumerate(changed)]
