@@ -49,8 +49,9 @@ SIGNATURES = {
     "end_threads": (),
     "quantised_pack": (P, I, I, I, P, P),
     "quantised_multiply": (P, P, I, P, I, I),
+    "read_memory": (P, ctypes.c_size_t, I),
 }
-RESULTS = {"decoder_bytes": ctypes.c_size_t, "decoder_forward": I}
+RESULTS = {"decoder_bytes": ctypes.c_size_t, "decoder_forward": I, "read_memory": I}
 
 
 def usable(*tensors: torch.Tensor | None) -> bool:
