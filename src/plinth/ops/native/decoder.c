@@ -1,45 +1,67 @@
 /* One call of the model: all rows of a batch through all layers, by all threads of a job, phase by phase. */
 #include "decoder.h"
 
-enum { CACHED_BYTES = 1 << 20 }; /* of a matrix's first operand: what stays in the second-level cache while panels pass */
+enum {
+    CACHED_BYTES = 1 << 20, /* of a matrix's first operand: what stays in the second-level cache while panels pass */
+    CACHED_STEPS = 8       /* of a panel: what stays in the first-level cache while rows pass */
+};
 
-/* Takes results of a product: 32 columns from 32 panel, of rows row .. row + rows - 1. */
-typedef void (*Finish)(const Work *w, const float *block, int panel, int row, int rows);
+/* Takes results of a product, blocks of 32 columns one behind the other, from panel `panel`, of rows row .. row + rows - 1. */
+typedef void (*Finish)(const Work *w, const float *blocks, int panel, int row, int rows);
 
-/* All panels times all rows, `together` panels at once, shared out among the threads. */
-static void multiply_all(const Work *w, const Matrix *m, const Operand *x, int rows, int together, Finish finish) {
-    float block[2 * 32 * 32] __attribute__((aligned(64)));
-    const int deep = round_up(CACHED_BYTES / (m->steps * 64), 32), units = m->panels / together;
-    const int few = rows <= 32 ? 1 + units / (8 * w->call->threads) : 1; /* units of a share: neighbours, read one behind the other */
-    const int shares = (units + few - 1) / few * ((rows + deep - 1) / deep);
-    for (int share; (share = next_share()) < shares;) {
-        const int first = share % ((units + few - 1) / few) * few, top = share / ((units + few - 1) / few) * deep;
-        for (int unit = first; unit < first + few && unit < units; unit++)
-            for (int row = top; row < top + deep && row < rows; row += 32) {
-                const int count = rows - row < 32 ? rows - row : 32;
-                for (int i = 0; i < together; i++) product(m, x, unit * together + i, row, count, block + 1024 * i, 32);
-                finish(w, block, unit * together, row, count);
-            }
+/* Where results go: into `blocks`, an array with as many panels as the matrix, on top of what it holds where `add`; or, `together` panels
+at a time, to `finish`. */
+typedef struct {
+    float *blocks;
+    int add, together;
+    Finish finish;
+} Target;
+
+/* A panel times rows top .. bottom - 1, their results `panels` blocks apart. Many rows take a part of the panel at a time. */
+static void multiply_panel(const Matrix *m, const Operand *x, int panel, int top, int bottom, int add, float *out, int panels) {
+    float block[32 * 32] __attribute__((aligned(64)));
+    if (m->format == FORMAT_BF16) {
+        const int parts = bottom - top > 32 ? (m->steps + CACHED_STEPS - 1) / CACHED_STEPS : 1;
+        for (int part = 0; part < parts; part++)
+            for (int row = top; row < bottom; row += 32)
+                product_steps(m, x, panel, row, bottom - row < 32 ? bottom - row : 32, m->steps * part / parts, m->steps * (part + 1) / parts,
+                              part == 0 && !add, BLOCK_AT(out, panels, row - top, 0));
+        return;
+    }
+    for (int row = top; row < bottom; row += 32) {
+        float *own = BLOCK_AT(out, panels, row - top, 0);
+        const int rows = bottom - row < 32 ? bottom - row : 32;
+        product(m, x, panel, row, rows, add ? block : own);
+        for (int i = 0; add && i < rows * 32; i += 16) _mm512_store_ps(own + i, _mm512_add_ps(_mm512_load_ps(own + i), _mm512_load_ps(block + i)));
     }
 }
 
-static void add_to_stream(const Work *w, const float *block, int panel, int row, int rows) {
-    float *x = w->stream + (size_t)row * w->width + panel * 32;
-    for (int r = 0; r < rows; r++, x += w->width)
-        for (int i = 0; i < 32; i += 16) _mm512_store_ps(x + i, _mm512_add_ps(_mm512_load_ps(x + i), _mm512_load_ps(block + 32 * r + i)));
-}
-
-static void keep_qkv(const Work *w, const float *block, int panel, int row, int rows) {
-    const size_t columns = (size_t)w->model->layers[0].qkv.panels * 32;
-    float *out = w->qkv + row * columns + panel * 32;
-    for (int r = 0; r < rows; r++, out += columns)
-        for (int i = 0; i < 32; i += 16) _mm512_store_ps(out + i, _mm512_load_ps(block + 32 * r + i));
+/* All panels times all rows, shared out among the threads: neighbouring panels to the same one, which reads them one behind the other. */
+static void multiply_all(const Work *w, const Matrix *m, const Operand *x, int rows, const Target *target, int thread) {
+    const int together = target->finish ? target->together : 1, units = m->panels / together;
+    const int few = 1 + units / (8 * w->call->threads), stretches = (units + few - 1) / few;
+    const int deep = round_up(CACHED_BYTES / (m->steps * 64), 32);
+    float *partial = w->partial + thread * w->partial_floats;
+    for (int share; (share = next_share()) < stretches * ((rows + deep - 1) / deep);) {
+        const int first = share % stretches * few, top = share / stretches * deep, bottom = rows - top < deep ? rows : top + deep;
+        for (int unit = first; unit < first + few && unit < units; unit++) {
+            if (!target->finish) {
+                multiply_panel(m, x, unit, top, bottom, target->add, BLOCK_AT(target->blocks, m->panels, top, unit), m->panels);
+                continue;
+            }
+            for (int i = 0; i < together; i++) multiply_panel(m, x, unit * together + i, top, bottom, 0, partial + 1024 * i, together);
+            for (int row = top; row < bottom; row += 32)
+                target->finish(w, BLOCK_AT(partial, together, row - top, 0), unit * together, row, bottom - row < 32 ? bottom - row : 32);
+        }
+    }
 }
 
 INLINE __m512 gated(const float *line) {
     const __m512 gate = _mm512_load_ps(line), up = _mm512_load_ps(line + 16);
     const __m512 e = exp2_16(_mm512_mul_ps(_mm512_max_ps(gate, _mm512_set1_ps(-80.0f)), _mm512_set1_ps(-LOG2E)));
-    return _mm512_mul_ps(_mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1.0f), e)), up);
+    const __m512 divisor = _mm512_add_ps(_mm512_set1_ps(1.0f), e), rough = _mm512_rcp14_ps(divisor); /* then one step of Newton's */
+    const __m512 inverse = _mm512_mul_ps(rough, _mm512_fnmadd_ps(divisor, rough, _mm512_set1_ps(2.0f)));
+    return _mm512_mul_ps(_mm512_mul_ps(gate, inverse), up);
 }
 
 /* Two panels of gates and ups give 32 inputs of the next matrix. */
@@ -72,17 +94,24 @@ INLINE void part_of(int n, int thread, int threads, int *first, int *last) {
     *last = (int)((long)n * (thread + 1) / threads);
 }
 
-INLINE __m512 inverse_rms(const float *x, const Work *w) {
+/* The 32 columns from column `column` of a row of the stream. */
+INLINE float *stream_at(const Work *w, int row, int column) { return BLOCK_AT(w->stream, w->width / 32, row, column / 32) + row % 32 * 32; }
+
+INLINE __m512 inverse_rms(const Work *w, int row) {
     __m512 sum = _mm512_setzero_ps();
-    for (int i = 0; i < w->width; i += 16) sum = _mm512_fmadd_ps(_mm512_load_ps(x + i), _mm512_load_ps(x + i), sum);
+    for (int i = 0; i < w->width; i += 32) {
+        const __m512 low = _mm512_load_ps(stream_at(w, row, i)), high = _mm512_load_ps(stream_at(w, row, i) + 16);
+        sum = _mm512_fmadd_ps(high, high, _mm512_fmadd_ps(low, low, sum));
+    }
     return _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / w->model->hidden_size + w->model->norm_eps));
 }
 
-/* Puts x / rms(x), times the scales, times `factor`, into an operand, or into `plain` where there is one. */
-INLINE void norm_row(const Work *w, const float *x, const float *scales, float factor, const Operand *out, int row, float *plain) {
-    const __m512 scale = _mm512_mul_ps(inverse_rms(x, w), _mm512_set1_ps(factor));
+/* Puts x / rms(x) of a row of the stream, times the scales, times `factor`, into an operand, or into `plain` where there is one. */
+INLINE void norm_row(const Work *w, int from, const float *scales, float factor, const Operand *out, int row, float *plain) {
+    const __m512 scale = _mm512_mul_ps(inverse_rms(w, from), _mm512_set1_ps(factor));
     for (int i = 0; i < w->width; i += 32) {
-        __m512 low = _mm512_mul_ps(_mm512_load_ps(x + i), scale), high = _mm512_mul_ps(_mm512_load_ps(x + i + 16), scale);
+        const float *x = stream_at(w, from, i);
+        __m512 low = _mm512_mul_ps(_mm512_load_ps(x), scale), high = _mm512_mul_ps(_mm512_load_ps(x + 16), scale);
         if (scales) low = _mm512_mul_ps(low, _mm512_loadu_ps(scales + i)), high = _mm512_mul_ps(high, _mm512_loadu_ps(scales + i + 16));
         if (plain) {
             float both[32];
@@ -94,10 +123,16 @@ INLINE void norm_row(const Work *w, const float *x, const float *scales, float f
     }
 }
 
+INLINE void embed_row(const Work *w, int row) {
+    float values[w->width];
+    matrix_row(&w->model->embed, w->call->tokens[row], values);
+    for (int i = 0; i < w->width; i += 32) memcpy(stream_at(w, row, i), values + i, 128);
+}
+
 static void norm_rows(const Work *w, const float *scales, const Operand *out, int thread) {
     int first, last;
     part_of(w->call->num_rows, thread, w->call->threads, &first, &last);
-    for (int r = first; r < last; r++) norm_row(w, w->stream + (size_t)r * w->width, scales, 1.0f, out, r, NULL);
+    for (int r = first; r < last; r++) norm_row(w, r, scales, 1.0f, out, r, NULL);
     prepare(out, first, last);
     meet();
 }
@@ -115,18 +150,18 @@ static void finish_operand(const Work *w, const Operand *x, int thread) {
 static void run_layer(const Work *w, const Layer *layer, int thread) {
     const int rows = w->call->num_rows;
     norm_rows(w, layer->attention_norm, &w->normed, thread);
-    multiply_all(w, &layer->qkv, &w->normed, rows, 1, keep_qkv);
+    multiply_all(w, &layer->qkv, &w->normed, rows, &(Target){.blocks = w->qkv}, thread);
     meet();
     write_keys(w, layer);
     meet();
     attend_rows(w, layer, thread);
     finish_operand(w, &w->attended, thread);
-    multiply_all(w, &layer->out, &w->attended, rows, 1, add_to_stream);
+    multiply_all(w, &layer->out, &w->attended, rows, &(Target){.blocks = w->stream, .add = 1}, thread);
     meet();
     norm_rows(w, layer->mlp_norm, &w->normed, thread);
-    multiply_all(w, &layer->gate_up, &w->normed, rows, 2, put_gated);
+    multiply_all(w, &layer->gate_up, &w->normed, rows, &(Target){.finish = put_gated, .together = 2}, thread);
     finish_operand(w, &w->gated, thread);
-    multiply_all(w, &layer->down, &w->gated, rows, 1, add_to_stream);
+    multiply_all(w, &layer->down, &w->gated, rows, &(Target){.blocks = w->stream, .add = 1}, thread);
     meet();
 }
 
@@ -136,17 +171,17 @@ static void run_all(void *context, int thread) {
     const Call *c = w->call;
     int first, last;
     part_of(c->num_rows, thread, c->threads, &first, &last);
-    for (int r = first; r < last; r++) matrix_row(&m->embed, c->tokens[r], w->stream + (size_t)r * w->width);
+    for (int r = first; r < last; r++) embed_row(w, r);
     meet();
     for (int i = 0; i < m->num_layers; i++) run_layer(w, m->layers + i, thread);
     part_of(c->num_wanted, thread, c->threads, &first, &last);
     for (int r = first; r < last; r++)
-        norm_row(w, w->stream + (size_t)c->wanted[r] * w->width, m->final_norm, m->output_multiplier, &w->last, r,
+        norm_row(w, c->wanted[r], m->final_norm, m->output_multiplier, &w->last, r,
                  c->hidden ? c->hidden + (size_t)r * m->hidden_size : NULL);
     if (c->logits) {
         prepare(&w->last, first, last);
         meet();
-        multiply_all(w, &m->head, &w->last, c->num_wanted, 1, give_logits);
+        multiply_all(w, &m->head, &w->last, c->num_wanted, &(Target){.finish = give_logits, .together = 1}, thread);
     }
     release_tiles();
 }
@@ -181,6 +216,8 @@ static size_t lay_out(const Decoder *m, const Call *c, char *at, Work *w) {
     }
     w->stream = (float *)TAKE((size_t)rows * w->width * 4);
     w->qkv = (float *)TAKE((size_t)rows * layer->qkv.panels * 32 * 4);
+    w->partial_floats = (size_t)(rows > wanted ? rows : wanted) * 64;
+    w->partial = (float *)TAKE(w->partial_floats * 4 * c->threads);
     w->groups = (Span *)TAKE(rows * sizeof(Span));
     w->writes = (Span *)TAKE(rows * sizeof(Span));
     TAKE_OPERAND(&w->normed, &layer->qkv, rows)

@@ -40,10 +40,12 @@ typedef struct {
     const Decoder *model;
     const Call *call;
     int width, heads_a_tile; /* columns of the stream; query heads that share a key head and go into one tile */
-    float *stream, *qkv;     /* (rows, width) and (rows, outputs of qkv) */
+    float *stream, *qkv;     /* (rows, width) and (rows, outputs of qkv), in blocks */
+    float *partial;          /* a thread's results that go on into an operand or the logits: (rows, 64), in blocks */
     Operand normed, attended, gated, last;
     Span *groups, *writes;
     int num_groups, num_writes;
+    size_t partial_floats; /* a thread's */
     char *scratch;
     size_t scratch_bytes; /* a thread's */
     int longest;          /* positions that the longest sequence has now, rounded up to a block */

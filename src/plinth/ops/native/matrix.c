@@ -37,11 +37,16 @@ void prepare(const Operand *x, int first, int last) {
 }
 
 /* Up to 16 rows: two results, the weights read once. */
-INLINE void few_rows(const Matrix *w, const bf16 *a, const bf16 *b, float *out, size_t stride) {
+INLINE void few_rows(const bf16 *a, const bf16 *b, int steps, int fresh, float *block) {
     settle_memory();
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int k = 0; k < w->steps; k++, a += 512, b += 1024) {
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_loadd(0, block, 128);
+        _tile_loadd(1, block + 16, 128);
+    }
+    for (int k = 0; k < steps; k++, a += 512, b += 1024) {
         for (int i = 0; i < 2048; i += 64) _mm_prefetch((const char *)b + PREFETCH_BYTES + i, _MM_HINT_T0);
         _tile_loadd(4, a, 64);
         _tile_loadd(6, b, 64);
@@ -49,32 +54,39 @@ INLINE void few_rows(const Matrix *w, const bf16 *a, const bf16 *b, float *out, 
         _tile_loadd(7, b + 512, 64);
         _tile_dpbf16ps(1, 4, 7);
     }
-    _tile_stored(0, out, stride * 4);
-    _tile_stored(1, out + 16, stride * 4);
+    _tile_stored(0, block, 128);
+    _tile_stored(1, block + 16, 128);
     settle_memory();
 }
 
-INLINE void many_rows(const Matrix *w, const bf16 *a, const bf16 *b, float *out, size_t stride) {
-    const size_t next = (size_t)w->steps * 512;
-    zero_results();
-    for (int k = 0; k < w->steps; k++, a += 512, b += 1024) multiply(a, a + next, 64, b, b + 512, 64);
-    store_results(out, stride);
+INLINE void many_rows(const bf16 *a, const bf16 *a_below, const bf16 *b, int steps, int slice, int fresh, float *block) {
+    if (fresh)
+        zero_results();
+    else
+        load_results(block, 32);
+    const char *ahead = (const char *)b + steps * 2048; /* asked for in slices while this part is used by row after row */
+    for (int k = 0; k < steps; k++, a += 512, a_below += 512, b += 1024) {
+        for (int i = 0; i < 2; i++) _mm_prefetch(ahead + ((size_t)slice * 2 * steps + 2 * k + i) * 64, _MM_HINT_T1);
+        multiply(a, a_below, 64, b, b + 512, 64);
+    }
+    store_results(block, 32);
 }
 
-static void product_bf16(const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride) {
-    const bf16 *a = x->tiles + (size_t)row * w->steps * 32, *b = (const bf16 *)w->values + (size_t)panel * w->steps * 1024;
+void product_steps(const Matrix *w, const Operand *x, int panel, int row, int rows, int first, int last, int fresh, float *block) {
+    const bf16 *a = x->tiles + (size_t)row * w->steps * 32 + first * 512;
+    const bf16 *b = (const bf16 *)w->values + ((size_t)panel * w->steps + first) * 1024;
     tile_rows(rows < 16 ? rows : 16);
     if (rows <= 16)
-        few_rows(w, a, b, out, stride);
+        few_rows(a, b, last - first, fresh, block);
     else
-        many_rows(w, a, b, out, stride);
+        many_rows(a, a + (size_t)w->steps * 512, b, last - first, row / 32 % 16, fresh, block);
 }
 
-void product(const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride) {
+void product(const Matrix *w, const Operand *x, int panel, int row, int rows, float *block) {
     if (w->format == FORMAT_BF16)
-        product_bf16(w, x, panel, row, rows, out, stride);
+        product_steps(w, x, panel, row, rows, 0, w->steps, 1, block);
     else
-        quantised_product(w, x, panel, row, rows, out, stride);
+        quantised_product(w, x, panel, row, rows, block, 32);
 }
 
 void matrix_row(const Matrix *w, int output, float *values) {

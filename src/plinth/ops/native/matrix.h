@@ -44,9 +44,15 @@ INLINE void put32(const Operand *x, int row, int column, __m512 low, __m512 high
 /* Makes rows first .. last - 1, all of whose inputs have been put, ready for `product`. Nothing to do for bf16. */
 void prepare(const Operand *x, int first, int last);
 
-/* Writes outputs 32 panel .. 32 panel + 31 of rows row .. row + rows - 1 to out, whose lines are `stride` floats apart.
-`row` is a multiple of 16, rows is 1 to 32; out has room for rows rounded up to 16, those beyond `rows` hold anything. */
-void product(const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride);
+/* Results lie in blocks: element (row, column) of an array with `panels` panels of columns is BLOCK_AT(...)[row % 32 * 32 + column % 32]. */
+#define BLOCK_AT(array, panels, row, panel) ((array) + ((size_t)((row) / 32) * (panels) + (panel)) * 1024)
+
+/* Writes outputs 32 panel .. 32 panel + 31 of rows row .. row + rows - 1 to a block. `row` is a multiple of 32, rows is 1 to 32; lines of the
+block beyond `rows` hold anything afterwards. */
+void product(const Matrix *w, const Operand *x, int panel, int row, int rows, float *block);
+
+/* The same for bf16 with the inputs from step `first` to `last` - 1 alone, added to what the block holds unless `fresh`. */
+void product_steps(const Matrix *w, const Operand *x, int panel, int row, int rows, int first, int last, int fresh, float *block);
 
 /* Writes the weights of one output, inputs rounded up to 32: the embedding of a token where the matrix is the head as well. */
 void matrix_row(const Matrix *w, int output, float *values);

@@ -2,10 +2,11 @@
 sequence in order, and what lies behind its position adds zeros. */
 #include "decoder.h"
 
-/* x, a head of one row, to x / rms(x) times the scales of its norm, rotated to its position and times `factor`. */
+/* x, a head of one row (32 numbers at the beginning of every block), to x / rms(x) times the scales of its norm, rotated to its position and
+times `factor`. */
 INLINE void norm_and_rotate(const float *x, const float *scales, const Decoder *m, int E, int position, float factor, __m512 out[MOST_VECTORS]) {
     __m512 n[MOST_VECTORS], sum = _mm512_setzero_ps();
-    for (int i = 0; i < E / 16; i++) n[i] = _mm512_loadu_ps(x + 16 * i), sum = _mm512_fmadd_ps(n[i], n[i], sum);
+    for (int i = 0; i < E / 16; i++) n[i] = _mm512_load_ps(x + i / 2 * 1024 + i % 2 * 16), sum = _mm512_fmadd_ps(n[i], n[i], sum);
     const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / E + m->norm_eps));
     for (int i = 0; i < E / 16; i++) {
         n[i] = _mm512_mul_ps(n[i], scale);
@@ -19,6 +20,11 @@ INLINE void norm_and_rotate(const float *x, const float *scales, const Decoder *
     }
 }
 
+/* Head `head` of a row of qkv. */
+INLINE const float *qkv_at(const Work *w, const Layer *layer, int row, int head, int E) {
+    return BLOCK_AT(w->qkv, layer->qkv.panels, row, head * E / 32) + row % 32 * 32;
+}
+
 INLINE __m512i pack32(const __m512 v[2]) { return (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]); }
 
 INLINE bf16 *head_block(bf16 *cache, const Work *w, int row, int position, int head) {
@@ -29,26 +35,31 @@ INLINE bf16 *head_block(bf16 *cache, const Work *w, int row, int position, int h
 
 INLINE void write_span(const Work *w, const Layer *layer, const Span *span, int head, int E) {
     const Decoder *m = w->model;
-    const int start = w->call->positions[span->first], columns = layer->qkv.panels * 32;
+    const int start = w->call->positions[span->first];
     uint32_t *keys = (uint32_t *)head_block(layer->keys, w, span->first, start, head);
     bf16 *values = head_block(layer->values, w, span->first, start, head);
     if (start % BLOCK == 0) memset(values, 0, BLOCK * E * 2); /* what a former owner left might not be a number, and zero times it neither */
     const __m512i pairs = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
     for (int r = 0; r < span->rows; r++) {
         const int position = start + r, place = position % BLOCK;
-        const float *x = w->qkv + (size_t)(span->first + r) * columns + (size_t)(m->num_heads + head) * E;
         __m512 k[MOST_VECTORS];
-        norm_and_rotate(x, layer->k_norm, m, E, position, 1.0f, k);
+        norm_and_rotate(qkv_at(w, layer, span->first + r, m->num_heads + head, E), layer->k_norm, m, E, position, 1.0f, k);
         for (int e = 0; e < E / 32; e++)
             _mm512_i32scatter_epi32(keys + (place / 16 * (E / 32) + e) * 256 + place % 16, pairs, pack32(k + 2 * e), 4);
-        const float *v = x + (size_t)m->num_kv_heads * E;
+        const float *v = qkv_at(w, layer, span->first + r, m->num_heads + m->num_kv_heads + head, E);
         for (int d = 0; d < E / 16; d++) {
-            const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(v + 16 * d)));
+            const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(v + d / 2 * 1024 + d % 2 * 16)));
             const int odd = place % 2;
             _mm512_mask_storeu_epi16(values + d * 512 + place / 2 * 32, odd ? 0xaaaaaaaau : 0x55555555u, odd ? _mm512_slli_epi32(wide, 16) : wide);
         }
     }
 }
+
+/* A share of attention: the heads of one tile. */
+typedef struct {
+    const Span *group;
+    int kv, head, heads;
+} Part;
 
 /* What a thread needs to let the rows of one tile attend. */
 typedef struct {
@@ -71,11 +82,13 @@ INLINE Scratch lay_out(const Work *w, int thread) {
                      .stride = w->longest + TILE};
 }
 
-INLINE void score_blocks(const Scratch *s, const bf16 *keys, const int32_t *table, size_t block_size, int blocks, int E) {
+/* Scores of all blocks; the values, which are next, are asked for on the way. */
+INLINE void score_blocks(const Scratch *s, const bf16 *keys, const bf16 *values, const int32_t *table, size_t block_size, int blocks, int E) {
     for (int j = 0; j < blocks; j++) {
         const bf16 *k = keys + table[j] * block_size;
         if (j + 1 < blocks)
             for (int i = 0; i < BLOCK * E; i += 32) _mm_prefetch((const char *)(keys + table[j + 1] * block_size + i), _MM_HINT_T0);
+        for (int i = 0; i < BLOCK * E; i += 32) _mm_prefetch((const char *)(values + table[j] * block_size + i), _MM_HINT_T1);
         settle_memory();
         _tile_zero(0);
         _tile_zero(1);
@@ -142,25 +155,25 @@ INLINE void add_values(const Scratch *s, const bf16 *values, const int32_t *tabl
     settle_memory();
 }
 
-/* Lets `heads` query heads from `head` on, which share key head kv, of the group's rows attend. */
-INLINE void attend_group(const Work *w, const Layer *layer, const Scratch *s, const Span *group, int kv, int head, int heads, int E) {
+INLINE void attend_group(const Work *w, const Layer *layer, const Scratch *s, const Part *part, int E) {
     const Decoder *m = w->model;
+    const Span *group = part->group;
+    const int kv = part->kv, head = part->head, heads = part->heads;
     const Call *c = w->call;
-    const int first = group->first, last = c->positions[first + group->rows - 1], blocks = last / BLOCK + 1, columns = layer->qkv.panels * 32;
+    const int first = group->first, last = c->positions[first + group->rows - 1], blocks = last / BLOCK + 1;
     const int32_t *table = c->block_tables + (size_t)c->sequences[first] * c->max_blocks;
     const size_t block_size = (size_t)m->num_kv_heads * BLOCK * E;
     for (int r = 0; r < group->rows; r++)
         for (int h = 0; h < heads; h++) {
             __m512 q[MOST_VECTORS];
-            norm_and_rotate(w->qkv + (size_t)(first + r) * columns + (size_t)(head + h) * E, layer->q_norm, m, E, c->positions[first + r],
-                            m->attention_factor, q);
+            norm_and_rotate(qkv_at(w, layer, first + r, head + h, E), layer->q_norm, m, E, c->positions[first + r], m->attention_factor, q);
             for (int e = 0; e < E / 32; e++) _mm512_store_si512(s->queries + e * 512 + (r * heads + h) * 32, pack32(q + 2 * e));
         }
     tile_rows(group->rows * heads);
-    score_blocks(s, layer->keys + (size_t)kv * BLOCK * E, table, block_size, blocks, E);
+    const bf16 *keys = layer->keys + (size_t)kv * BLOCK * E, *values = layer->values + (size_t)kv * BLOCK * E;
+    score_blocks(s, keys, values, table, block_size, blocks, E);
     float inverse[TILE];
     for (int line = 0; line < group->rows * heads; line++) inverse[line] = weigh(s, line, c->positions[first + line / heads] + 1, blocks);
-    const bf16 *values = layer->values + (size_t)kv * BLOCK * E;
     for (int e = 0; e < E; e += 64) {
         if (E - e >= 64)
             add_values(s, values, table, block_size, blocks, E, e, 4);
@@ -176,18 +189,47 @@ INLINE void attend_group(const Work *w, const Layer *layer, const Scratch *s, co
         }
 }
 
+/* Asks for the lines that a span will write. */
+INLINE void expect_span(const Work *w, const Layer *layer, int share, int E) {
+    const int heads = w->model->num_kv_heads;
+    if (share >= w->num_writes * heads) return;
+    const Span *span = w->writes + share / heads;
+    const int place = w->call->positions[span->first] % BLOCK;
+    const bf16 *keys = head_block(layer->keys, w, span->first, w->call->positions[span->first], share % heads);
+    const bf16 *values = head_block(layer->values, w, span->first, w->call->positions[span->first], share % heads);
+    for (int i = 0; i < E * 16; i += 32) __builtin_prefetch(keys + place / 16 * E * 16 + i, 1);
+    for (int d = 0; d < E / 16; d++) __builtin_prefetch(values + d * 512 + place / 2 * 32, 1);
+}
+
 INLINE void write_all(const Work *w, const Layer *layer, int E) {
     const int heads = w->model->num_kv_heads;
-    for (int i; (i = next_share()) < w->num_writes * heads;) write_span(w, layer, w->writes + i / heads, i % heads, E);
+    for (int i = next_share(), next; i < w->num_writes * heads; i = next) {
+        next = next_share();
+        expect_span(w, layer, next, E);
+        write_span(w, layer, w->writes + i / heads, i % heads, E);
+    }
+}
+
+INLINE Part part_at(const Work *w, int share) {
+    const int kv_heads = w->model->num_kv_heads, sharing = w->model->num_heads / kv_heads, parts = (sharing + w->heads_a_tile - 1) / w->heads_a_tile;
+    const int kv = share / parts % kv_heads, from = share % parts * w->heads_a_tile, left = sharing - from;
+    if (share >= w->num_groups * kv_heads * parts) return (Part){NULL, 0, 0, 0};
+    return (Part){w->groups + share / parts / kv_heads, kv, kv * sharing + from, left < w->heads_a_tile ? left : w->heads_a_tile};
+}
+
+/* Asks for the first block of keys that a part will read. */
+INLINE void expect_part(const Work *w, const Layer *layer, const Part *part, int E) {
+    if (!part->group) return;
+    const bf16 *keys = head_block(layer->keys, w, part->group->first, 0, part->kv);
+    for (int i = 0; i < BLOCK * E; i += 32) _mm_prefetch((const char *)(keys + i), _MM_HINT_T0);
 }
 
 INLINE void attend_all(const Work *w, const Layer *layer, int thread, int E) {
-    const int kv_heads = w->model->num_kv_heads, sharing = w->model->num_heads / kv_heads, parts = (sharing + w->heads_a_tile - 1) / w->heads_a_tile;
     const Scratch s = lay_out(w, thread);
-    for (int i; (i = next_share()) < w->num_groups * kv_heads * parts;) {
-        const int kv = i / parts % kv_heads, from = i % parts * w->heads_a_tile;
-        const int heads = sharing - from < w->heads_a_tile ? sharing - from : w->heads_a_tile;
-        attend_group(w, layer, &s, w->groups + i / parts / kv_heads, kv, kv * sharing + from, heads, E);
+    for (Part part = part_at(w, next_share()), next; part.group; part = next) {
+        next = part_at(w, next_share());
+        expect_part(w, layer, &next, E);
+        attend_group(w, layer, &s, &part, E);
     }
 }
 
