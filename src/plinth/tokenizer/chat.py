@@ -10,21 +10,21 @@ from typing import Any
 
 from plinth.config import UserError, nearest
 from plinth.tokenizer.encode import ASSISTANT, END, SYSTEM, USER, Tokenizer
-
-Message = dict[str, str]
-HEADERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
-SHOWN_REJECTS = 3
-
-# The same rendering for Hugging Face's tools. They turn special tokens in a message's text into special tokens; `render` does not.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
-    "{{ raise_exception('role ' + message['role'] + ' is not one of system, user, assistant') }}"
-    "{%- endif -%}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+from plinth.tokenizer.tool_format import (
+    RESPONSE_END,
+    RESPONSE_START,
+    Tool,
+    answer_text,
+    check_tool_calls,
+    check_tools,
+    plain_calls,
+    tools_text,
 )
+
+Message = dict[str, Any]
+HEADERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+ROLES = (*HEADERS, "tool")
+SHOWN_REJECTS = 3
 
 
 @dataclass(frozen=True)
@@ -58,24 +58,53 @@ class Rejects:
         return f"{self.count} rejected ({shown}{more})" if self.count else ""
 
 
-def render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool = False) -> Rendered:
-    """Return the tokens of a conversation: a header token, the text, <|end|>, message by message.
+def render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool = False, tools: list[Tool] | None = None) -> Rendered:
+    """Return the tokens of a conversation: a header token, the text, <|end|>, turn by turn.
 
-    With `add_generation_prompt` the assistant's header follows, ready for its answer. A special token written in a text stays text.
-    Raises UserError for an empty list, an unknown role, or a tokenizer that lacks the header tokens.
+    With `add_generation_prompt` the assistant's header follows, ready for its answer. `tools` are described in the system's turn.
+    A special token written in a text stays text. Raises UserError for an empty list, an unknown role, malformed tools or calls, or
+    a tokenizer that lacks the header tokens.
     """
-    check_messages(messages)
+    turns = to_turns(messages, tools)
     end_id = _required_id(tokenizer, END)
     tokens: list[int] = []
     loss_mask: list[bool] = []
-    contents = tokenizer.encode_batch([message["content"] for message in messages])
-    for message, content in zip(messages, contents):
-        tokens += [_required_id(tokenizer, HEADERS[message["role"]]), *content, end_id]
-        loss_mask += [False] + [message["role"] == "assistant"] * (len(content) + 1)
+    contents = tokenizer.encode_batch([text for _, text in turns])
+    for (role, _), content in zip(turns, contents):
+        tokens += [_required_id(tokenizer, HEADERS[role]), *content, end_id]
+        loss_mask += [False] + [role == "assistant"] * (len(content) + 1)
     if add_generation_prompt:
         tokens.append(_required_id(tokenizer, ASSISTANT))
         loss_mask.append(False)
     return Rendered(tokens, loss_mask)
+
+
+def to_turns(messages: list[Message], tools: list[Tool] | None = None) -> list[tuple[str, str]]:
+    """Return a conversation as (role, text), the roles system, user and assistant: calls written out, results in a user's turn."""
+    check_messages(messages)
+    turns: list[tuple[str, str]] = []
+    if tools:
+        check_tools(tools)
+        first = messages[0]["role"] == "system"
+        turns.append(("system", (messages[0]["content"] + "\n\n" if first else "") + tools_text(tools)))
+        messages = messages[1:] if first else messages
+    previous = None
+    for message in messages:
+        if message["role"] == "tool":
+            text = RESPONSE_START + message["content"] + RESPONSE_END
+            if previous == "tool":  # results of one answer's calls share a turn
+                turns[-1] = ("user", f"{turns[-1][1]}\n{text}")
+            else:
+                turns.append(("user", text))
+        else:
+            turns.append((message["role"], answer_text(message.get("content") or "", message.get("tool_calls") or [])))
+        previous = message["role"]
+    return turns
+
+
+def for_template(messages: list[Message]) -> list[Message]:
+    """Return messages as the template takes them: a call's arguments as an object, not as JSON text."""
+    return [{**message, "tool_calls": plain_calls(message["tool_calls"])} if message.get("tool_calls") else message for message in messages]
 
 
 def _required_id(tokenizer: Tokenizer, name: str) -> int:
@@ -86,18 +115,28 @@ def _required_id(tokenizer: Tokenizer, name: str) -> int:
 
 
 def check_messages(messages: Any) -> None:
-    """Raise UserError unless `messages` is a list of {role, content} with known roles and text."""
+    """Raise UserError unless `messages` is a list of {role, content} with known roles and text.
+
+    An assistant's message may have tool_calls, and then no content; one of role tool has what a tool returned as its content.
+    """
     if not isinstance(messages, list) or not messages:
         raise UserError("messages is not a list with at least one message.")
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise UserError(f"messages[{i}] is not an object with role and content.")
-        for key in ("role", "content"):
-            if key not in message:
-                raise UserError(f"messages[{i}] has no {key!r}.{nearest(key, message)}")
-        if not isinstance(message["role"], str) or message["role"] not in HEADERS:
-            guess = nearest(str(message["role"]), HEADERS)
-            raise UserError(f"messages[{i}].role={message['role']!r} is not one of {', '.join(HEADERS)}.{guess}")
+        if "role" not in message:
+            raise UserError(f"messages[{i}] has no 'role'.{nearest('role', message)}")
+        role = message["role"]
+        if not isinstance(role, str) or role not in ROLES:
+            raise UserError(f"messages[{i}].role={role!r} is not one of {', '.join(ROLES)}.{nearest(str(role), ROLES)}")
+        if message.get("tool_calls"):
+            if role != "assistant":
+                raise UserError(f"messages[{i}] of role {role} has tool_calls; only an assistant's may.")
+            check_tool_calls(message["tool_calls"], f"messages[{i}].tool_calls")
+            if message.get("content") is None:
+                continue
+        if "content" not in message:
+            raise UserError(f"messages[{i}] has no 'content'.{nearest('content', message)}")
         if not isinstance(message["content"], str):
             raise UserError(f"messages[{i}].content is of type {type(message['content']).__name__}, not text.")
 
@@ -137,7 +176,10 @@ def _parse_conversation(line: bytes) -> list[Message]:
     check_messages(record["messages"])
     if not any(message["role"] == "assistant" for message in record["messages"]):
         raise UserError("no message of the assistant, so there is nothing to learn from")
-    return [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
+    if record.get("tools"):
+        return [{"role": role, "content": text} for role, text in to_turns(record["messages"], record["tools"])]
+    kept = ("role", "content", "tool_calls")
+    return [{key: message[key] for key in kept if key in message} for message in record["messages"]]
 
 
 def _read_bytes(path: Path) -> bytes:

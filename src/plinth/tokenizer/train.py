@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plinth.config import UserError
-from plinth.tokenizer.chat import CHAT_TEMPLATE
+from plinth.tokenizer.chat_template import CHAT_TEMPLATE
 from plinth.tokenizer.encode import END_OF_TEXT, PAD, SPECIAL_TOKENS, Tokenizer
 
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
