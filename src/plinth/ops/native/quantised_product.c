@@ -1,7 +1,7 @@
 /* Products of rows and weights of 8 or 4 bits. One to a few rows go through AVX-512's integer products, more through the matrix unit. */
 #include "quantised.h"
 
-enum { PREFETCH_BYTES = 4096, FEW_ROWS = 3, CHUNK = 4 };
+enum { PREFETCH_BYTES = 4096, FEW_ROWS = 3 };
 
 const int8_t quantised_levels[16] = {-124, -98, -78, -62, -47, -34, -22, -10, 1, 13, 25, 38, 52, 67, 86, 109};
 
@@ -90,62 +90,51 @@ INLINE const void *second_operand(int format, const uint8_t *values, __m512i tab
     return room;
 }
 
-/* Integer sums of up to CHUNK groups, one tile each. */
-INLINE void sum_groups(int format, int count, const uint8_t *values, const int8_t *quants, __m512i table, int32_t (*sums)[256]) {
-    uint8_t room[CHUNK][TILE_BYTES] __attribute__((aligned(64)));
-    const void *weights[CHUNK];
-    for (int i = 0; i < count; i++) {
-        weights[i] = second_operand(format, values + i * value_bytes(format), table, room[i]);
-        for (int j = 0; j < value_bytes(format); j += 64)
-            _mm_prefetch((const char *)values + PREFETCH_BYTES + i * value_bytes(format) + j, _MM_HINT_T0);
+/* The sums of one group, times both scales, onto the totals of each row. */
+INLINE void add_group(int rows, const int32_t *sums, const bf16 *weight_scales, const float *scales, __m512 totals[16]) {
+    const __m512 columns = load16(weight_scales);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * r)), columns);
+        totals[r] = _mm512_fmadd_ps(sum, _mm512_set1_ps(scales[r]), totals[r]);
     }
-    settle_memory();
-#define SUM(tile, left, right)                              \
-    if (tile < count) {                                     \
-        _tile_zero(tile);                                   \
-        _tile_loadd(left, quants + tile * TILE_BYTES, 64);  \
-        _tile_loadd(right, weights[tile], 64);              \
-        _tile_dpbssd(tile, left, right);                    \
-    }
-    SUM(0, 4, 6)
-    SUM(1, 5, 7)
-    SUM(2, 4, 6)
-    SUM(3, 5, 7)
-    if (count > 0) _tile_stored(0, sums[0], 64);
-    if (count > 1) _tile_stored(1, sums[1], 64);
-    if (count > 2) _tile_stored(2, sums[2], 64);
-    if (count > 3) _tile_stored(3, sums[3], 64);
-    settle_memory();
 }
 
+/* Multiplies group g into a tile, lays down the tile before it, and adds up what the one before that laid down: so no unit waits. */
+#define PIPE(tile, before, second_before, left, right)                                                      \
+    if (g < w.groups) {                                                                                     \
+        const void *weights = second_operand(format, w.values, table, room[tile]);                          \
+        for (int i = 0; fetch && i < bytes; i += 64) _mm_prefetch((const char *)w.values + PREFETCH_BYTES + i, _MM_HINT_T0); \
+        w.values += bytes;                                                                                  \
+        settle_memory();                                                                                    \
+        _tile_zero(tile);                                                                                   \
+        _tile_loadd(left, x.quants + (size_t)g * TILE_BYTES, 64);                                           \
+        _tile_loadd(right, weights, 64);                                                                    \
+        _tile_dpbssd(tile, left, right);                                                                    \
+    }                                                                                                       \
+    if (g >= 1 && g <= w.groups) _tile_stored(before, sums[before], 64);                                    \
+    settle_memory();                                                                                        \
+    if (g >= 2) add_group(rows, sums[second_before], w.scales + (g - 2) * 16, x.scales + (g - 2) * 32, totals); \
+    if (++g == w.groups + 2) break;
+
 /* Up to `rows` rows, a constant wherever this is called; rows beyond those that the tiles are configured for come out as anything. */
-INLINE void many_rows(int format, int rows, Half w, Block x, float *out, size_t stride) {
-    int32_t sums[CHUNK][256] __attribute__((aligned(64)));
+INLINE void many_rows(int format, int rows, Half w, Block x, int fetch, float *out, size_t stride) {
+    int32_t sums[4][256] __attribute__((aligned(64)));
+    uint8_t room[4][TILE_BYTES] __attribute__((aligned(64)));
     const __m512i table = level_table(0);
+    const int bytes = value_bytes(format);
     __m512 totals[16];
     for (int r = 0; r < rows; r++) totals[r] = _mm512_setzero_ps();
-    for (int first = 0; first < w.groups; first += CHUNK) {
-        const int count = w.groups - first < CHUNK ? w.groups - first : CHUNK;
-        const uint8_t *values = w.values + (size_t)first * value_bytes(format);
-        const int8_t *quants = x.quants + (size_t)first * TILE_BYTES;
-        if (count == CHUNK)
-            sum_groups(format, CHUNK, values, quants, table, sums);
-        else
-            sum_groups(format, count, values, quants, table, sums);
-        for (int i = 0; i < count; i++) {
-            const __m512 weight_scales = load16(w.scales + (first + i) * 16);
-            const float *scales = x.scales + (size_t)(first + i) * 32;
-#pragma GCC unroll 16
-            for (int r = 0; r < rows; r++) {
-                __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums[i] + 16 * r));
-                totals[r] = _mm512_fmadd_ps(_mm512_mul_ps(sum, weight_scales), _mm512_set1_ps(scales[r]), totals[r]);
-            }
-        }
+    for (int g = 0;;) {
+        PIPE(0, 3, 2, 4, 6)
+        PIPE(1, 0, 3, 5, 7)
+        PIPE(2, 1, 0, 4, 6)
+        PIPE(3, 2, 1, 5, 7)
     }
     for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * stride, totals[r]);
 }
 
-INLINE void half_product(int format, Half w, Block x, int rows, float *out, size_t stride) {
+INLINE void half_product(int format, Half w, Block x, int rows, int fetch, float *out, size_t stride) {
     if (rows == 1)
         few_rows(format, 1, w, x, out, stride);
     else if (rows == 2)
@@ -153,11 +142,11 @@ INLINE void half_product(int format, Half w, Block x, int rows, float *out, size
     else if (rows == 3)
         few_rows(format, 3, w, x, out, stride);
     else if (rows <= 4)
-        many_rows(format, 4, w, x, out, stride);
+        many_rows(format, 4, w, x, fetch, out, stride);
     else if (rows <= 8)
-        many_rows(format, 8, w, x, out, stride);
+        many_rows(format, 8, w, x, fetch, out, stride);
     else
-        many_rows(format, 16, w, x, out, stride);
+        many_rows(format, 16, w, x, fetch, out, stride);
 }
 
 INLINE void product_of(int format, const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride) {
@@ -165,7 +154,7 @@ INLINE void product_of(int format, const Matrix *w, const Operand *x, int panel,
         for (int first = 0; first < rows; first += 16) {
             const int count = rows - first < 16 ? rows - first : 16;
             if (count > FEW_ROWS) tile_rows(count);
-            half_product(format, half_at(w, format, 2 * panel + half), block_at(x, row + first), count, out + first * stride + 16 * half, stride);
+            half_product(format, half_at(w, format, 2 * panel + half), block_at(x, row + first), count, row + first == 0, out + first * stride + 16 * half, stride);
         }
 }
 
