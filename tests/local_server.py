@@ -7,14 +7,16 @@ import threading
 import httpx
 import uvicorn
 
+from plinth.serving.listening import Connection
+
 
 @contextlib.contextmanager
-def serve(app):
+def serve(app, connection=Connection):
     """Run the application in a thread, on a port that the system picks; yield its address."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(64)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, http=connection, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

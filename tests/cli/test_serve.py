@@ -66,6 +66,21 @@ def test_serves_until_ctrl_c(run_dir):
         assert "stopped." in errors and "Traceback" not in errors
 
 
+def test_keys_json_log_and_sigterm(run_dir, tmp_path):
+    (tmp_path / "keys").write_text("sesame\n")
+    with serving(run_dir, "--port", 0, "--json", "--api-key-file", tmp_path / "keys", "--log-json", "--max-queue", 3) as process:
+        facts = json.loads(process.stdout.readline())
+        body = {"model": "mine", "prompt": "private words", "max_tokens": 3}
+        assert httpx.post(f"{facts['api']}/completions", json=body).status_code == 401
+        headers = {"Authorization": "Bearer sesame"}
+        assert httpx.post(f"{facts['api']}/completions", json=body, headers=headers, timeout=60).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    assert [line["status"] for line in lines if line["event"] == "request"] == [401, 200]
+    assert "private" not in errors and "sesame" not in errors and "Traceback" not in errors
+
+
 def test_prints_the_page_for_people(run_dir):
     with serving(run_dir, "--port", 0, "--name", "other") as process:
         first, second = process.stdout.readline(), process.stdout.readline()
@@ -88,6 +103,8 @@ def test_a_pretraining_run_opens_as_continuation(run_dir, tmp_path):
         (["--port", "70000"], "0 to 65535"),
         (["--host", "192.0.2.1"], "not an address of this machine"),
         (["--max-batch", "0"], "max_batch=0"),
+        (["--max-queue", "0"], "max_queue=0"),
+        (["--api-key-file", "/dev/null"], "holds no key"),
     ],
 )
 def test_bad_options_are_one_line(run_dir, arguments, says):

@@ -12,6 +12,7 @@ from plinth.inference.text import TextEngine
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.serving.app import create_app
+from plinth.serving.listening import Connection
 from plinth.tokenizer.train import train_tokenizer
 
 TEXTS = [
@@ -52,8 +53,12 @@ def make_text_engine():
 
 @pytest.fixture(scope="session")
 def start():
-    """Start servers of one's own: `with start(text_engine, max_queue=1) as url`."""
-    return lambda text_engine, **options: serve(create_app(text_engine, "tiny", **options))
+    """Start servers of one's own: `with start(text_engine, limits=Limits(max_queue=1)) as url`."""
+
+    def start(text_engine, connection=Connection, **options):
+        return serve(create_app(text_engine, "tiny", **options), connection)
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from plinth.serving.limits import Limits
+
 
 def requests(count: int) -> list[dict]:
     """Requests of different lengths, prompts, seeds and stops."""
@@ -45,7 +47,7 @@ def health(url: str) -> dict:
 
 
 def test_full_queue_is_429_and_a_leaving_client_frees_its_place(make_text_engine, start, wait_until):
-    with start(make_text_engine(max_batch=1, max_seq_len=4096, eos=False), max_queue=1) as url:
+    with start(make_text_engine(max_batch=1, max_seq_len=4096, eos=False), limits=Limits(max_queue=1)) as url:
         with long_stream(url) as first:
             lines = first.iter_lines()  # kept: a generator that is thrown away closes the stream
             next(lines)

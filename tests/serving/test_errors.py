@@ -26,7 +26,7 @@ REFUSED = [
     (COMPLETIONS, {"prompt": [[]]}, "prompt", "empty"),
     (COMPLETIONS, {"prompt": [400]}, "prompt", "0 to 399"),
     (COMPLETIONS, {"prompt": [-1]}, "prompt", "0 to 399"),
-    (COMPLETIONS, {"prompt": "word " * 500}, None, "Shorten the prompt"),
+    (COMPLETIONS, {"prompt": "word " * 500}, "prompt", "Shorten"),
     (COMPLETIONS, {"suffix": "end"}, "suffix", "not supported"),
     (COMPLETIONS, {"best_of": 3}, "best_of", "not supported"),
     (COMPLETIONS, {"presence_penalty": 0.5}, "presence_penalty", "not supported"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +16,10 @@ from plinth.config import UserError, read_json
 from plinth.inference.text import TextEngine
 from plinth.run import find_model
 from plinth.serving.app import create_app
-from plinth.serving.limits import LOOPBACK_NAMES
+from plinth.serving.keys import ApiKeys, read_keys
+from plinth.serving.limits import LOOPBACK_NAMES, Limits
 from plinth.serving.listening import listen, run_server, url_host
+from plinth.serving.records import log_json
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,21 @@ class ServeConfig:
     run: Annotated[Path, tyro.conf.Positional]
     """a build, a run, or a model folder in Hugging Face's format"""
     host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 opens the server to the network, without a password"""
+    """address to listen on; 0.0.0.0 opens the server to the network: see api_key_file"""
     port: int = 8000
     """TCP port, 0 to 65535; 0 = any free one"""
     name: str | None = None
     """the model's name on the wire; None = the name of the run's directory"""
     max_batch: int = 16
     """sequences that are generated together"""
-    max_queue: int = 64
-    """sequences that may wait for a place; further requests get 429"""
+    limits: Limits = field(default_factory=Limits)
+    """how much the server takes on"""
+    api_key_file: Path | None = None
+    """file of API keys, one a line; the variable PLINTH_API_KEY may hold one too; None and no variable = open to all who reach it"""
+    stop_timeout_s: float = 30.0
+    """seconds that running answers get to end after SIGTERM; Ctrl-C gives them 3"""
+    log_json: bool = False
+    """log each request, never its words, and all else as JSON Lines on standard error"""
     allow_origin: tuple[str, ...] = ()
     """origins such as https://example.org whose pages may use the server, beside its own"""
     json: bool = False
@@ -43,32 +53,43 @@ class ServeConfig:
         """Raise UserError for a number that is out of range."""
         if not 0 <= self.port <= 65535:
             raise UserError(f"port={self.port} is not a TCP port. Use 0 to 65535.")
-        for name in ("max_batch", "max_queue"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        self.limits.check()
+        if self.max_batch < 1:
+            raise UserError(f"max_batch={self.max_batch} must be at least 1.")
+        if not self.stop_timeout_s >= 0:
+            raise UserError(f"stop_timeout_s={self.stop_timeout_s} must be 0 seconds or more.")
 
 
 def main(argv: list[str]) -> int:
     """Serve until Ctrl-C; returns 0. Raises UserError when there is no model or the port is taken."""
-    config = tyro.cli(ServeConfig, args=argv, prog="plinth serve")
+    config = tyro.cli(ServeConfig, args=argv, prog="plinth serve", config=(tyro.conf.OmitArgPrefixes,))
     config.check()
+    keys = read_keys(config.api_key_file, os.environ.get("PLINTH_API_KEY"))
+    if config.log_json:
+        log_json(sys.stderr)
     model_dir = find_model(config.run)
     listener = listen(config.host, config.port)
     try:
         say(f"loading {model_dir} …")
-        app, facts = make_app(config, model_dir)
+        app, facts = make_app(config, model_dir, keys)
         port = listener.getsockname()[1]
         url = f"http://{url_host(config.host)}:{port}"
         facts |= {"url": f"{url}/", "api": f"{url}/v1"}
-        announce(config, facts)
-        run_server(app, listener)
+        announce(config, facts, is_open=not keys)
+        run_server(
+            app,
+            listener,
+            stop_timeout_s=config.stop_timeout_s,
+            end_answers=app.state.server.batcher.close,
+            keeps_logging=config.log_json,
+        )
     finally:
         listener.close()
     say("stopped.")
     return 0
 
 
-def make_app(config: ServeConfig, model_dir: Path) -> tuple[Any, dict[str, Any]]:
+def make_app(config: ServeConfig, model_dir: Path, keys: ApiKeys) -> tuple[Any, dict[str, Any]]:
     """Load the model; return the application and what there is to say about it."""
     text_engine = TextEngine.load(model_dir, max_batch=config.max_batch)
     is_chat = speaks_chat(model_dir, text_engine)
@@ -77,7 +98,8 @@ def make_app(config: ServeConfig, model_dir: Path) -> tuple[Any, dict[str, Any]]
     app = create_app(
         text_engine,
         name,
-        max_queue=config.max_queue,
+        limits=config.limits,
+        keys=keys,
         is_chat=is_chat,
         host_names=LOOPBACK_NAMES if is_loopback else None,
         origins=config.allow_origin,
@@ -98,7 +120,7 @@ def speaks_chat(model_dir: Path, text_engine: TextEngine) -> bool:
     return stage != "pretrain" and text_engine.tokenizer.assistant_id is not None
 
 
-def announce(config: ServeConfig, facts: dict[str, Any]) -> None:
+def announce(config: ServeConfig, facts: dict[str, Any], is_open: bool) -> None:
     """Say where the page is; on an open address say that it is open."""
 
     def render(console: Console) -> None:
@@ -106,6 +128,6 @@ def announce(config: ServeConfig, facts: dict[str, Any]) -> None:
         console.print(f"OpenAI API  {facts['api']}   model {facts['model']}", highlight=False, markup=False, soft_wrap=True)
         console.print("Ctrl-C stops the server.", highlight=False)
 
-    if config.host not in LOOPBACK_NAMES:
-        say(f"host={config.host}: whoever reaches this machine can use the server; there is no password.")
+    if config.host not in LOOPBACK_NAMES and is_open:
+        say(f"host={config.host}: whoever reaches this machine can use the server. Pass --api-key-file to ask for a key.")
     emit(facts, config.json, render)

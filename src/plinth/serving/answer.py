@@ -13,25 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plinth.serving.pieces import CharacterCount, Piece, Token
+from plinth.serving.ticket import Ticket
 from plinth.tokenizer.encode import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # what the wire has for minus infinity, which JSON cannot spell
-
-
-@dataclass
-class Tally:
-    """Tokens counted over all sequences of one request."""
-
-    prompt: int = 0
-    completion: int = 0
-
-    def usage(self) -> dict[str, int]:
-        """Return the `usage` object."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-        }
 
 
 @dataclass(frozen=True)
@@ -136,3 +121,14 @@ class Choice:
         self.text += piece.text
         self.tokens += piece.tokens
         self.finish_reason = piece.finish_reason or self.finish_reason
+
+
+async def gather(ticket: Ticket) -> list[Choice]:
+    """Await all sequences of a ticket. When this is cancelled, so is the ticket."""
+    choices = [Choice() for _ in range(ticket.size)]
+    try:
+        async for index, piece in ticket.pieces():
+            choices[index].add(piece)
+    finally:
+        ticket.cancel()
+    return choices

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from plinth.config import UserError
-from plinth.inference.sampling import SamplingParams
 from plinth.inference.text import TextEngine
 from plinth.serving.errors import ApiError, bad_request, internal_error
-from plinth.serving.pieces import Assembly, Piece
+from plinth.serving.limits import Limits
+from plinth.serving.metrics import Metrics
+from plinth.serving.pieces import Piece
+from plinth.serving.records import RequestRecord
+from plinth.serving.ticket import Sequence, Ticket, Work
 
 T = TypeVar("T")
 LOG = logging.getLogger("plinth.serving")
@@ -22,80 +25,14 @@ RETRY_AFTER_S = 2
 CLOSE_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True)
-class Work:
-    """One sequence to generate."""
-
-    prompt: list[int]
-    params: SamplingParams | None
-    """None for nothing to generate: the echo is the whole answer"""
-    echo: Piece | None = None
-    """the prompt as the answer's first piece"""
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One sequence between its ticket and the engine."""
-
-    work: Work
-    emit: Callable[[Piece | Exception], None]
-    assembly: Assembly
-    cancelled: bool = False
-    engine_id: int = -1
-
-
-class Ticket:
-    """The sequences of one request, to iterate over in the event loop that asked for them."""
-
-    def __init__(self, batcher: Batcher, works: list[Work]):
-        self._batcher = batcher
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
-        self._works = works
-        self.sequences = [
-            Sequence(work, self._sender(index), Assembly(batcher.tokenizer, work.params.stop))
-            for index, work in enumerate(works)
-            if work.params is not None
-        ]
-
-    @property
-    def size(self) -> int:
-        """The number of sequences."""
-        return len(self._works)
-
-    def _sender(self, index: int) -> Callable[[Piece | Exception], None]:
-        def emit(item: Piece | Exception) -> None:
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
-
-        return emit
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield (sequence index, piece) as they come, until each sequence has ended. Raises what the engine raised."""
-        for index, work in enumerate(self._works):
-            if work.echo is not None:
-                yield index, work.echo
-        running = len(self.sequences)
-        while running:
-            index, item = await self._queue.get()
-            if isinstance(item, Exception):
-                raise item
-            running -= item.finish_reason is not None
-            yield index, item
-
-    def cancel(self) -> None:
-        """Give up all sequences that have not ended; their places in the batch are free before the next step."""
-        self._batcher.cancel(self.sequences)
-
-
 class Batcher:
     """Owns the engine: only its thread touches it. Sequences that find no place in the batch wait, up to `max_queue`."""
 
-    def __init__(self, text_engine: TextEngine, max_queue: int):
-        self.engine, self.tokenizer, self.max_queue = text_engine.engine, text_engine.tokenizer, max_queue
+    def __init__(self, text_engine: TextEngine, limits: Limits, metrics: Metrics):
+        self.engine, self.tokenizer, self.limits, self.metrics = text_engine.engine, text_engine.tokenizer, limits, metrics
         self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Sequence] = {}
-        self._calls: deque[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]]] = deque()
+        self._calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="plinth-engine", daemon=True)
@@ -103,6 +40,7 @@ class Batcher:
 
     @property
     def max_batch(self) -> int:
+        """Sequences that the batch holds."""
         return self.engine.max_batch
 
     @property
@@ -117,50 +55,50 @@ class Batcher:
 
     @property
     def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
         return self._thread.is_alive()
 
-    def submit(self, works: list[Work]) -> Ticket:
-        """Queue the sequences of one request. Raises ApiError: 429 when the queue is full, 400 when they never fit."""
-        if len(works) > self.max_batch + self.max_queue:
+    def check_size(self, count: int) -> None:
+        """Raise ApiError (400) when `count` sequences can never be taken at once."""
+        room = self.max_batch + self.limits.max_queue
+        if count > room:
             raise bad_request(
-                f"The request asks for {len(works)} sequences (prompts × n); this server takes "
-                f"{self.max_batch + self.max_queue} at once. Ask for fewer, or start it with a larger --max-queue.",
+                f"The request asks for {count} sequences (prompts × n); this server takes {room} at once. "
+                "Ask for fewer, or start it with a larger --max-queue.",
                 param="n",
             )
-        ticket = Ticket(self, works)
+
+    def submit(self, works: list[Work], record: RequestRecord) -> Ticket:
+        """Queue the sequences of one request. Raises ApiError: 429 when the queue is full, 400 when they never fit."""
+        self.check_size(len(works))
+        ticket = Ticket(works, self.tokenizer, self.limits, self.metrics, record, self.cancel)
         with self._changed:
-            if self._closed:
-                raise ApiError(503, "The server is stopping.", code="stopping")
+            self._refuse_when_closed()
             free = max(0, self.max_batch - len(self._active))
-            if len(self._waiting) + len(works) > self.max_queue + free:
-                raise ApiError(
-                    429,
-                    f"The queue is full: {len(self._waiting)} sequences wait, {self.max_queue} may. Try again soon.",
-                    code="queue_full",
-                    retry_after_s=RETRY_AFTER_S,
-                )
+            if len(self._waiting) + len(ticket.sequences) > self.limits.max_queue + free:
+                raise queue_full(len(self._waiting), self.limits.max_queue)
             self._waiting.extend(ticket.sequences)
             self._changed.notify()
+        ticket.begin()
         return ticket
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run `function` in the engine's thread, between two steps, and return what it returns."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def settle(value: Any, error: Exception | None) -> None:
-            if not future.cancelled():
-                future.set_exception(error) if error is not None else future.set_result(value)
-
+        """Run `function` in the engine's thread, between two steps, and return what it returns. Raises ApiError 429 as `submit`."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._changed:
-            if self._closed:
-                raise ApiError(503, "The server is stopping.", code="stopping")
-            self._calls.append((function, lambda value, error: loop.call_soon_threadsafe(settle, value, error)))
+            self._refuse_when_closed()
+            if len(self._calls) >= self.limits.max_queue:
+                raise queue_full(len(self._calls), self.limits.max_queue)
+            self._calls.append((function, future))
             self._changed.notify()
         return await future
 
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise ApiError(503, "The server is stopping.", code="stopping")
+
     def cancel(self, sequences: list[Sequence]) -> None:
-        """Mark sequences as unwanted; the thread frees their places."""
+        """Mark sequences as unwanted; the thread frees their places before its next step."""
         with self._changed:
             for sequence in sequences:
                 sequence.cancelled = True
@@ -179,7 +117,7 @@ class Batcher:
         while self._await_work():
             try:
                 self._drop_cancelled()
-                self._run_calls()
+                self._run_call()
                 self._admit()
                 if self._active:
                     self._step()
@@ -190,6 +128,8 @@ class Batcher:
                 LOG.exception("the engine failed; its %d sequences are answered with an error", len(self._active))
                 self._fail_active(internal_error())
         self._fail_active(ApiError(503, "The server is stopping.", code="stopping"))
+        for _, future in self._calls:
+            settle(future, None, ApiError(503, "The server is stopping.", code="stopping"))
 
     def _await_work(self) -> bool:
         with self._changed:
@@ -205,13 +145,17 @@ class Batcher:
         for sequence in dropped:
             self._leave(sequence)
 
-    def _run_calls(self) -> None:
-        while self._calls:
-            function, settle = self._calls.popleft()
-            try:
-                settle(function(), None)
-            except Exception as error:
-                settle(None, error)
+    def _run_call(self) -> None:
+        """Run one call, so that those who decode wait for one at most."""
+        if not self._calls:
+            return
+        function, future = self._calls.popleft()
+        if future.cancelled():
+            return
+        try:
+            settle(future, function(), None)
+        except Exception as error:
+            settle(future, None, error)
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self.max_batch:
@@ -219,14 +163,16 @@ class Batcher:
                 sequence = self._waiting.popleft()
             try:
                 sequence.engine_id = self.engine.add(sequence.work.prompt, sequence.work.params)
+                sequence.admitted_s = time.perf_counter()
                 self._active[sequence.engine_id] = sequence
             except UserError as error:
-                sequence.emit(bad_request(str(error)))
+                deliver([(sequence, bad_request(str(error)))])
             except Exception:
                 LOG.exception("the engine did not take a sequence")
-                sequence.emit(internal_error())
+                deliver([(sequence, internal_error())])
 
     def _step(self) -> None:
+        pieces: list[tuple[Sequence, Piece | Exception]] = []
         for event in self.engine.step():
             sequence = self._active.get(event.id)
             if sequence is None:
@@ -234,7 +180,8 @@ class Batcher:
             piece = sequence.assembly.push(event)
             if piece.finish_reason:
                 self._leave(sequence, finished=event.finish_reason is not None)
-            sequence.emit(piece)
+            pieces.append((sequence, piece))
+        deliver(pieces)
 
     def _leave(self, sequence: Sequence, finished: bool = False) -> None:
         self._active.pop(sequence.engine_id, None)
@@ -248,4 +195,41 @@ class Batcher:
                 self._waiting.clear()
         for sequence in pending:
             self._leave(sequence)
-            sequence.emit(error)
+        deliver([(sequence, error) for sequence in pending])
+
+
+def queue_full(waiting: int, limit: int) -> ApiError:
+    """Return the 429 of a queue that holds `waiting` of at most `limit`."""
+    return ApiError(
+        429,
+        f"The queue is full: {waiting} wait, {limit} may. Try again soon.",
+        code="queue_full",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def deliver(pieces: list[tuple[Sequence, Piece | Exception]]) -> None:
+    """Hand pieces to the tickets of their sequences: one wake-up of an event loop for all of a step."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Sequence, Piece | Exception]]] = {}
+    for sequence, piece in pieces:
+        by_loop.setdefault(sequence.ticket.loop, []).append((sequence, piece))
+    for loop, items in by_loop.items():
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_receive, items)
+
+
+def _receive(items: list[tuple[Sequence, Piece | Exception]]) -> None:
+    for sequence, piece in items:
+        sequence.ticket.receive(sequence, piece)
+
+
+def settle(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    """Give a future of another thread's loop its result or its error."""
+
+    def give() -> None:
+        if not future.done():
+            future.set_exception(error) if error is not None else future.set_result(value)
+
+    loop = future.get_loop()
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(give)

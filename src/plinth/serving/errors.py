@@ -8,15 +8,37 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 LOG = logging.getLogger("plinth.serving")
-TYPES = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 SHAPES = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
     "stop": "a string, or a list of up to 4 strings",
     "content": "a string, or a list of parts {'type': 'text', 'text': ...}",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorDetail
+
+
+DESCRIBED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request is at fault, or comes at a bad time."},
+    "5XX": {"model": ErrorAnswer, "description": "The server is at fault, or stops."},
 }
 
 
@@ -40,7 +62,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body."""
-        kind = TYPES.get(self.status, "invalid_request_error")
+        kind = "server_error" if self.status >= 500 else TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:

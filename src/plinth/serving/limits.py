@@ -1,7 +1,9 @@
-"""What a server refuses before it reads a request: foreign origins, foreign host names, bodies that are too large."""
+"""What a server refuses before it reads a request: foreign origins and hosts, missing keys, bodies too large or too slow."""
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -9,10 +11,35 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from plinth.config import UserError
 from plinth.serving.errors import ApiError
 
-MAX_BODY_BYTES = 8 * 2**20
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a server takes on."""
+
+    max_queue: int = 64
+    """sequences that may wait for a place in the batch; further requests get 429"""
+    max_body_bytes: int = 8 * 2**20
+    """size of a request's body; larger ones get 413"""
+    body_timeout_s: float = 30.0
+    """seconds from a request's headers to the end of its body; slower ones get 408"""
+    request_timeout_s: float = 600.0
+    """seconds that an answer may take; longer ones get 504, and what was streamed until then stays"""
+    max_buffered_pieces: int = 4096
+    """pieces of text kept for a client that does not read; then its request is given up"""
+
+    def check(self) -> None:
+        """Raise UserError for a number that is out of range."""
+        for name in ("max_queue", "max_body_bytes", "max_buffered_pieces"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("body_timeout_s", "request_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be more than 0 seconds.")
 
 
 class SameOrigin:
@@ -41,9 +68,14 @@ class SameOrigin:
 
     def refusal(self, host: str, origin: str | None) -> ApiError | None:
         """Return the 403 for a request with these two headers, or None when it may pass."""
-        if self.host_names is not None and urlsplit(f"//{host}").hostname not in self.host_names:
+        try:
+            name = urlsplit(f"//{host}").hostname
+            source = None if origin is None else urlsplit(origin).netloc
+        except ValueError:
+            return ApiError(400, "Host or Origin is not an address.", code="bad_host")
+        if self.host_names is not None and name not in self.host_names:
             return ApiError(403, f"Host {host} is not a name of this server. Use 127.0.0.1 or localhost.", code="bad_host")
-        if origin is None or origin in self.origins or urlsplit(origin).netloc == host:
+        if origin is None or origin in self.origins or source == host:
             return None
         return ApiError(
             403,
@@ -53,23 +85,31 @@ class SameOrigin:
 
 
 class BodyLimit:
-    """Refuse a body of more than `limit_bytes` with 413, whatever its Content-Length says."""
+    """Refuse a body that is too large (413), whatever its Content-Length says, or that takes too long (408)."""
 
-    def __init__(self, app: ASGIApp, limit_bytes: int = MAX_BODY_BYTES):
-        self.app, self.limit_bytes = app, limit_bytes
+    def __init__(self, app: ASGIApp, limits: Limits):
+        self.app, self.limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        received = 0
+        received, is_whole = 0, False
+        deadline = asyncio.get_running_loop().time() + self.limits.body_timeout_s
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            try:
+                async with asyncio.timeout_at(None if is_whole else deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    408, f"The body was not there after {self.limits.body_timeout_s:g} s. Send it faster.", {"Connection": "close"}
+                ) from None
             received += len(message.get("body", b""))
-            if received > self.limit_bytes:
-                raise HTTPException(413, f"The body is larger than {self.limit_bytes} bytes. Send less text.")
+            is_whole = not message.get("more_body", False)
+            if received > self.limits.max_body_bytes:
+                raise HTTPException(413, f"The body is larger than {self.limits.max_body_bytes} bytes. Send less text.")
             return message
 
         await self.app(scope, counted, send)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, field_validator
 
 from plinth.config import nearest
 from plinth.inference.sampling import SamplingParams
-from plinth.serving.errors import ApiError, bad_request
+from plinth.serving.errors import SHAPES, ApiError, bad_request
+from plinth.serving.messages import Message
 
 MAX_STOPS = 4
 MAX_CHOICES = 128
@@ -58,6 +59,31 @@ HARMLESS = {
 }
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+def _prompts(value: Any) -> Any:
+    """Check a prompt by hand: a union of list types would try each of them on every item of a long list."""
+    if value is None or isinstance(value, str) or _is_list_of(value, str) or _is_list_of(value, int):
+        return value
+    if _is_list_of(value, list) and all(_is_list_of(item, int) for item in value):
+        return value
+    raise ValueError(f"must be {SHAPES['prompt']}")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+Prompts = Annotated[Any, PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])]
+
+
+def listed(prompt: Any, param: str) -> list[str] | list[list[int]]:
+    """Return the prompts, one entry each. Raises ApiError (400) for an empty list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt or any(item == [] for item in prompt):
+        raise bad_request(f"{param} is empty. Give a text or at least one token id.", param=param)
+    return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 class StreamOptions(BaseModel):
@@ -148,53 +174,13 @@ class SamplingRequest(BaseModel):
 class CompletionRequest(SamplingRequest):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: Prompts = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Return the prompts, one entry each. Raises ApiError for an empty list."""
-        prompt = "" if self.prompt is None else self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt or any(item == [] for item in prompt):
-            raise bad_request("prompt is empty. Give a text or at least one token id.", param="prompt")
-        if isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        return prompt  # type: ignore[return-value]
-
-
-class TextPart(BaseModel):
-    """One part of a message's content; only text is known."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    type: str
-    text: str | None = None
-
-
-class Message(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    role: str
-    content: str | list[TextPart] | None = None
-
-    def plain(self, index: int) -> dict[str, str]:
-        """Return {role, content} with content as one string. Raises ApiError for what we cannot render."""
-        where = f"messages.{index}"
-        role = "system" if self.role == "developer" else self.role
-        if role not in ("system", "user", "assistant"):
-            raise bad_request(f"{where}.role={self.role!r} is not supported. Use system, developer, user or assistant.", param=where)
-        if self.content is None:
-            raise bad_request(f"{where}.content is missing. Give a text.", param=f"{where}.content")
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
-        for part in self.content:
-            if part.type != "text" or part.text is None:
-                raise bad_request(f"{where}.content has a part of type {part.type!r}; only text is supported.", param=f"{where}.content")
-        return {"role": role, "content": "".join(part.text or "" for part in self.content)}
+        return listed("" if self.prompt is None else self.prompt, "prompt")
 
 
 class ChatRequest(SamplingRequest):
@@ -217,10 +203,6 @@ class ChatRequest(SamplingRequest):
             )
         if self.max_tokens == 0:
             raise bad_request("max_tokens=0 leaves nothing to answer with. Use 1 or more.", param="max_tokens")
-
-    def plain_messages(self) -> list[dict[str, str]]:
-        """Return the conversation as {role, content} dictionaries."""
-        return [message.plain(index) for index, message in enumerate(self.messages)]
 
     @property
     def limit(self) -> int | None:

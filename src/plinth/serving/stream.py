@@ -10,9 +10,9 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from plinth.serving.answer import ChatLogprobs, CompletionLogprobs, Envelope, Tally
-from plinth.serving.batcher import Ticket
+from plinth.serving.answer import ChatLogprobs, CompletionLogprobs, Envelope
 from plinth.serving.errors import ApiError, internal_error
+from plinth.serving.ticket import Ticket
 from plinth.tokenizer.encode import Tokenizer
 
 LOG = logging.getLogger("plinth.serving")
@@ -53,24 +53,23 @@ async def encode_chunks(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[
 
 
 async def completion_chunks(
-    ticket: Ticket, envelope: Envelope, tokenizer: Tokenizer, tally: Tally, with_logprobs: bool, with_usage: bool
+    ticket: Ticket, envelope: Envelope, tokenizer: Tokenizer, with_logprobs: bool, with_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of /v1/completions."""
     more: dict[str, Any] = {"usage": None} if with_usage else {}
     logprobs = [CompletionLogprobs(tokenizer) for _ in range(ticket.size)]
     async for index, piece in ticket.pieces():
-        tally.completion += piece.num_generated
         if not (piece.text or piece.finish_reason or (with_logprobs and piece.tokens)):
             continue
         entry = logprobs[index](piece.tokens) if with_logprobs else None
         choice = {"index": index, "text": piece.text, "logprobs": entry, "finish_reason": piece.finish_reason}
         yield envelope.wrap([choice], **more)
     if with_usage:
-        yield envelope.wrap([], usage=tally.usage())
+        yield envelope.wrap([], usage=ticket.record.usage())
 
 
 async def chat_chunks(
-    ticket: Ticket, envelope: Envelope, tokenizer: Tokenizer, tally: Tally, with_logprobs: bool, with_usage: bool
+    ticket: Ticket, envelope: Envelope, tokenizer: Tokenizer, with_logprobs: bool, with_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of /v1/chat/completions: the role, then text, then the reason of the end."""
     more: dict[str, Any] = {"usage": None} if with_usage else {}
@@ -82,10 +81,9 @@ async def chat_chunks(
     for index in range(ticket.size):
         yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
     async for index, piece in ticket.pieces():
-        tally.completion += piece.num_generated
         if piece.text or (with_logprobs and piece.tokens):
             yield chunk(index, {"content": piece.text}, logprobs(piece.tokens) if with_logprobs else None)
         if piece.finish_reason:
             yield chunk(index, {}, reason=piece.finish_reason)
     if with_usage:
-        yield envelope.wrap([], usage=tally.usage())
+        yield envelope.wrap([], usage=ticket.record.usage())
