@@ -7,18 +7,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from llguidance import LLMatcher
 
+from plinth.tokenizer.tool_format import CALL_START
+
 LONGEST_WAY = 256  # tokens looked ahead
 LETTERS = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TAG = CALL_START.encode()
 EMPTY = (b'""', b"[]", b"{}")
 LAST = (9, 0)  # the place of tokens that lead nowhere
 
 
 class TextState:
-    """Whether the end of a document lies within a text between quotation marks."""
+    """Whether the end of a document lies within a text between quotation marks. A tool call's tag begins a new document."""
 
-    def __init__(self, inside: bool = False, escaped: bool = False):
+    def __init__(self, inside: bool = False, escaped: bool = False, tail: bytes = b""):
         self.inside = inside
         self.escaped = escaped
+        self._tail = tail  # the last bytes, in which the tag may have begun
 
     def push(self, spelled: bytes) -> None:
         """Take the document's next bytes."""
@@ -29,10 +33,13 @@ class TextState:
                 self.inside = not self.inside
             elif byte == 0x5C:
                 self.escaped = self.inside
+            self._tail = (self._tail + bytes([byte]))[-len(TAG) :]
+            if self._tail == TAG:
+                self.inside = self.escaped = False
 
     def copy(self) -> TextState:
         """Return an equal state."""
-        return TextState(self.inside, self.escaped)
+        return TextState(self.inside, self.escaped, self._tail)
 
 
 class Closer:

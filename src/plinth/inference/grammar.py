@@ -14,6 +14,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from plinth.config import UserError
 from plinth.inference.json_validity import SchemaChecker
 from plinth.inference.schema_form import check_schema
+from plinth.tokenizer.tool_format import CALL_END, CALL_START
 
 Mode = Literal["strict", "lenient"]
 Whitespace = Literal["bounded", "single", "none"]
@@ -31,10 +32,10 @@ SPACING: dict[str, dict[str, Any]] = {
 class Grammar:
     """What a completion must be. Make one with json_schema, json_object, regex, choice, lark or gbnf."""
 
-    kind: Literal["json_schema", "regex", "choice", "lark"]
+    kind: Literal["json_schema", "regex", "choice", "lark", "tools"]
     """language that the source is written in"""
     source: str
-    """JSON text of a schema, a regular expression, a JSON list of texts, or a grammar in llguidance's dialect of Lark"""
+    """JSON text of a schema, a regular expression, a JSON list of texts, a grammar in llguidance's dialect of Lark, or calls of tools"""
     mode: Mode = "strict"
     """'strict': a keyword that cannot be enforced is an error; 'lenient': it is ignored with a warning, the result is validated"""
     whitespace: Whitespace = "bounded"
@@ -100,14 +101,21 @@ class Grammar:
 
     def compiled_source(self, lenient: bool) -> str:
         """Return what the compiler takes; `lenient` says whether keywords that it lacks are ignored."""
+        options = {**SPACING[self.whitespace], "lenient": lenient, "coerce_one_of": lenient}
         if self.kind == "json_schema":
-            options = {**SPACING[self.whitespace], "lenient": lenient, "coerce_one_of": lenient}
             return LLMatcher.grammar_from_json_schema("{}" if self.source == "true" else self.source, overrides=options)
         if self.kind == "regex":
             return LLMatcher.grammar_from_regex(self.source)
         if self.kind == "choice":
             return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in json.loads(self.source)))
+        if self.kind == "tools":
+            return LLMatcher.grammar_from_lark(_tools_lark(json.loads(self.source), options))
         return LLMatcher.grammar_from_lark(self.source)
+
+    @property
+    def has_schema(self) -> bool:
+        """Whether keywords of JSON Schema may be lacking, and documents may be closed in time."""
+        return self.kind in ("json_schema", "tools")
 
     @property
     def is_json(self) -> bool:
@@ -119,6 +127,18 @@ class Grammar:
 def schema_checker(grammar: Grammar) -> SchemaChecker:
     """Return what validates the finished JSON of a grammar."""
     return SchemaChecker(json.loads(grammar.source))
+
+
+def _tools_lark(source: dict[str, Any], options: dict[str, Any]) -> str:
+    """Return the grammar of tool calls; see plinth.inference.tool_calls."""
+    bodies = [f"%json {json.dumps({'x-guidance': options, **schema}, ensure_ascii=False)}" for schema in source["schemas"]]
+    rules = [f"body_{i}: {body}" for i, body in enumerate(bodies)]
+    body = f'"\\n" ({" | ".join(f"body_{i}" for i in range(len(bodies)))}) "\\n{CALL_END}"'
+    if source["auto"]:
+        start = f"start: (lead call){'*' if source['parallel'] else '?'} TEXT"
+        return "\n".join([start, f'lead[lazy]: TEXT "{CALL_START}"', f"call: {body}", "TEXT: /(.|\\n)*/", *rules])
+    more = '("\\n" call)*' if source["parallel"] else ""
+    return "\n".join([f"start: call {more}", f'call: "{CALL_START}" {body}', *rules])
 
 
 def _parsed(schema: Any) -> Any:

@@ -65,7 +65,7 @@ class GrammarCompiler:
             self._cache.move_to_end(grammar)
             return self._cache[grammar]
         matcher, ignored = self._matcher(grammar, lenient=False), []
-        if matcher.is_error() and grammar.is_json and grammar.mode == "lenient":
+        if matcher.is_error() and grammar.has_schema and grammar.mode == "lenient":
             matcher = self._matcher(grammar, lenient=True)
             ignored = [short_message(message) for message in matcher.get_grammar_warnings()]
         if matcher.is_error():
@@ -123,7 +123,7 @@ class GrammarConstraint:
         self._words = np.zeros(-(-compiler.vocab_size // 32), np.uint32)
         self._bytes = self._words.view(np.uint8)
         self._mask = self._bytes[: mask_bytes(compiler.vocab_size)]
-        self._remaining = max_tokens if compiled.grammar.is_json else None
+        self._remaining = max_tokens if compiled.grammar.has_schema else None
         self._look_in = 0  # tokens until the way to the end is looked for again
         self._way: list[int] | None = None
         self._text = TextState()
@@ -184,8 +184,8 @@ class GrammarConstraint:
         if self._remaining is None or self._way is not None or self._look_in > 0 or self.error is not None:
             return
         way = self._compiler._closer.way(self._matcher, self._compiler._usable, self._text)
-        if way is None:
-            self._look_in = 1  # none within reach from here; without one, the completion is cut off and says so
+        if not way:
+            self._look_in = 1  # none within reach, or none needed; without one, the completion may be cut off and says so
             return
         spare = self._remaining - len(way)
         if 0 <= spare <= Closer.SPARE and not self._matcher.is_stopped():
@@ -217,9 +217,9 @@ def _bits(ids: Sequence[int], vocab_size: int) -> np.ndarray:
 
 
 def _refusal(grammar: Grammar, message: str) -> str:
-    if grammar.is_json and grammar.mode == "strict":
+    if grammar.has_schema and grammar.mode == "strict":
         return (
-            f"this json_schema cannot be enforced: {message}. Take that out, or use mode='lenient', which ignores "
+            f"the {grammar.kind} cannot be enforced: {message}. Take that out, or use mode='lenient', which ignores "
             "unknown keywords with a warning and validates the result."
         )
     return f"the {grammar.kind} cannot be compiled: {message}."
