@@ -11,7 +11,7 @@ from plinth.serving.answer import token_name
 from plinth.serving.errors import bad_request
 from plinth.serving.messages import Message, plain_messages
 from plinth.serving.server import Server
-from plinth.tokenizer.chat import CHAT_TEMPLATE
+from plinth.tokenizer.chat_template import CHAT_TEMPLATE
 
 MAX_TEXT_CHARACTERS = 2**18  # a text without a space takes the tokenizer long
 
