@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": ("plinth.cli.evaluate", "held-out likelihood and questions, with intervals"),
     "watch": ("plinth.cli.watch", "a run or a build as it goes, in the terminal or in the browser"),
     "report": ("plinth.cli.report", "report.html of a build"),
+    "export": ("plinth.cli.export", "a folder that vLLM, transformers or llama.cpp serve, compared with them"),
     "generate": ("plinth.cli.generate", "text from a model"),
     "chat": ("plinth.cli.chat", "talk to a model in the terminal"),
     "serve": ("plinth.cli.serve", "an OpenAI-compatible server and a chat page"),

@@ -76,8 +76,8 @@ class TokenizerFiles(Protocol):
     def save(self, path: Path) -> None: ...
 
 
-def save_model(model: Transformer, tokenizer: TokenizerFiles | None, out_dir: Path) -> None:
-    """Publish a model folder by one rename: fp32 safetensors, config.json, generation_config.json, tokenizer, plinth.json.
+def save_model(model: Transformer, tokenizer: TokenizerFiles | None, out_dir: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Publish a model folder by one rename: safetensors in `dtype`, config.json, generation_config.json, tokenizer, plinth.json.
 
     A model folder already at `out_dir` is replaced. Raises UserError when something else is there, or when the tokenizer has more
     entries than the model.
@@ -91,9 +91,10 @@ def save_model(model: Transformer, tokenizer: TokenizerFiles | None, out_dir: Pa
             "Save the model with the tokenizer that it was trained with."
         )
     with publish_dir(out_dir) as folder:
-        save_tensors(export_tensors(model), folder / WEIGHTS, {"format": "pt"})
+        tensors = {name: tensor.to(dtype) for name, tensor in export_tensors(model).items()}
+        save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
         special = _special_ids(tokenizer)
-        save_json(folder / "config.json", model.config.to_hf() | special)
+        save_json(folder / "config.json", model.config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")} | special)
         save_json(folder / "generation_config.json", special | {"max_length": model.config.max_seq_len})
         if tokenizer is not None:
             tokenizer.save(folder)

@@ -54,8 +54,12 @@ class Tokenizer:
     def save(self, path: Path | str) -> None:
         """Write the two files into `path`, which is made when it is absent."""
         Path(path).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path) / "tokenizer.json", self._backend.to_str())
+        write_atomic(Path(path) / "tokenizer.json", self.backend_json())
         write_atomic(Path(path) / "tokenizer_config.json", json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
+
+    def backend_json(self) -> str:
+        """Return the contents of tokenizer.json."""
+        return self._backend.to_str()
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. Raises UserError when it holds half a surrogate pair, which no file in UTF-8 can."""
