@@ -52,9 +52,10 @@ def tool_grammar(tools: Sequence[Tool], choice: str = "required", *, parallel: b
     if choice not in ("auto", "required", *names):
         raise UserError(f"tool_choice={choice!r} is not auto, required or one of the tools {', '.join(names)}.{nearest(choice, names)}")
     chosen = [tool["function"] for tool in tools if choice in ("auto", "required") or tool["function"]["name"] == choice]
-    source = {"schemas": [_call_schema(function) for function in chosen], "auto": choice == "auto", "parallel": parallel}
-    for schema in source["schemas"]:
+    schemas = [_call_schema(function) for function in chosen]
+    for schema in schemas:
         Grammar.json_schema(schema)  # says what is wrong with it
+    source = {"schemas": schemas, "auto": choice == "auto", "parallel": parallel}
     return Grammar("tools", json.dumps(source, ensure_ascii=False), mode, "single")
 
 
