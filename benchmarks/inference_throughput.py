@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import plinth.inference.engine
-import plinth.inference.rows
+import plinth.inference.torch_runner
 import plinth.models.attention
 import plinth.models.mlp
 import plinth.models.transformer
@@ -32,7 +32,7 @@ from plinth.run import describe_hardware, installed_versions
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 20, 40
 LINEAR_USERS = (plinth.models.attention, plinth.models.mlp, plinth.models.transformer)
-PADDING_USERS = (plinth.inference.rows, plinth.inference.engine)
+PADDING_USERS = (plinth.inference.torch_runner,)
 
 
 def main() -> int:
@@ -129,7 +129,7 @@ def timed(name: str, engine: Engine, prompts, params, clock) -> tuple[int, float
         engine.add(prompt, params)
     tokens = sum(map(len, prompts)) if name.startswith("prefill") else 0
     if name.startswith("decode"):
-        while not all(request.decodes for request in engine._running.values()) or engine.num_waiting:
+        while len(engine._scheduler.decoding) < engine.num_active:
             engine.step()
     started = clock()
     while engine.num_active:

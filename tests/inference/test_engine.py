@@ -1,4 +1,4 @@
-"""The engine's laws: cached equals uncached, a batch equals its singles bit for bit, slots are conserved."""
+"""The engine's laws: cached equals uncached, a batch equals its singles bit for bit, blocks are conserved."""
 
 import random
 
@@ -80,7 +80,7 @@ def test_joining_at_any_step_changes_nothing(make_model, make_prompts):
         assert got[i] == list(zip(completion.tokens, completion.logprobs, completion.top_logprobs))
 
 
-def test_random_arrivals_and_cancellations_conserve_slots(make_model, make_prompts):
+def test_random_arrivals_and_cancellations_conserve_blocks(make_model, make_prompts):
     model = make_model()
     rng, engine, alive = random.Random(1), Engine(model, max_batch=3), set()
     for _ in range(150):
@@ -96,15 +96,16 @@ def test_random_arrivals_and_cancellations_conserve_slots(make_model, make_promp
         assert len({event.id for event in events}) == len(events)
         alive -= {event.id for event in events if event.finish_reason}
         assert engine.num_active == len(alive)
-        running = [request.slot for request in engine._running.values()]
-        assert sorted(running + engine._free) == [0, 1, 2]
+        engine.check_integrity()
     for request_id in alive:
         engine.cancel(request_id)
         engine.cancel(request_id)
-    assert engine.num_active == 0 and sorted(engine._free) == [0, 1, 2] and engine.step() == []
+    assert engine.num_active == 0 and engine.step() == []
+    engine.check_integrity()
+    assert engine.pool.num_available == engine.pool.num_blocks
 
 
-def test_cancel_frees_the_slot_for_the_one_that_waits(make_model):
+def test_cancel_frees_the_place_for_the_one_that_waits(make_model):
     engine = Engine(make_model(), max_batch=1)
     first, second = engine.add([1, 2, 3]), engine.add([4, 5], GREEDY)
     assert [event.id for event in engine.step()] == [first]
@@ -179,10 +180,19 @@ def test_wrong_prompts_are_named(make_model, prompt, says):
 def test_memory_bound_makes_requests_wait(make_model, make_prompts):
     model = make_model()
     full = Engine(model, max_batch=8)
-    bounded = Engine(model, max_batch=8, max_cache_bytes=full.cache.bytes // 2)
-    assert 1 <= bounded.max_batch < 8 and bounded.cache.bytes <= full.cache.bytes // 2
-    prompts = make_prompts(LENGTHS)
+    bounded = Engine(model, max_batch=8, max_cache_bytes=full.runner.cache.bytes // 3)
+    assert bounded.runner.cache.bytes <= full.runner.cache.bytes // 3
+    prompts = make_prompts([200] * 8)  # of seven blocks each: four would fit in 26 blocks, but eight are kept for scoring
+    ids = [bounded.add(prompt, GREEDY) for prompt in prompts]
+    bounded.step()
+    assert bounded.num_waiting > 4
+    bounded.cancel(ids[0])
+    bounded.step()
+    assert bounded.num_waiting > 3
+    for request_id in ids:
+        bounded.cancel(request_id)
     assert bounded.generate(prompts, GREEDY) == full.generate(prompts, GREEDY)
+    bounded.check_integrity()
     with pytest.raises(UserError, match="max_cache_bytes=1000 is less than"):
         Engine(model, max_cache_bytes=1000)
 
@@ -218,7 +228,7 @@ def test_scoring_does_not_disturb_running_requests(make_model, make_prompts):
 
 def test_long_prompts_are_read_over_several_steps_while_others_decode(make_model, make_prompts):
     model = make_model(max_seq_len=1024)
-    long, short = make_prompts((700, 5))
+    long, short = make_prompts((900, 5))
     engine = Engine(model, max_batch=2)
     first, second = engine.add(short, GREEDY), engine.add(long, GREEDY)
     assert [event.id for event in engine.step()] == [first]

@@ -121,8 +121,8 @@ def test_chat_renders_the_conversation_and_ends_at_the_end_token(make_model, tok
     messages = [{"role": "system", "content": "Be <|end|> brief."}, {"role": "user", "content": "café?"}]
     prompt = render(tokenizer, messages, add_generation_prompt=True).tokens
     with torch.no_grad():  # the prompt's own end makes <|end|> the certain next token
-        hidden = engine.engine.model(torch.tensor([prompt]))[0, -1]
-        engine.engine.model.embed.weight[tokenizer.end_id] += hidden / hidden.norm() * 0.5
+        hidden = engine.engine.runner.model(torch.tensor([prompt]))[0, -1]
+        engine.engine.runner.model.embed.weight[tokenizer.end_id] += hidden / hidden.norm() * 0.5
     answer = engine.chat([messages], params(max_tokens=100, temperature=1.0))[0]
     assert answer.prompt_tokens == len(prompt)
     assert tokenizer.end_id not in answer.tokens and tokenizer.end_of_text_id not in answer.tokens

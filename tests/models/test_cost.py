@@ -19,7 +19,7 @@ from plinth.models.cost import (
     train_flops_per_token,
     train_memory_bytes,
 )
-from plinth.models.kv_cache import KVCache
+from plinth.models.kv_cache import PagedCache
 from plinth.models.transformer import Transformer
 from plinth.ops.kernels import library, why_not
 from plinth.ops.loss import linear_cross_entropy
@@ -121,8 +121,8 @@ def test_the_optimizer_follows_from_what_muon_costs():
 
 
 def test_cache_bytes_are_those_of_the_cache(config):
-    cache = KVCache(config, num_slots=3, max_seq_len=7, dtype=torch.bfloat16)
-    assert cache.keys.nbytes + cache.values.nbytes == 3 * 7 * kv_bytes_per_token(config, dtype_bytes=2)
+    cache = PagedCache(config, num_blocks=3, block_tokens=8, dtype=torch.bfloat16)
+    assert cache.keys.nbytes + cache.values.nbytes == cache.bytes == 3 * 8 * kv_bytes_per_token(config, dtype_bytes=2)
 
 
 def test_decoding_reads_weights_once_a_batch(config):

@@ -112,7 +112,7 @@ def test_a_failing_engine_is_a_500_and_the_server_goes_on(make_text_engine, star
     body = {"model": "tiny", "prompt": "x", "temperature": 0, "max_tokens": 4}
     with start(text_engine) as url:
         before = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=60).json()["choices"]
-        weight = text_engine.engine.model.embed.weight
+        weight = text_engine.engine.runner.model.embed.weight
         whole, weight.data = weight.data, weight.data[:1]
         broken = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=60)
         streamed = httpx.post(f"{url}{COMPLETIONS}", json=body | {"stream": True}, timeout=60)

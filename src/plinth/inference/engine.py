@@ -1,301 +1,200 @@
-"""Tokens in, tokens out: continuous batching over a fixed number of cache slots.
+"""Tokens in, tokens out: continuous batching over a pool of blocks of keys and values.
 
-Every step is one call of the model with the rows of all running requests: one row for each that decodes, chunks of the
-prompts of those that have just come. Requests join when a slot is free and leave when they end or are cancelled.
+Every step is one call of the model with the rows of all running requests: one row for each that decodes (more where the
+next tokens are forced by a grammar or guessed by a drafter), parts of the prompts of those that have just come. Requests
+join when there is room for all that they may need and leave when they end or are cancelled.
 
 The law of this engine: what a request gets, tokens and log-probabilities, is the same bit for bit whatever else runs
-beside it, whenever it came, and however many slots there are. See plinth.ops.linear and plinth.inference.rows for how.
+beside it, whenever it came, whatever of its prompt was known already, and whatever was guessed for it. It rests on the
+law of runners (plinth.inference.runner) and on noise that belongs to a request alone (plinth.inference.sampling).
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import deque
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from plinth.config import UserError
-from plinth.inference.rows import PREFILL_CHUNK, RowBatch, chunk_starts
-from plinth.inference.sampling import SamplingColumns, SamplingParams, fresh_seed, sample_tokens, top_logprobs, uniform_noise
-from plinth.models.kv_cache import KVCache
+from plinth.inference.blocks import BlockPool, num_blocks
+from plinth.inference.constraint import Constraint
+from plinth.inference.drafting import Drafter
+from plinth.inference.penalties import TokenCounts
+from plinth.inference.request import Collected, Completion, Counters, Event, Request, TopLogprobs, each_params
+from plinth.inference.runner import BLOCK_TOKENS, Runner
+from plinth.inference.sampling import fresh_seed
+from plinth.inference.sampling_params import SamplingParams
+from plinth.inference.scheduler import Scheduler
+from plinth.inference.scoring import Scorer, scored_rows
+from plinth.inference.search import SequenceSpace
+from plinth.inference.steps import Step
+from plinth.inference.torch_runner import TorchRunner
 from plinth.models.transformer import Transformer
-from plinth.ops.linear import pad_rows
 
-PREFILL_ROWS = 256  # prompt tokens a step at most, so that those who decode wait little
-SCORE_HEAD_ROWS = 64  # rows of logits held at once while scoring
-GREEDY = SamplingParams(temperature=0.0)
-
-
-@dataclass(frozen=True)
-class Event:
-    """One token of one request."""
-
-    id: int
-    """the request, as `add` returned it"""
-    token: int
-    """token id; with finish_reason 'stop' it is the token that ended the completion and is no part of it"""
-    logprob: float
-    """log-probability in nats of the token under the raw model distribution, before temperature and truncation"""
-    top_logprobs: list[tuple[int, float]]
-    """(token id, log-probability in nats) of the most probable tokens, most probable first"""
-    finish_reason: str | None
-    """'stop', 'length', or None while the request goes on"""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote for one prompt."""
-
-    tokens: list[int]
-    """token ids without the one that ended it"""
-    logprobs: list[float]
-    """log-probability in nats of each token, raw model distribution"""
-    top_logprobs: list[list[tuple[int, float]]]
-    """the most probable tokens at each place, as many as were asked for"""
-    finish_reason: str
-    """'stop' (an end token) or 'length' (max_tokens, or the end of the context)"""
-    prompt_tokens: int
-    """length of the prompt in tokens"""
-
-
-@dataclass(eq=False)
-class _Request:
-    """A request between `add` and its end."""
-
-    id: int
-    prompt: list[int]
-    params: SamplingParams
-    seed: int
-    stop_ids: frozenset[int]
-    max_tokens: int
-    slot: int | None = None
-    num_prefilled: int = 0
-    num_generated: int = 0
-    last_token: int = 0
-
-    @property
-    def decodes(self) -> bool:
-        return self.slot is not None and self.num_prefilled == len(self.prompt)
-
-
-@dataclass
-class _Collected:
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    finish_reason: str = ""
+__all__ = ["Completion", "Counters", "Engine", "Event", "each_params"]
+DEFAULT_MEMORY_SHARE = 4  # without max_cache_bytes the cache takes a quarter of the machine's memory at most
 
 
 class Engine:
     """Runs requests on one model. Not for use from several threads at once.
 
-    max_batch: requests that run at once; more wait. max_seq_len: prompt and completion tokens of one request together,
-    the model's own limit by default. eos_ids: tokens that end every completion. max_cache_bytes: memory bound of the
-    key-value cache; where it does not hold max_batch slots there are fewer, and requests wait for them.
+    model: a Transformer, run as it is in PyTorch, or a runner. max_batch: requests that run at once; more wait.
+    max_seq_len: prompt and completion tokens of one request together, the model's own limit by default. eos_ids: tokens
+    that end every completion. max_cache_bytes: memory bound of keys and values, by default what max_batch requests of
+    max_seq_len need, but no more than a quarter of the machine's memory; requests wait for what they need of it.
+    prefix_caching: whether prompts share what they begin with.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | Runner,
         *,
         max_batch: int = 32,
         max_seq_len: int | None = None,
         eos_ids: Sequence[int] = (),
         max_cache_bytes: int | None = None,
+        prefix_caching: bool = True,
     ):
-        limit = model.config.max_seq_len
+        self.runner: Runner = TorchRunner(model) if isinstance(model, Transformer) else model
+        limit = self.runner.max_seq_len
         if max_batch < 1:
             raise UserError(f"max_batch={max_batch} must be at least 1.")
         if max_seq_len is not None and not 2 <= max_seq_len <= limit:
             raise UserError(f"max_seq_len={max_seq_len} is not between 2 and the model's own limit, {limit}.")
-        self.model = model
+        self.max_batch = max_batch
         self.max_seq_len = max_seq_len or limit
         self.eos_ids = tuple(eos_ids)
-        self.device = model.embed.weight.device
-        self._dtype = model.embed.weight.dtype
-        length = math.ceil(self.max_seq_len / PREFILL_CHUNK) * PREFILL_CHUNK  # whole prompt chunks
-        self.max_batch = self._slots_within(max_cache_bytes, max_batch, length)
-        # Two slots beyond those of requests: one that filling rows write to, one that is always free for scoring.
-        self._scratch_slot, self._score_slot = self.max_batch, self.max_batch + 1
-        self.cache = KVCache(model.config, self.max_batch + 2, length, self._dtype, self.device)
-        self._free = list(range(self.max_batch))  # a heap: the lowest slot first, so that running slots lie side by side
-        self._waiting: deque[_Request] = deque()
-        self._running: dict[int, _Request] = {}
+        self.vocab_size, self.device = self.runner.vocab_size, self.runner.device
+        spare = num_blocks(self.max_seq_len)  # so that scoring never waits for requests
+        self.pool = BlockPool(self._blocks_within(max_cache_bytes, spare), prefix_caching=prefix_caching)
+        self.runner.allocate(self.pool.num_blocks)
+        self.counters = Counters()
+        self._scheduler = Scheduler(self.pool, self.max_batch, self.max_seq_len, spare)
+        self._scorer = Scorer(self.runner, self.pool, self.max_seq_len)
         self._next_id = 0
 
-    def _slots_within(self, max_cache_bytes: int | None, max_batch: int, length: int) -> int:
+    def _blocks_within(self, max_cache_bytes: int | None, blocks_each: int) -> int:
+        wanted, least, block_bytes = (self.max_batch + 1) * blocks_each, 2 * blocks_each, self.runner.block_bytes()
         if max_cache_bytes is None:
-            return max_batch
-        config = self.model.config
-        slot_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length * self._dtype.itemsize
-        slots = max_cache_bytes // slot_bytes - 2
-        if slots < 1:
+            memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return max(least, min(wanted, memory_bytes // DEFAULT_MEMORY_SHARE // block_bytes))
+        if max_cache_bytes < (least + 1) * block_bytes:
             raise UserError(
-                f"max_cache_bytes={max_cache_bytes} is less than the {3 * slot_bytes} bytes that one request of "
-                f"max_seq_len={self.max_seq_len} tokens needs. Raise it or lower max_seq_len."
+                f"max_cache_bytes={max_cache_bytes} is less than the {(least + 1) * block_bytes} bytes that one request of "
+                f"max_seq_len={self.max_seq_len} tokens and scoring beside it need. Raise it or lower max_seq_len."
             )
-        return min(max_batch, slots)
+        return min(wanted, max_cache_bytes // block_bytes - 1)
 
     @property
     def num_active(self) -> int:
-        """Requests that have not ended, those that wait for a slot too."""
-        return len(self._running) + len(self._waiting)
+        """Requests that have not ended, those that wait too."""
+        scheduler = self._scheduler
+        return len(scheduler.decoding) + len(scheduler.reading) + len(scheduler.waiting)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._waiting)
+        """Requests that wait for a place, for blocks, or for another to read the prefix that they share."""
+        return len(self._scheduler.waiting)
 
-    def add(self, prompt: Sequence[int], params: SamplingParams | None = None) -> int:
-        """Queue a request and return its id; it starts at the next step that finds a free slot.
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        constraint: Constraint | None = None,
+        drafter: Drafter | None = None,
+    ) -> int:
+        """Queue a request and return its id; it starts at the next step that finds room for it.
 
-        Raises UserError when the prompt is empty, does not fit the context, or holds an id outside the vocabulary.
+        A constraint and a drafter belong to the request from now on. Raises UserError when the prompt is empty, does not
+        fit the context, or holds an id outside the vocabulary.
         """
         params = params or SamplingParams()
-        prompt = self._checked(prompt, self.max_seq_len - 1, "prompt")
-        if not prompt:
+        params.check_ids(self.vocab_size)
+        tokens = self._checked(prompt, self.max_seq_len - 1, "prompt")
+        if not len(tokens):
             raise UserError("prompt is empty: the model needs at least one token to go on from.")
-        request = _Request(
+        request = Request(
             id=self._next_id,
-            prompt=prompt,
+            prompt=tokens,
             params=params,
             seed=(fresh_seed() if params.seed is None else params.seed) % 2**64,
-            stop_ids=frozenset(self.eos_ids) | frozenset(params.stop_token_ids),
-            max_tokens=min(params.max_tokens, self.max_seq_len - len(prompt)),
+            stop_ids=params.end_ids(self.eos_ids),
+            max_tokens=min(params.max_tokens, self.max_seq_len - len(tokens)),
+            constraint=constraint,
+            drafter=drafter,
+            tokens=tokens.tolist(),
+            first_block=tokens[:BLOCK_TOKENS].tobytes(),
+            history=TokenCounts(tokens) if params.needs_history else None,
         )
         self._next_id += 1
-        self._waiting.append(request)
+        self._scheduler.waiting.append(request)
         return request.id
 
-    def _checked(self, tokens: Sequence[int], limit: int, name: str) -> list[int]:
-        tokens = [int(token) for token in tokens]
+    def _checked(self, tokens: Sequence[int], limit: int, name: str) -> np.ndarray:
         if len(tokens) > limit:
             raise UserError(
                 f"{name} has {len(tokens)} tokens; the context of {self.max_seq_len} tokens holds a {name} of at most {limit}. Shorten it."
             )
-        vocab_size = self.model.config.vocab_size
-        for token in tokens:
-            if not 0 <= token < vocab_size:
-                raise UserError(f"{name} holds token id {token}; the vocabulary has ids 0 to {vocab_size - 1}.")
-        return tokens
+        array = np.array([int(token) for token in tokens], np.int64)
+        wrong = array[(array < 0) | (array >= self.vocab_size)]
+        if len(wrong):
+            raise UserError(f"{name} holds token id {wrong[0]}; the vocabulary has ids 0 to {self.vocab_size - 1}.")
+        return array.astype(np.int32)
 
     def cancel(self, request_id: int) -> None:
-        """Drop a request and free its slot at once; an id that has ended is no error."""
-        request = self._running.pop(request_id, None)
-        if request is not None:
-            self._release(request)
-        else:
-            self._waiting = deque(waiting for waiting in self._waiting if waiting.id != request_id)
-
-    def _release(self, request: _Request) -> None:
-        assert request.slot is not None and request.slot not in self._free
-        heapq.heappush(self._free, request.slot)
-        request.slot = None
+        """Drop a request and free its blocks at once; an id that has ended is no error."""
+        self._scheduler.remove(request_id)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Run the model once for all running requests; return the tokens that it gave, at most one a request.
+        """Run the model once for all running requests; return the tokens that it gave, those of a request in order.
 
         A step that only reads prompts returns no events.
         """
-        self._admit()
-        decoding = [request for request in self._running.values() if request.decodes]
-        batch = RowBatch()
-        sources = batch.add_decode([(r.last_token, len(r.prompt) + r.num_generated - 1, r.slot) for r in decoding], self.cache)
-        ready, ready_rows = self._add_prompts(batch)
-        if not len(batch):
+        self._scheduler.admit()
+        step = Step(self._scheduler, self.runner, self.counters, self.eos_ids, scored_rows(self.vocab_size))
+        if step.is_empty:
             return []
-        hidden_ND = self._forward(batch)
-        requests = decoding + ready
-        return self._sample(requests, hidden_ND, sources + ready_rows) if requests else []
-
-    def _admit(self) -> None:
-        while self._waiting and self._free:
-            request = self._waiting.popleft()
-            request.slot = heapq.heappop(self._free)
-            self._running[request.id] = request
-
-    def _add_prompts(self, batch: RowBatch) -> tuple[list[_Request], list[int]]:
-        """Add prompt chunks, first come first served; return the requests whose prompt ends here, and its last rows."""
-        chunks, ends, room = [], [], PREFILL_ROWS // PREFILL_CHUNK
-        for request in self._running.values():
-            length = len(request.prompt)
-            for start in chunk_starts(request.num_prefilled, length)[: room - len(chunks)]:
-                chunks.append((request.prompt[start : start + PREFILL_CHUNK], start, request.slot))
-                request.num_prefilled = min(start + PREFILL_CHUNK, length)
-                if request.num_prefilled == length:
-                    ends.append((request, len(chunks) - 1, length - 1 - start))
-            if len(chunks) == room:
-                break
-        first_rows = batch.add_prefill(chunks, self.cache)
-        return [request for request, _, _ in ends], [first_rows[chunk] + offset for _, chunk, offset in ends]
-
-    def _forward(self, batch: RowBatch) -> torch.Tensor:
-        return self.model.forward_rows(*batch.tensors(self._scratch_slot, self.device), self.cache, batch.spans)
-
-    def _logits(self, hidden_ND: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Return fp32 logits of some rows, filled up to whole tiles."""
-        index = torch.tensor(list(rows) + [0] * (pad_rows(len(rows)) - len(rows)), device=self.device)
-        return self.model.logits_rows(hidden_ND[index]).float()
-
-    def _sample(self, requests: list[_Request], hidden_ND: torch.Tensor, rows: list[int]) -> list[Event]:
-        logits_NV = self._logits(hidden_ND, rows)
-        filling = [GREEDY] * (len(logits_NV) - len(requests))
-        columns = SamplingColumns.of([request.params for request in requests] + filling, self.device)
-        noise_N = np.zeros(len(logits_NV))
-        if columns.any_sampled:
-            seeds = np.array([request.seed for request in requests], dtype=np.uint64)
-            noise_N[: len(requests)] = uniform_noise(seeds, np.array([request.num_generated for request in requests]))
-        tokens_N = sample_tokens(logits_NV, columns, torch.from_numpy(noise_N).to(self.device))
-        logprobs_NV = torch.log_softmax(logits_NV, -1)
-        chosen = logprobs_NV.gather(-1, tokens_N[:, None])[:, 0].tolist()
-        alternatives = _alternatives(requests, logprobs_NV)
-        return [
-            self._advance(request, token, logprob, top)
-            for request, token, logprob, top in zip(requests, tokens_N.tolist(), chosen, alternatives)
-        ]
-
-    def _advance(self, request: _Request, token: int, logprob: float, top: list[tuple[int, float]]) -> Event:
-        if math.isnan(logprob):
-            self.cancel(request.id)
+        events = step.run()
+        for event in events:
+            if event.finish_reason:
+                self._scheduler.remove(event.id)
+        bad = next((event for event in events if math.isnan(event.logprob)), None)
+        if bad is not None:
+            self.cancel(bad.id)
             raise UserError("the model gives scores that are not numbers: its weights are damaged or its training diverged.")
-        request.num_generated += 1
-        request.last_token = token
-        reason = "stop" if token in request.stop_ids else "length" if request.num_generated >= request.max_tokens else None
-        if reason:
-            del self._running[request.id]
-            self._release(request)
-        return Event(request.id, token, logprob, top, reason)
+        return events
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        constraints: Sequence[Constraint | None] | None = None,
+        drafters: Sequence[Drafter | None] | None = None,
     ) -> list[Completion]:
-        """Complete all prompts, as many at once as there are slots; `params` is one for all, or one each.
+        """Complete all prompts, as many at once as there is room for; `params` is one for all, or one each.
 
         Raises UserError as `add` does, before anything runs; RuntimeError while other requests are active.
         """
         if self.num_active:
             raise RuntimeError("generate needs an idle engine; use add and step to mix requests.")
-        each = each_params(params, len(prompts))
-        ids: list[int] = []
+        nothing = [None] * len(prompts)
+        each = zip(prompts, each_params(params, len(prompts)), constraints or nothing, drafters or nothing)
+        collected: dict[int, Collected] = {}
         try:
-            for prompt, wanted in zip(prompts, each):
-                ids.append(self.add(prompt, wanted))
-            collected = {request_id: _Collected() for request_id in ids}
+            for request in each:
+                collected[self.add(*request)] = Collected()
             while self.num_active:
                 for event in self.step():
-                    _collect(collected[event.id], event)
+                    collected[event.id].push(event)
         finally:
-            for request_id in ids:
+            for request_id in collected:
                 self.cancel(request_id)
-        return [
-            Completion(c.tokens, c.logprobs, c.top_logprobs, c.finish_reason, len(prompt))
-            for c, prompt in zip((collected[request_id] for request_id in ids), prompts)
-        ]
+        return [gathered.completion(len(prompt)) for gathered, prompt in zip(collected.values(), prompts)]
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -306,66 +205,33 @@ class Engine:
         return [[logprob for logprob, _ in places] for places in self.score_alternatives(sequences, 0)]
 
     @torch.inference_mode()
-    def score_alternatives(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[tuple[float, list[tuple[int, float]]]]]:
+    def score_alternatives(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[tuple[float, TopLogprobs]]]:
         """Return, as `score` does, each log-probability with the `count` most probable (token id, log-probability) there."""
-        checked = [self._checked(sequence, self.max_seq_len, "sequence") for sequence in sequences]
-        slots = [self._score_slot, *sorted(self._free)]
-        scores: list[list[tuple[float, list[tuple[int, float]]]]] = []
-        for start in range(0, len(checked), len(slots)):
-            scores += self._score_group(checked[start : start + len(slots)], slots, count)
-        return scores
+        return self._scorer.score([self._checked(sequence, self.max_seq_len, "sequence") for sequence in sequences], count)
 
-    def _score_group(self, sequences: list[list[int]], slots: list[int], count: int) -> list[list[tuple[float, list[tuple[int, float]]]]]:
-        scores = [[(0.0, [])] * max(0, len(sequence) - 1) for sequence in sequences]
-        pieces = sorted((start, i) for i, tokens in enumerate(sequences) for start in chunk_starts(0, len(tokens) - 1))
-        per_call = PREFILL_ROWS // PREFILL_CHUNK
-        for begin in range(0, len(pieces), per_call):
-            part = pieces[begin : begin + per_call]
-            batch = RowBatch()
-            chunks = [(sequences[i][start : start + PREFILL_CHUNK], start, slots[i]) for start, i in part]
-            first_rows = batch.add_prefill(chunks, self.cache)
-            hidden_ND = self._forward(batch)
-            wanted = [
-                (row + offset, i, start + offset)
-                for row, (start, i) in zip(first_rows, part)
-                for offset in range(min(PREFILL_CHUNK, len(sequences[i]) - 1 - start))
-            ]
-            for at in range(0, len(wanted), SCORE_HEAD_ROWS):
-                rows = wanted[at : at + SCORE_HEAD_ROWS]
-                targets = torch.tensor([sequences[i][position + 1] for _, i, position in rows], device=self.device)
-                logprobs_NV = torch.log_softmax(self._logits(hidden_ND, [row for row, _, _ in rows]), -1)
-                values = logprobs_NV[: len(rows)].gather(-1, targets[:, None])[:, 0].tolist()
-                alternatives = top_logprobs(logprobs_NV[: len(rows)], count)
-                for value, top, (_, i, position) in zip(values, alternatives, rows):
-                    scores[i][position] = (value, top)
-        return scores
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[Sequence[int]], pooling: str = "mean") -> torch.Tensor:
+        """Return one vector a prompt, float32 (P, D): the mean of its hidden states after the last norm, or the last of them.
 
+        Works beside running requests. Raises UserError as `score` does, and for an empty prompt.
+        """
+        if pooling not in ("mean", "last"):
+            raise UserError(f"pooling={pooling!r} is not known. Use 'mean' or 'last'.")
+        checked = [self._checked(prompt, self.max_seq_len, "prompt") for prompt in prompts]
+        if not all(map(len, checked)):
+            raise UserError("prompt is empty: there is nothing to embed.")
+        return self._scorer.embed(checked, pooling)
 
-def each_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """Return one SamplingParams a prompt. With one seed for several prompts, prompt i gets seed + i."""
-    if params is None or isinstance(params, SamplingParams):
-        shared = params or SamplingParams()
-        if shared.seed is None:
-            return [shared] * count
-        return [replace(shared, seed=shared.seed + i) for i in range(count)]
-    if len(params) != count:
-        raise UserError(f"params has {len(params)} entries for {count} prompts. Give one for all, or one for each.")
-    return list(params)
+    def search(self) -> SequenceSpace:
+        """Return a space of sequences that grow token by token under the caller's control, beside running requests."""
+        return SequenceSpace(self.runner, self.pool, self.max_seq_len, self._checked)
 
+    def forget_prefixes(self) -> None:
+        """Forget what was read of earlier prompts; needed when the model's weights have changed. Raises RuntimeError while requests run."""
+        if self.num_active:
+            raise RuntimeError("forget_prefixes needs an idle engine: running requests hold what the old weights wrote.")
+        self.pool.forget_all()
 
-def _collect(collected: _Collected, event: Event) -> None:
-    if event.finish_reason != "stop":
-        collected.tokens.append(event.token)
-        collected.logprobs.append(event.logprob)
-        collected.top_logprobs.append(event.top_logprobs)
-    collected.finish_reason = event.finish_reason or ""
-
-
-def _alternatives(requests: list[_Request], logprobs_NV: torch.Tensor) -> list[list[tuple[int, float]]]:
-    """Return the alternatives that each request asked for; rows that want the same number are found together."""
-    found: list[list[tuple[int, float]]] = [[] for _ in requests]
-    for count in {request.params.logprobs or 0 for request in requests} - {0}:
-        rows = [i for i, request in enumerate(requests) if request.params.logprobs == count]
-        for i, top in zip(rows, top_logprobs(logprobs_NV[rows], count)):
-            found[i] = top
-    return found
+    def check_integrity(self) -> None:
+        """Assert that every place and block is free or belongs to a running request; for tests, with no search open."""
+        self._scheduler.check_integrity()

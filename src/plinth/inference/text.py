@@ -147,9 +147,9 @@ class TextEngine:
     """An engine and its tokenizer."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer):
-        if tokenizer.vocab_size > engine.model.config.vocab_size:
+        if tokenizer.vocab_size > engine.vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, the model only {engine.model.config.vocab_size}. "
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model only {engine.vocab_size}. "
                 "They do not belong together: use the tokenizer in the model's own folder."
             )
         self.engine = engine

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from plinth.models.config import DecoderConfig
-from plinth.models.kv_cache import KVCache, View
+from plinth.models.kv_cache import PagedCache, View
 from plinth.models.mlp import Linear, RMSNorm
 from plinth.ops.attention import plain_qk_norm_rope_attention, qk_norm_rope_attention
 from plinth.ops.linear import linear_rows
@@ -74,11 +76,11 @@ class Attention(nn.Module):
         queries_keys, values = qkv.split((self.config.num_heads + self.config.num_kv_heads, self.config.num_kv_heads), dim=-2)
         return torch.cat((queries_keys, values + added), -2)
 
-    def forward_rows(self, x_ND, cos_NE, sin_NE, positions_N, slots_N, tokens_N, cache: KVCache, layer: int, views: list[View]):
-        """Attend from N rows, each to positions 0..positions_N[i] of its slot; rows outside all views give zeros.
+    def forward_rows(self, x_ND, cos_NE, sin_NE, places_N, tokens_N, cache: PagedCache, layer: int, views: Sequence[View]):
+        """Attend from N rows, each to the positions that its view shows; rows outside all views give zeros.
 
         A row's result does not depend on its company: projections run in fixed tiles, and every product of attention
-        belongs to one slot and one head alone.
+        belongs to one sequence and one head alone.
         """
         config = self.config
         qkv = linear_rows(x_ND, self.qkv.weight).unflatten(-1, (-1, config.head_dim))
@@ -87,7 +89,7 @@ class Attention(nn.Module):
             v = v + self.value_embed.forward_rows(tokens_N, x_ND)
         cos, sin = cos_NE[:, None], sin_NE[:, None]
         q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
-        cache.write(layer, slots_N, positions_N, k, v)
+        cache.write(layer, places_N, k, v)
         parts = [self._attend(q[view.rows], *cache.read(layer, view), view) for view in views]
         padding = x_ND.shape[0] - sum(part.shape[0] for part in parts)
         if padding:
@@ -96,7 +98,7 @@ class Attention(nn.Module):
 
     def _attend(self, q_NHE, keys_AKWE, values_AKWE, view: View) -> torch.Tensor:
         """Return (N, H * E); the queries that share a key head are stacked as rows of one product."""
-        K, E, R = self.config.num_kv_heads, self.config.head_dim, view.rows_per_slot
+        K, E, R = self.config.num_kv_heads, self.config.head_dim, view.rows_per_group
         groups = self.config.num_heads // K
         q = q_NHE.view(-1, R, K, groups, E).permute(0, 2, 3, 1, 4).flatten(2, 3)  # A K (groups R) E
         mask = view.mask_A1RW if groups == 1 else view.mask_A1RW.repeat(1, 1, groups, 1)

@@ -9,7 +9,7 @@ from torch import nn
 
 from plinth.models.attention import Attention
 from plinth.models.config import DecoderConfig
-from plinth.models.kv_cache import KVCache, Span
+from plinth.models.kv_cache import PagedCache, View
 from plinth.models.mlp import RMSNorm, feed_forward
 from plinth.ops import kernels
 from plinth.ops.linear import linear_rows
@@ -154,21 +154,20 @@ class Transformer(nn.Module):
         return logits if cap is None else softcap(logits, cap)
 
     @torch.no_grad()
-    def forward_rows(self, tokens_N, positions_N, slots_N, cache: KVCache, spans: Sequence[Span] | None = None) -> torch.Tensor:
+    def forward_rows(self, tokens_N, positions_N, places_N, cache: PagedCache, views: Sequence[View]) -> torch.Tensor:
         """Run N rows of a ragged batch against the cache; returns hidden states (N, D). N is a multiple of ROW_TILE.
 
-        Row i is the token at position positions_N[i] of slot slots_N[i]. Keys and values of all rows are written
-        before any row attends, so the rows of one prompt may come in one call, and it sees positions up to its own.
-        Spans tell which rows attend how, in order from row 0; rows behind the last one are padding.
+        Row i is the token at position positions_N[i] of its sequence; its keys and values go to place places_N[i] of the
+        cache. Those of all rows are written before any row attends, so the rows of one prompt may come in one call.
+        Views tell which rows attend how, in order from row 0; rows behind the last one are padding.
         """
-        views = cache.views(slots_N, positions_N, spans)
         cos_NE, sin_NE = cache.cos_SE[positions_N], cache.sin_SE[positions_N]
         x, delta = self.embed(tokens_N), None
         first = self._first(x)
         for i, layer in enumerate(self.layers):
             x, delta = self._mixed(i, x, delta, first)
             x, normed = layer.attention_norm.add(x, delta)
-            delta = layer.attention.forward_rows(normed, cos_NE, sin_NE, positions_N, slots_N, tokens_N, cache, i, views)
+            delta = layer.attention.forward_rows(normed, cos_NE, sin_NE, places_N, tokens_N, cache, i, views)
             x, normed = layer.mlp_norm.add(x, delta)
             delta = layer.mlp.forward_rows(normed)
         return self._output(self.final_norm.add(x, delta)[1])

@@ -32,7 +32,7 @@ class Server:
     @property
     def vocab_size(self) -> int:
         """Token ids that the model knows."""
-        return self.engine.model.config.vocab_size
+        return self.engine.vocab_size
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) for another model's name; None is this one."""
