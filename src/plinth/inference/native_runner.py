@@ -127,7 +127,7 @@ class NativeRunner:
         ]
         call = decoder.Call(
             len(rows.tokens), rows.block_tables.shape[1], len(rows.wanted), self.num_threads or torch.get_num_threads(),
-            *(array.ctypes.data for array in arrays), _address(logits), _address(hidden), None,
+            *(array.__array_interface__["data"][0] for array in arrays), _address(logits), _address(hidden), None,
         )  # fmt: skip
         needed = decoder.workspace_bytes(self._decoder, call)
         if len(self._workspace) < needed:

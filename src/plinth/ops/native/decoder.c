@@ -7,7 +7,7 @@ enum {
 };
 
 /* Takes results of a product, blocks of 32 columns one behind the other, from panel `panel`, of rows row .. row + rows - 1. */
-typedef void (*Finish)(const Work *w, const float *blocks, int panel, int row, int rows);
+typedef void (*Finish)(const Work *w, const Layer *layer, const float *blocks, int panel, int row, int rows);
 
 /* Where results go: into `blocks`, an array with as many panels as the matrix, on top of what it holds where `add`; or, `together` panels
 at a time, to `finish`. */
@@ -15,6 +15,7 @@ typedef struct {
     float *blocks;
     int add, together;
     Finish finish;
+    const Layer *layer;
 } Target;
 
 /* A panel times rows top .. bottom - 1, their results `panels` blocks apart. Many rows take a part of the panel at a time. */
@@ -51,7 +52,7 @@ static void multiply_all(const Work *w, const Matrix *m, const Operand *x, int r
             }
             for (int i = 0; i < together; i++) multiply_panel(m, x, unit * together + i, top, bottom, 0, partial + 1024 * i, together);
             for (int row = top; row < bottom; row += 32)
-                target->finish(w, BLOCK_AT(partial, together, row - top, 0), unit * together, row, bottom - row < 32 ? bottom - row : 32);
+                target->finish(w, target->layer, BLOCK_AT(partial, together, row - top, 0), unit * together, row, bottom - row < 32 ? bottom - row : 32);
         }
     }
 }
@@ -65,11 +66,13 @@ INLINE __m512 gated(const float *line) {
 }
 
 /* Two panels of gates and ups give 32 inputs of the next matrix. */
-static void put_gated(const Work *w, const float *block, int panel, int row, int rows) {
+static void put_gated(const Work *w, const Layer *layer, const float *block, int panel, int row, int rows) {
+    (void)layer;
     for (int r = 0; r < rows; r++) put32(&w->gated, row + r, panel * 16, gated(block + 32 * r), gated(block + 1024 + 32 * r));
 }
 
-static void give_logits(const Work *w, const float *block, int panel, int row, int rows) {
+static void give_logits(const Work *w, const Layer *layer, const float *block, int panel, int row, int rows) {
+    (void)layer;
     const int vocabulary = w->model->head.outputs;
     const float cap = w->model->logit_softcap;
     for (int r = 0; r < rows; r++) {
@@ -150,9 +153,7 @@ static void finish_operand(const Work *w, const Operand *x, int thread) {
 static void run_layer(const Work *w, const Layer *layer, int thread) {
     const int rows = w->call->num_rows;
     norm_rows(w, layer->attention_norm, &w->normed, thread);
-    multiply_all(w, &layer->qkv, &w->normed, rows, &(Target){.blocks = w->qkv}, thread);
-    meet();
-    write_keys(w, layer);
+    multiply_all(w, &layer->qkv, &w->normed, rows, &(Target){.finish = take_head, .together = w->model->head_dim / 32, .layer = layer}, thread);
     meet();
     attend_rows(w, layer, thread);
     finish_operand(w, &w->attended, thread);
@@ -186,18 +187,29 @@ static void run_all(void *context, int thread) {
     release_tiles();
 }
 
-/* Cuts the rows into spans of one sequence, of at most `most` rows, that cross no border between blocks where `blocks` is set. */
-static int cut(const Call *c, int most, int blocks, Span *spans) {
-    int count = 0;
-    for (int r = 0; r < c->num_rows; r++) {
-        Span *span = spans + count - 1;
-        const int goes_on = r > 0 && c->sequences[r] == c->sequences[r - 1] && c->positions[r] == c->positions[r - 1] + 1;
-        if (goes_on && span->rows < most && !(blocks && c->positions[r] % BLOCK == 0))
-            span->rows++;
+/* Whether a row is the next position of the same sequence as the one before it. */
+INLINE int goes_on(const Call *c, int r) { return r > 0 && c->sequences[r] == c->sequences[r - 1] && c->positions[r] == c->positions[r - 1] + 1; }
+
+/* Cuts the rows into groups of one sequence that fill a tile. */
+static void cut_groups(Work *w) {
+    for (int r = 0; r < w->call->num_rows; r++)
+        if (goes_on(w->call, r) && w->groups[w->num_groups - 1].rows < TILE / w->heads_a_tile)
+            w->groups[w->num_groups - 1].rows++;
         else
-            spans[count++] = (Span){r, 1};
+            w->groups[w->num_groups++] = (Span){r, 1};
+}
+
+/* Cuts every 32 rows into spans that write to one block of the cache. */
+static void cut_writes(Work *w) {
+    int count = 0;
+    for (int r = 0; r < w->call->num_rows; r++) {
+        if (r % 32 == 0) w->first_write[r / 32] = count;
+        if (goes_on(w->call, r) && r % 32 && w->call->positions[r] % BLOCK)
+            w->writes[count - 1].rows++;
+        else
+            w->writes[count++] = (Span){r, 1};
     }
-    return count;
+    w->first_write[(w->call->num_rows + 31) / 32] = count;
 }
 
 /* Lays a call's work out in memory from `at`; returns the bytes, and writes nothing where `at` is null. */
@@ -215,11 +227,12 @@ static size_t lay_out(const Decoder *m, const Call *c, char *at, Work *w) {
         if (memory) place_operand(x, w_, n, memory); \
     }
     w->stream = (float *)TAKE((size_t)rows * w->width * 4);
-    w->qkv = (float *)TAKE((size_t)rows * layer->qkv.panels * 32 * 4);
-    w->partial_floats = (size_t)(rows > wanted ? rows : wanted) * 64;
+    w->queries = (bf16 *)TAKE((size_t)rows * m->num_heads * m->head_dim * 2);
+    w->partial_floats = (size_t)(rows > wanted ? rows : wanted) * (m->head_dim > 64 ? m->head_dim : 64);
     w->partial = (float *)TAKE(w->partial_floats * 4 * c->threads);
     w->groups = (Span *)TAKE(rows * sizeof(Span));
     w->writes = (Span *)TAKE(rows * sizeof(Span));
+    w->first_write = (int *)TAKE((rows / 32 + 1) * sizeof(int));
     TAKE_OPERAND(&w->normed, &layer->qkv, rows)
     TAKE_OPERAND(&w->attended, &layer->out, rows)
     TAKE_OPERAND(&w->gated, &layer->down, rows)
@@ -240,7 +253,7 @@ EXPORT size_t decoder_bytes(const Decoder *m, const Call *c) {
 EXPORT int decoder_forward(const Decoder *m, const Call *c) {
     Work w;
     lay_out(m, c, c->memory, &w);
-    w.num_groups = cut(c, TILE / w.heads_a_tile, 0, w.groups);
-    w.num_writes = cut(c, BLOCK, 1, w.writes);
+    cut_groups(&w);
+    cut_writes(&w);
     return run_together(run_all, &w, c->threads);
 }

@@ -40,11 +40,13 @@ typedef struct {
     const Decoder *model;
     const Call *call;
     int width, heads_a_tile; /* columns of the stream; query heads that share a key head and go into one tile */
-    float *stream, *qkv;     /* (rows, width) and (rows, outputs of qkv), in blocks */
-    float *partial;          /* a thread's results that go on into an operand or the logits: (rows, 64), in blocks */
+    float *stream;           /* (rows, width), in blocks */
+    bf16 *queries;           /* (rows, query heads, head_dim) */
+    float *partial;          /* a thread's results that go on into an operand or the logits: (rows, its panels together), in blocks */
     Operand normed, attended, gated, last;
     Span *groups, *writes;
-    int num_groups, num_writes;
+    int *first_write; /* of every 32 rows, and the end */
+    int num_groups;
     size_t partial_floats; /* a thread's */
     char *scratch;
     size_t scratch_bytes; /* a thread's */
@@ -53,8 +55,26 @@ typedef struct {
 
 size_t attention_scratch_bytes(const Decoder *m, int longest);
 
-/* Writes keys and values of all rows into their blocks; then, after a meeting, lets all rows attend. For one layer, by all threads. */
-void write_keys(const Work *w, const Layer *layer);
+/* Takes a head of rows row .. row + rows - 1, blocks from panel `panel` of the layer's qkv: a query is kept, a key or value goes into its block. */
+void take_head(const Work *w, const Layer *layer, const float *blocks, int panel, int row, int rows);
+
+/* Lets all rows attend: shared out among the threads, once all keys and values are written. */
 void attend_rows(const Work *w, const Layer *layer, int thread);
+
+/* The block of a key head that holds a position of a row's sequence. */
+INLINE bf16 *head_block(bf16 *cache, const Work *w, int row, int position, int head) {
+    const Call *c = w->call;
+    const int block = c->block_tables[(size_t)c->sequences[row] * c->max_blocks + position / BLOCK];
+    return cache + ((size_t)block * w->model->num_kv_heads + head) * BLOCK * w->model->head_dim;
+}
+
+/* The width of a head as a constant for the compiler. */
+#define FOR_WIDTH(E, run) \
+    switch (E) { \
+    case 32: run(32); break; \
+    case 64: run(64); break; \
+    case 96: run(96); break; \
+    case 128: run(128); break; \
+    }
 
 INLINE int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }

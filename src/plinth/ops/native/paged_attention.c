@@ -2,59 +2,6 @@
 sequence in order, and what lies behind its position adds zeros. */
 #include "decoder.h"
 
-/* x, a head of one row (32 numbers at the beginning of every block), to x / rms(x) times the scales of its norm, rotated to its position and
-times `factor`. */
-INLINE void norm_and_rotate(const float *x, const float *scales, const Decoder *m, int E, int position, float factor, __m512 out[MOST_VECTORS]) {
-    __m512 n[MOST_VECTORS], sum = _mm512_setzero_ps();
-    for (int i = 0; i < E / 16; i++) n[i] = _mm512_load_ps(x + i / 2 * 1024 + i % 2 * 16), sum = _mm512_fmadd_ps(n[i], n[i], sum);
-    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / E + m->norm_eps));
-    for (int i = 0; i < E / 16; i++) {
-        n[i] = _mm512_mul_ps(n[i], scale);
-        if (scales) n[i] = _mm512_mul_ps(n[i], _mm512_loadu_ps(scales + 16 * i));
-    }
-    const float *cosines = m->cosines + (size_t)position * E, *sines = m->sines + (size_t)position * E;
-    for (int i = 0; i < E / 16; i++) {
-        __m512 r = _mm512_mul_ps(n[i], _mm512_loadu_ps(cosines + 16 * i));
-        r = _mm512_fmadd_ps(n[(i + E / 32) % (E / 16)], _mm512_loadu_ps(sines + 16 * i), r);
-        out[i] = _mm512_mul_ps(r, _mm512_set1_ps(factor));
-    }
-}
-
-/* Head `head` of a row of qkv. */
-INLINE const float *qkv_at(const Work *w, const Layer *layer, int row, int head, int E) {
-    return BLOCK_AT(w->qkv, layer->qkv.panels, row, head * E / 32) + row % 32 * 32;
-}
-
-INLINE __m512i pack32(const __m512 v[2]) { return (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]); }
-
-INLINE bf16 *head_block(bf16 *cache, const Work *w, int row, int position, int head) {
-    const Call *c = w->call;
-    const int block = c->block_tables[(size_t)c->sequences[row] * c->max_blocks + position / BLOCK];
-    return cache + ((size_t)block * w->model->num_kv_heads + head) * BLOCK * w->model->head_dim;
-}
-
-INLINE void write_span(const Work *w, const Layer *layer, const Span *span, int head, int E) {
-    const Decoder *m = w->model;
-    const int start = w->call->positions[span->first];
-    uint32_t *keys = (uint32_t *)head_block(layer->keys, w, span->first, start, head);
-    bf16 *values = head_block(layer->values, w, span->first, start, head);
-    if (start % BLOCK == 0) memset(values, 0, BLOCK * E * 2); /* what a former owner left might not be a number, and zero times it neither */
-    const __m512i pairs = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
-    for (int r = 0; r < span->rows; r++) {
-        const int position = start + r, place = position % BLOCK;
-        __m512 k[MOST_VECTORS];
-        norm_and_rotate(qkv_at(w, layer, span->first + r, m->num_heads + head, E), layer->k_norm, m, E, position, 1.0f, k);
-        for (int e = 0; e < E / 32; e++)
-            _mm512_i32scatter_epi32(keys + (place / 16 * (E / 32) + e) * 256 + place % 16, pairs, pack32(k + 2 * e), 4);
-        const float *v = qkv_at(w, layer, span->first + r, m->num_heads + m->num_kv_heads + head, E);
-        for (int d = 0; d < E / 16; d++) {
-            const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(v + d / 2 * 1024 + d % 2 * 16)));
-            const int odd = place % 2;
-            _mm512_mask_storeu_epi16(values + d * 512 + place / 2 * 32, odd ? 0xaaaaaaaau : 0x55555555u, odd ? _mm512_slli_epi32(wide, 16) : wide);
-        }
-    }
-}
-
 /* A share of attention: the heads of one tile. */
 typedef struct {
     const Span *group;
@@ -165,9 +112,9 @@ INLINE void attend_group(const Work *w, const Layer *layer, const Scratch *s, co
     const size_t block_size = (size_t)m->num_kv_heads * BLOCK * E;
     for (int r = 0; r < group->rows; r++)
         for (int h = 0; h < heads; h++) {
-            __m512 q[MOST_VECTORS];
-            norm_and_rotate(qkv_at(w, layer, first + r, head + h, E), layer->q_norm, m, E, c->positions[first + r], m->attention_factor, q);
-            for (int e = 0; e < E / 32; e++) _mm512_store_si512(s->queries + e * 512 + (r * heads + h) * 32, pack32(q + 2 * e));
+            const bf16 *query = w->queries + ((size_t)(first + r) * m->num_heads + head + h) * E;
+            for (int e = 0; e < E / 32; e++)
+                _mm512_store_si512(s->queries + e * 512 + (r * heads + h) * 32, _mm512_load_si512(query + 32 * e));
         }
     tile_rows(group->rows * heads);
     const bf16 *keys = layer->keys + (size_t)kv * BLOCK * E, *values = layer->values + (size_t)kv * BLOCK * E;
@@ -187,27 +134,6 @@ INLINE void attend_group(const Work *w, const Layer *layer, const Scratch *s, co
             put32(&w->attended, first + line / heads, (head + line % heads) * E + e, _mm512_mul_ps(_mm512_loadu_ps(sum), scale),
                   _mm512_mul_ps(_mm512_loadu_ps(sum + 16), scale));
         }
-}
-
-/* Asks for the lines that a span will write. */
-INLINE void expect_span(const Work *w, const Layer *layer, int share, int E) {
-    const int heads = w->model->num_kv_heads;
-    if (share >= w->num_writes * heads) return;
-    const Span *span = w->writes + share / heads;
-    const int place = w->call->positions[span->first] % BLOCK;
-    const bf16 *keys = head_block(layer->keys, w, span->first, w->call->positions[span->first], share % heads);
-    const bf16 *values = head_block(layer->values, w, span->first, w->call->positions[span->first], share % heads);
-    for (int i = 0; i < E * 16; i += 32) __builtin_prefetch(keys + place / 16 * E * 16 + i, 1);
-    for (int d = 0; d < E / 16; d++) __builtin_prefetch(values + d * 512 + place / 2 * 32, 1);
-}
-
-INLINE void write_all(const Work *w, const Layer *layer, int E) {
-    const int heads = w->model->num_kv_heads;
-    for (int i = next_share(), next; i < w->num_writes * heads; i = next) {
-        next = next_share();
-        expect_span(w, layer, next, E);
-        write_span(w, layer, w->writes + i / heads, i % heads, E);
-    }
 }
 
 INLINE Part part_at(const Work *w, int share) {
@@ -231,21 +157,6 @@ INLINE void attend_all(const Work *w, const Layer *layer, int thread, int E) {
         expect_part(w, layer, &next, E);
         attend_group(w, layer, &s, &part, E);
     }
-}
-
-/* The width of a head is known to the compiler. */
-#define FOR_WIDTH(E, run) \
-    switch (E) { \
-    case 32: run(32); break; \
-    case 64: run(64); break; \
-    case 96: run(96); break; \
-    case 128: run(128); break; \
-    }
-
-void write_keys(const Work *w, const Layer *layer) {
-#define RUN(E) write_all(w, layer, E)
-    FOR_WIDTH(w->model->head_dim, RUN)
-#undef RUN
 }
 
 void attend_rows(const Work *w, const Layer *layer, int thread) {

@@ -9,7 +9,7 @@ engines, ended by end_threads. A process that forks leaves them to its parent; t
 
 #include "lanes.h"
 
-enum { MOST_THREADS = 255, SPINS_BEFORE_YIELD = 4000, SPINS_BEFORE_SLEEP = 10000 };
+enum { MOST_THREADS = 255, SPINS_BEFORE_YIELD = 1000, SPINS_BEFORE_SLEEP = 10000 };
 
 typedef struct {
     _Atomic unsigned value;
