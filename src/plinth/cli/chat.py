@@ -38,8 +38,8 @@ class ChatCommand:
     """choose among tokens at least this many times as probable as the first one, 0 to 1"""
     seed: int | None = None
     """seed; answer i gets seed + i. None = a fresh one"""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """precision of the weights while running"""
+    weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    """format of the weights while running; None = bf16 where this processor has our kernels, else fp32"""
     json: bool = False
     """print nothing while talking, and the conversation as one JSON object at the end"""
 
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     params = SamplingParams(**{name: getattr(command, name) for name in names})
-    engine = load_engine(command.run, command.dtype)
+    engine = load_engine(command.run, command.weights)
     if engine.tokenizer.assistant_id is None:
         raise UserError(f"{command.run} has no chat tokens, so it cannot chat. Use `plinth generate` to continue a text.")
     conversation = Conversation(engine, params, command.system)

@@ -42,8 +42,8 @@ class GenerateCommand:
     """texts that end the answer; they are left out"""
     logprobs: int | None = None
     """show each token's log-probability (nats, of the raw model) and this many alternatives"""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """precision of the weights while running"""
+    weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    """format of the weights while running; None = bf16 where this processor has our kernels, else fp32"""
     json: bool = False
     """print one JSON object"""
 
@@ -71,7 +71,7 @@ def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, An
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
     params = SamplingParams(**{name: getattr(command, name) for name in names})  # a mistake here should not wait for the model
-    engine = load_engine(command.run, command.dtype, max_batch=min(64, len(prompts)))
+    engine = load_engine(command.run, command.weights, max_batch=min(64, len(prompts)))
     started = time.perf_counter()
     if command.chat:
         system = [{"role": "system", "content": command.system}] if command.system is not None else []
@@ -89,13 +89,11 @@ def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, An
     }
 
 
-def load_engine(run: Path, dtype: str, max_batch: int = 1):
-    """Load a run for generation in `dtype`, 'fp32' or 'bf16'."""
-    import torch
-
+def load_engine(run: Path, weights: Literal["fp32", "bf16", "int8", "int4"] | None, max_batch: int = 1):
+    """Load a run for generation."""
     from plinth.inference.text import TextEngine
 
-    return TextEngine.load(run, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], max_batch=max_batch)
+    return TextEngine.load(run, weights, max_batch=max_batch)
 
 
 def _plain(engine, prompt: str, completion) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -36,6 +36,8 @@ class ServeConfig:
     """the model's name on the wire; None = the name of the run's directory"""
     max_batch: int = 16
     """sequences that are generated together"""
+    weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    """format of the weights while running; None = bf16 where this processor has our kernels, else fp32"""
     limits: Limits = field(default_factory=Limits)
     """how much the server takes on"""
     api_key_file: Path | None = None
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> int:
 
 def make_app(config: ServeConfig, model_dir: Path, keys: ApiKeys) -> tuple[Any, dict[str, Any]]:
     """Load the model; return the application and what there is to say about it."""
-    text_engine = TextEngine.load(model_dir, max_batch=config.max_batch)
+    text_engine = TextEngine.load(model_dir, config.weights, max_batch=config.max_batch)
     is_chat = speaks_chat(model_dir, text_engine)
     is_loopback = config.host in LOOPBACK_NAMES
     name = config.name or model_name(config.run)

@@ -11,6 +11,7 @@ import torch
 
 from plinth.config import UserError
 from plinth.inference.engine import Engine, Event, each_params
+from plinth.inference.runners import Weights, make_runner
 from plinth.inference.sampling import SamplingParams
 from plinth.models.hub import load_model
 from plinth.run import find_model
@@ -159,20 +160,20 @@ class TextEngine:
     def load(
         cls,
         path: Path | str,
-        dtype: torch.dtype | None = None,
+        weights: Weights | None = None,
         *,
         max_batch: int = 32,
         max_seq_len: int | None = None,
         device: torch.device | str = "cpu",
     ) -> TextEngine:
-        """Load a run, a build or a model folder; dtype None = fp32, as the weights are stored.
+        """Load a run, a build or a model folder; see plinth.inference.runners for its weights.
 
         Completions end at <|endoftext|> and, where the tokenizer has it, at <|end|>.
         """
         folder = find_model(Path(path))
         tokenizer = Tokenizer.load(folder)
-        model = load_model(folder, dtype=dtype or torch.float32).to(device).eval()
-        return cls(Engine(model, max_batch=max_batch, max_seq_len=max_seq_len, eos_ids=end_ids(tokenizer)), tokenizer)
+        runner = make_runner(load_model(folder, dtype=torch.float32).to(device).eval(), weights)
+        return cls(Engine(runner, max_batch=max_batch, max_seq_len=max_seq_len, eos_ids=end_ids(tokenizer)), tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the ids of a prompt; an empty text becomes <|endoftext|>, behind which every document begins."""
