@@ -21,6 +21,7 @@ void tile_rows(int rows) {
 void release_tiles(void) {
     if (configured_rows) _tile_release();
     configured_rows = 0;
+    quantised_forget();
 }
 
 size_t operand_bytes(const Matrix *w, int rows) {

@@ -18,6 +18,7 @@ size_t quantised_operand_bytes(const Matrix *w, int rows);
 void quantised_place(Operand *x, const Matrix *w, int rows, void *memory);
 void quantised_prepare(const Operand *x, int first, int last);
 void quantised_product(const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride);
+void quantised_forget(void); /* what a thread keeps of the last weights between products */
 void quantised_row(const Matrix *w, int output, float *values);
 
 INLINE int groups_of(int inputs) { return (inputs + GROUP - 1) / GROUP; }

@@ -1,7 +1,7 @@
 /* Products of rows and weights of 8 or 4 bits. One to a few rows go through AVX-512's integer products, more through the matrix unit. */
 #include "quantised.h"
 
-enum { PREFETCH_BYTES = 4096, FEW_ROWS = 3 };
+enum { PREFETCH_BYTES = 4096, FEW_ROWS = 3, OPENED_GROUPS = 32 };
 
 const int8_t quantised_levels[16] = {-124, -98, -78, -62, -47, -34, -22, -10, 1, 13, 25, 38, 52, 67, 86, 109};
 
@@ -149,20 +149,51 @@ INLINE void half_product(int format, Half w, Block x, int rows, int fetch, float
         many_rows(format, 16, w, x, fetch, out, stride);
 }
 
-INLINE void product_of(int format, const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride) {
-    for (int half = 0; half < 2; half++)
-        for (int first = 0; first < rows; first += 16) {
-            const int count = rows - first < 16 ? rows - first : 16;
-            if (count > FEW_ROWS) tile_rows(count);
-            half_product(format, half_at(w, format, 2 * panel + half), block_at(x, row + first), count, row + first == 0, out + first * stride + 16 * half, stride);
-        }
+/* Any rows times half a panel, sixteen at a time; `fetch`: ask for the weights that come next, which no row has used before. */
+INLINE void rows_of(int format, Half w, const Operand *x, int row, int rows, int fetch, float *out, size_t stride) {
+    for (int first = 0; first < rows; first += 16) {
+        const int count = rows - first < 16 ? rows - first : 16;
+        if (count > FEW_ROWS) tile_rows(count);
+        half_product(format, w, block_at(x, row + first), count, fetch && first == 0, out + first * stride, stride);
+    }
+}
+
+static void rows_int8(Half w, const Operand *x, int row, int rows, int fetch, float *out, size_t stride) {
+    rows_of(FORMAT_INT8, w, x, row, rows, fetch, out, stride);
+}
+
+static void rows_int4(Half w, const Operand *x, int row, int rows, int fetch, float *out, size_t stride) {
+    rows_of(FORMAT_INT4, w, x, row, rows, fetch, out, stride);
+}
+
+/* Weights of 4 bits unpacked, both halves of the panel that this thread read last: more than one tile of rows asks for them again. */
+static __thread struct {
+    uint8_t values[2][OPENED_GROUPS * TILE_BYTES] __attribute__((aligned(64)));
+    const void *from[2];
+} opened;
+
+void quantised_forget(void) { opened.from[0] = opened.from[1] = NULL; }
+
+static Half open_half(Half w, int half) {
+    if (opened.from[half] != w.values) {
+        for (int g = 0; g < w.groups; g++)
+            second_operand(FORMAT_INT4, w.values + (size_t)g * (TILE_BYTES / 2), level_table(0), opened.values[half] + (size_t)g * TILE_BYTES);
+        opened.from[half] = w.values;
+    }
+    return (Half){opened.values[half], w.scales, w.groups};
 }
 
 void quantised_product(const Matrix *w, const Operand *x, int panel, int row, int rows, float *out, size_t stride) {
-    if (w->format == FORMAT_INT8)
-        product_of(FORMAT_INT8, w, x, panel, row, rows, out, stride);
-    else
-        product_of(FORMAT_INT4, w, x, panel, row, rows, out, stride);
+    const int again = w->format == FORMAT_INT4 && rows > 16 && groups_of(w->inputs) <= OPENED_GROUPS;
+    for (int half = 0; half < 2; half++, out += 16) {
+        const Half weights = half_at(w, w->format, 2 * panel + half);
+        if (w->format == FORMAT_INT8)
+            rows_int8(weights, x, row, rows, row == 0, out, stride);
+        else if (again)
+            rows_int8(open_half(weights, half), x, row, rows, 0, out, stride);
+        else
+            rows_int4(weights, x, row, rows, row == 0, out, stride);
+    }
 }
 
 void quantised_row(const Matrix *w, int output, float *values) {
