@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from plinth.config import UserError
-from plinth.inference.grammar import Grammar, schema_checker
+from plinth.inference.grammar import Grammar
 from plinth.inference.grammar_constraint import GrammarCompiler, GrammarWarning
+from plinth.inference.json_validity import SchemaChecker
 
 PERSON = {
     "type": "object",
@@ -38,6 +39,10 @@ NESTED = {
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
     return GrammarCompiler(tokenizer, tokenizer.vocab_size + 13, (tokenizer.end_of_text_id, tokenizer.end_id))
+
+
+def schema_checker(grammar: Grammar) -> SchemaChecker:
+    return SchemaChecker(json.loads(grammar.source))
 
 
 def allowed_ids(constraint) -> list[int]:

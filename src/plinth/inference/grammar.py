@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from plinth.config import UserError
-from plinth.inference.json_validity import SchemaChecker
 from plinth.inference.schema_form import check_schema
 from plinth.tokenizer.tool_format import CALL_END, CALL_START
 
@@ -121,12 +119,6 @@ class Grammar:
     def is_json(self) -> bool:
         """Whether completions are JSON documents."""
         return self.kind == "json_schema"
-
-
-@lru_cache(maxsize=64)
-def schema_checker(grammar: Grammar) -> SchemaChecker:
-    """Return what validates the finished JSON of a grammar."""
-    return SchemaChecker(json.loads(grammar.source))
 
 
 def _tools_lark(source: dict[str, Any], options: dict[str, Any]) -> str:

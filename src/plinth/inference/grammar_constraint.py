@@ -114,11 +114,11 @@ class GrammarConstraint:
     """
 
     def __init__(self, compiled: CompiledGrammar, compiler: GrammarCompiler, max_tokens: int | None):
-        self.compiled = compiled
+        self.grammar = compiled.grammar
         self.closed_early = False
         self.error: str | None = None
         """why the grammar cannot go on, where it cannot; the completion ends then"""
-        self._compiler = compiler
+        self.compiler = compiler
         self._matcher = compiled.matcher.deep_copy()
         self._words = np.zeros(-(-compiler.vocab_size // 32), np.uint32)
         self._bytes = self._words.view(np.uint8)
@@ -132,10 +132,10 @@ class GrammarConstraint:
         """Return the tokens that may come next, one bit each."""
         self._look_for_the_end()
         if self._way is not None:
-            self._mask[:] = _bits(self._way[:1], self._compiler.vocab_size) if self._way else self._compiler._ends
+            self._mask[:] = _bits(self._way[:1], self.compiler.vocab_size) if self._way else self.compiler._ends
             return self._mask
         self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        self._mask &= self._compiler._usable
+        self._mask &= self.compiler._usable
         if self._matcher.is_error() or not self._mask.any():
             self._fail(self._matcher.get_error() or "no token goes on from here")
         return self._mask
@@ -147,13 +147,13 @@ class GrammarConstraint:
         if self._remaining is not None:
             self._remaining -= 1
             self._look_in -= 1
-            self._text.push(self._compiler.tokenizer.token_bytes(token))
+            self._text.push(self.compiler.tokenizer.token_bytes(token))
         if self._way is not None:
             self._way = self._way[1:]
 
     def _fail(self, message: str) -> None:
         self.error = short_message(message)
-        self._mask[:] = self._compiler._ends
+        self._mask[:] = self.compiler._ends
 
     def forced(self) -> list[int]:
         """Return the tokens that must come now: how the tokenizer would write the text that the grammar leaves no choice about."""
@@ -162,7 +162,7 @@ class GrammarConstraint:
         self._look_for_the_end()
         if self._way is not None:
             return list(self._way)
-        return self._matcher.compute_ff_tokens() if self._compiler.tokenizer.is_byte_level else []
+        return self._matcher.compute_ff_tokens() if self.compiler.tokenizer.is_byte_level else []
 
     def finished(self) -> bool:
         """Return whether nothing may follow."""
@@ -183,7 +183,7 @@ class GrammarConstraint:
         """Commit to the way to the end when there is just room for it."""
         if self._remaining is None or self._way is not None or self._look_in > 0 or self.error is not None:
             return
-        way = self._compiler._closer.way(self._matcher, self._compiler._usable, self._text)
+        way = self.compiler._closer.way(self._matcher, self.compiler._usable, self._text)
         if not way:
             self._look_in = 1  # none within reach, or none needed; without one, the completion may be cut off and says so
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,13 +13,18 @@ import torch
 from plinth.config import UserError
 from plinth.inference.engine import Engine, Event, each_params
 from plinth.inference.runners import Weights, make_runner
+from plinth.inference.grammar import Grammar
+from plinth.inference.grammar_constraint import GrammarCompiler, GrammarConstraint
 from plinth.inference.sampling import SamplingParams
+from plinth.inference.verdict import why_invalid
 from plinth.models.hub import load_model
 from plinth.run import find_model
 from plinth.tokenizer.chat import Message, render
 from plinth.tokenizer.encode import Tokenizer
+from plinth.tokenizer.tool_format import Tool
 
 Prompt = str | Sequence[int]
+Grammars = Grammar | Sequence[Grammar | None] | None
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,12 @@ class TextCompletion:
     """'stop' (an end token or a stop string) or 'length'"""
     prompt_tokens: int
     """length of the prompt in tokens"""
+    valid: bool | None = None
+    """whether the text is what its grammar asks for; never when it was cut off; None without a grammar"""
+    why_invalid: str | None = None
+    """what is wrong with it, where something is"""
+    closed_early: bool = False
+    """whether a JSON document was closed because the tokens ran out; it is complete, but its model might have gone on"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class TextDelta:
     """the most probable tokens at each place"""
     finish_reason: str | None
     """'stop' or 'length' on the last delta, else None"""
+    valid: bool | None = None
+    """on the last delta, as in TextCompletion"""
 
 
 class TextAssembler:
@@ -106,6 +120,7 @@ class _Answer:
     """One completion as it grows."""
 
     assembler: TextAssembler
+    constraint: GrammarConstraint | None = None
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace"))
     starts: list[int] = field(default_factory=list)
     num_characters: int = 0
@@ -131,7 +146,13 @@ class _Answer:
         self.finish_reason = "stop" if self.assembler.stopped else ended
         self.text += added
         fresh = slice(len(self.tokens) - 1, None) if ended != "stop" else slice(len(self.tokens), None)
-        return TextDelta(added, self.tokens[fresh], self.logprobs[fresh], self.top_logprobs[fresh], self.finish_reason)
+        valid = self.why_invalid() is None if self.finish_reason and self.constraint else None
+        return TextDelta(added, self.tokens[fresh], self.logprobs[fresh], self.top_logprobs[fresh], self.finish_reason, valid)
+
+    def why_invalid(self) -> str | None:
+        """Return what is wrong with the finished text under its grammar."""
+        assert self.constraint is not None and self.finish_reason is not None
+        return self.constraint.error or why_invalid(self.constraint.compiler, self.constraint.grammar, self.text, self.finish_reason)
 
     def finished(self, prompt_tokens: int) -> TextCompletion:
         """Return the completion without the tokens that lie wholly in or behind a stop string."""
@@ -139,9 +160,12 @@ class _Answer:
         if self.assembler.stopped:
             count = sum(start < len(self.text) for start in self.starts)
         assert self.finish_reason is not None
-        return TextCompletion(
-            self.text, self.tokens[:count], self.logprobs[:count], self.top_logprobs[:count], self.finish_reason, prompt_tokens
-        )
+        parts = self.tokens[:count], self.logprobs[:count], self.top_logprobs[:count]
+        completion = TextCompletion(self.text, *parts, self.finish_reason, prompt_tokens)
+        if self.constraint is None:
+            return completion
+        reason = self.why_invalid()
+        return replace(completion, valid=reason is None, why_invalid=reason, closed_early=self.constraint.closed_early)
 
 
 class TextEngine:
@@ -155,6 +179,11 @@ class TextEngine:
             )
         self.engine = engine
         self.tokenizer = tokenizer
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles grammars for this tokenizer; made at the first use."""
+        return GrammarCompiler(self.tokenizer, self.engine.vocab_size, (*self.engine.eos_ids, *end_ids(self.tokenizer)))
 
     @classmethod
     def load(
@@ -182,22 +211,33 @@ class TextEngine:
             return [self.tokenizer.end_of_text_id]
         return tokens
 
-    def complete(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[TextCompletion]:
-        """Continue each prompt, a text or token ids; `params` is one for all (seed + i for prompt i) or one each."""
+    def complete(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, grammar: Grammars = None
+    ) -> list[TextCompletion]:
+        """Continue each prompt, a text or token ids; `params` is one for all (seed + i for prompt i) or one each.
+
+        grammar: what each completion must be, one for all or one each. Raises UserError when one cannot be enforced.
+        """
         if isinstance(prompts, str):
             raise UserError("prompts is one text; give a list of prompts.")
         encoded = [self.encode(prompt) for prompt in prompts]
         each = each_params(params, len(encoded))
         answers: dict[int, _Answer] = {}
         try:
-            for tokens, wanted in zip(encoded, each):
-                answers[self.engine.add(tokens, wanted)] = _Answer(TextAssembler(self.tokenizer, wanted.stop))
+            for tokens, wanted, each_grammar in zip(encoded, each, each_of(grammar, len(encoded))):
+                request_id, answer = self._add(tokens, wanted, each_grammar)
+                answers[request_id] = answer
             while any(answer.finish_reason is None for answer in answers.values()):
                 self._step(answers)
         finally:
             for request_id in answers:
                 self.engine.cancel(request_id)
         return [answer.finished(len(tokens)) for answer, tokens in zip(answers.values(), encoded)]
+
+    def _add(self, tokens: list[int], params: SamplingParams, grammar: Grammar | None) -> tuple[int, _Answer]:
+        room = min(params.max_tokens, self.engine.max_seq_len - len(tokens))
+        constraint = None if grammar is None else self.grammars.start(grammar, room)
+        return self.engine.add(tokens, params, constraint), _Answer(TextAssembler(self.tokenizer, params.stop), constraint)
 
     def _step(self, answers: dict[int, _Answer]) -> None:
         for event in self.engine.step():
@@ -207,38 +247,60 @@ class TextEngine:
                 if answer.finish_reason is not None:
                     self.engine.cancel(event.id)
 
-    def render(self, messages: list[Message]) -> list[int]:
-        """Return the tokens of a conversation with the assistant's header behind it."""
-        return render(self.tokenizer, messages, add_generation_prompt=True).tokens
+    def render(self, messages: list[Message], tools: list[Tool] | None = None) -> list[int]:
+        """Return the tokens of a conversation with the assistant's header behind it; tools are described in its beginning."""
+        return render(self.tokenizer, messages, add_generation_prompt=True, tools=tools).tokens
 
     def chat(
-        self, conversations: Sequence[list[Message]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        conversations: Sequence[list[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        grammar: Grammars = None,
+        tools: list[Tool] | None = None,
     ) -> list[TextCompletion]:
-        """Answer each conversation, a list of {role, content}; an answer ends at <|end|> or <|endoftext|>."""
+        """Answer each conversation, a list of {role, content}; an answer ends at <|end|> or <|endoftext|>.
+
+        tools: functions that the answers may call; tool_calls.tool_grammar keeps the calls well-formed, parse_answer reads them.
+        """
         each = each_params(params, len(conversations))
-        prompts = [self.render(messages) for messages in conversations]
-        return self.complete(prompts, [replace(p, stop_token_ids=self._chat_ends(p)) for p in each])
+        prompts = [self.render(messages, tools) for messages in conversations]
+        return self.complete(prompts, [replace(p, stop_token_ids=self._chat_ends(p)) for p in each], grammar)
 
     def _chat_ends(self, params: SamplingParams) -> tuple[int, ...]:
         return tuple({*params.stop_token_ids, *end_ids(self.tokenizer)})
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[TextDelta, None, None]:
-        """Yield the completion of one prompt as it grows. Closing the iterator frees its slot at once."""
-        params = params or SamplingParams()
-        answer = _Answer(TextAssembler(self.tokenizer, params.stop))
-        request_id = self.engine.add(self.encode(prompt), params)
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, grammar: Grammar | None = None
+    ) -> Generator[TextDelta, None, None]:
+        """Yield the completion of one prompt as it grows. Closing the iterator frees what it holds at once."""
+        request_id, answer = self._add(self.encode(prompt), params or SamplingParams(), grammar)
         try:
             while answer.finish_reason is None:
                 for event in self.engine.step():
-                    if event.id == request_id:
+                    if event.id == request_id and answer.finish_reason is None:
                         yield answer.push(event, self.tokenizer)
         finally:
             self.engine.cancel(request_id)
 
-    def stream_chat(self, messages: list[Message], params: SamplingParams | None = None) -> Generator[TextDelta, None, None]:
+    def stream_chat(
+        self,
+        messages: list[Message],
+        params: SamplingParams | None = None,
+        grammar: Grammar | None = None,
+        tools: list[Tool] | None = None,
+    ) -> Generator[TextDelta, None, None]:
         """Yield the answer to a conversation as it grows."""
         params = params or SamplingParams()
-        return self.stream(self.render(messages), replace(params, stop_token_ids=self._chat_ends(params)))
+        return self.stream(self.render(messages, tools), replace(params, stop_token_ids=self._chat_ends(params)), grammar)
+
+
+def each_of(grammar: Grammars, count: int) -> list[Grammar | None]:
+    """Return one grammar a prompt. Raises UserError when there are not as many."""
+    if grammar is None or isinstance(grammar, Grammar):
+        return [grammar] * count
+    if len(grammar) != count:
+        raise UserError(f"{len(grammar)} grammars for {count} prompts. Give one for all, or one each.")
+    return list(grammar)
 
 
 def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
