@@ -12,9 +12,9 @@ import torch
 
 from plinth.config import UserError
 from plinth.inference.engine import Engine, Event, each_params
-from plinth.inference.runners import Weights, make_runner
 from plinth.inference.grammar import Grammar
 from plinth.inference.grammar_constraint import GrammarCompiler, GrammarConstraint
+from plinth.inference.runners import Weights, make_runner
 from plinth.inference.sampling import SamplingParams
 from plinth.inference.verdict import why_invalid
 from plinth.models.hub import load_model
