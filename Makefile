@@ -1,6 +1,7 @@
 # Everything runs in a virtual environment of its own under $(VENV), made from the first Python >= 3.11 found.
 #   make demo      install, then build a model end to end on the embedded default text
 #   make test      install with the development tools, lint, run all tests
+#   make soak      10,000 requests of every kind on each runner, each compared with what it gets alone
 #   make kill-test kill training again and again, also inside a checkpoint, and compare with a run that was never stopped
 # Variables:  PYTHON=/path/to/python3   VENV=.venv   OUT=runs/demo   BUDGET=3m   ARGS='more options of plinth build'
 #             SHAKESPEARE=tinyshakespeare.txt  (for make bench: the text of the character benchmark, left out without it)
@@ -16,7 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo install test lint oracle kill-test bench bench-training clean
+.PHONY: demo install test lint oracle soak kill-test bench bench-training clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -34,6 +35,9 @@ lint: $(VENV)/.installed-dev
 
 oracle: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m oracle $(ARGS)
+
+soak: $(VENV)/.installed-dev
+	SOAK_REQUESTS=10000 $(BIN)/python -m pytest tests/inference/test_soak.py $(ARGS)
 
 kill-test: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/kill_resume.py $(ARGS)
