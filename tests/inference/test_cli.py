@@ -97,3 +97,29 @@ def test_chat_forgets_the_oldest_when_the_context_is_full(folder, capsys, monkey
     messages = json.loads(out)["messages"]
     assert code == 0 and "oldest exchange is forgotten" in err and "Shorten it" in err
     assert messages[-2]["content"] == "last" and len(messages) < 14
+
+
+def test_generate_under_a_grammar(folder, capsys, tmp_path):
+    (tmp_path / "s.json").write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2, "uniqueItems": true}')
+    (tmp_path / "g.gbnf").write_text('root ::= "a" | "b"')
+    base = ("generate", str(folder), "--prompt", "def", "--max-tokens", "60", "--seed", "1", "--json")
+
+    def first(*argv):
+        code, out, err = run(capsys, *base, *argv)
+        assert code == 0, err
+        return json.loads(out)["completions"][0], err
+
+    assert first("--choice", "yes", "no")[0]["text"] in ("yes", "no")
+    assert first("--regex", "[0-9]{3}")[0]["text"].isdigit()
+    assert first("--grammar", str(tmp_path / "g.gbnf"))[0]["text"] in ("a", "b")
+    completion, err = first("--json-schema", str(tmp_path / "s.json"), "--lenient")
+    assert "not enforced" in err and "uniqueItems" in err
+    document = json.loads(completion["text"])
+    assert completion["valid"] == (len(set(document)) == 2)
+    code, _, err = run(capsys, *base, "--json-schema", str(tmp_path / "s.json"))
+    assert code == 1 and "uniqueItems" in err
+    assert "say two things" in run(capsys, *base, "--regex", "a", "--choice", "b")[2]
+    assert "needs --json-schema" in run(capsys, *base, "--lenient")[2]
+    assert "does not exist" in run(capsys, *base, "--grammar", "none.lark")[2]
+    code, out, err = run(capsys, *base[:-1], "--regex", "[0-9]{90}", "--max-tokens", "4")
+    assert "not valid: cut off by length" in err
