@@ -97,25 +97,3 @@ def test_chat_forgets_the_oldest_when_the_context_is_full(folder, capsys, monkey
     messages = json.loads(out)["messages"]
     assert code == 0 and "oldest exchange is forgotten" in err and "Shorten it" in err
     assert messages[-2]["content"] == "last" and len(messages) < 14
-
-
-@pytest.mark.parametrize("how", ["prompt-lookup", "model"])
-def test_speculation_changes_no_answer_and_says_what_it_gave(folder, capsys, how):
-    argv = ("generate", str(folder), "--prompt", "def def def", "--max-tokens", "40", "--temperature", "0.2", "--seed", "1", "--json")
-    plain = json.loads(run(capsys, *argv)[1])
-    guessed = json.loads(run(capsys, *argv, "--speculate", how if how != "model" else str(folder), "--draft-tokens", "3")[1])
-    assert guessed["completions"] == plain["completions"] and "drafted" not in plain
-    assert 0 <= guessed.get("accepted", 0) <= guessed.get("drafted", 0)
-    if how == "model":
-        assert guessed["acceptance"] > 0
-
-
-def test_draft_tokens_without_a_drafter_and_a_draft_model_of_another_tokenizer(folder, capsys, make_model, tmp_path):
-    from plinth.tokenizer.train import train_tokenizer
-
-    code, _, err = run(capsys, "generate", str(folder), "--prompt", "x", "--draft-tokens", "3")
-    assert code == 1 and "--draft-tokens needs --speculate" in err
-    other = train_tokenizer(["quite another text " * 50], vocab_size=300)
-    save_model(make_model(vocab_size=other.vocab_size), other, tmp_path / "model")
-    code, _, err = run(capsys, "generate", str(folder), "--prompt", "x", "--speculate", str(tmp_path / "model"))
-    assert code == 1 and "another tokenizer" in err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,16 +36,6 @@ class GenerateCommand:
     """choose among the most probable tokens that together have this probability, 0 to 1"""
     min_p: float | None = None
     """choose among tokens at least this many times as probable as the first one, 0 to 1"""
-    typical_p: float | None = None
-    """choose among the tokens of the most expected surprise that together have this probability, 0 to 1"""
-    repetition_penalty: float | None = None
-    """make tokens of the prompt and the answer less likely, above 1"""
-    presence_penalty: float | None = None
-    """take this off the score of each token that is in the answer, -2 to 2"""
-    frequency_penalty: float | None = None
-    """take this off a token's score for each time it is in the answer, -2 to 2"""
-    min_tokens: int = 0
-    """tokens to generate at least"""
     seed: int | None = None
     """seed; prompt i gets seed + i. None = a fresh one"""
     stop: tuple[str, ...] = ()
@@ -54,10 +44,6 @@ class GenerateCommand:
     """show each token's log-probability (nats, of the raw model) and this many alternatives"""
     weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
     """format of the weights while running; None = bf16 where this processor has our kernels, else fp32"""
-    speculate: str | None = None
-    """guess tokens ahead, which changes no answer: prompt-lookup, or a smaller model of the same tokenizer"""
-    draft_tokens: int | None = None
-    """with --speculate: tokens guessed at a time, 1 to 15; None = 8 by prompt-lookup, 4 by a model"""
     json: bool = False
     """print one JSON object"""
 
@@ -81,13 +67,11 @@ def _read_stdin() -> str:
 
 def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, Any]:
     """Run the prompts in one batch; returns what is printed with --json."""
-    from plinth.cli.speculate import speculate, speculation_counts
-    from plinth.inference.sampling_params import SamplingParams
+    from plinth.inference.sampling import SamplingParams
 
-    names = {field.name for field in fields(SamplingParams)} & {field.name for field in fields(GenerateCommand)}
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
     params = SamplingParams(**{name: getattr(command, name) for name in names})  # a mistake here should not wait for the model
     engine = load_engine(command.run, command.weights, max_batch=min(64, len(prompts)))
-    speculate(engine, command.speculate, command.draft_tokens, command.weights)
     started = time.perf_counter()
     if command.chat:
         system = [{"role": "system", "content": command.system}] if command.system is not None else []
@@ -102,7 +86,6 @@ def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, An
         "completion_tokens": count,
         "time_s": elapsed_s,
         "tokens_per_s": count / elapsed_s,
-        **speculation_counts(engine.engine),
     }
 
 

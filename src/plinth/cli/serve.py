@@ -12,7 +12,6 @@ import tyro
 from rich.console import Console
 
 from plinth.cli.output import emit, say
-from plinth.cli.speculate import speculate
 from plinth.config import UserError, read_json
 from plinth.inference.text import TextEngine
 from plinth.run import find_model
@@ -21,6 +20,7 @@ from plinth.serving.keys import ApiKeys, read_keys
 from plinth.serving.limits import LOOPBACK_NAMES, Limits
 from plinth.serving.listening import listen, run_server, url_host
 from plinth.serving.records import log_json
+from plinth.watch.beside import add_run
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,6 @@ class ServeConfig:
     """how much the server takes on"""
     api_key_file: Path | None = None
     """file of API keys, one a line; the variable PLINTH_API_KEY may hold one too; None and no variable = open to all who reach it"""
-    speculate: str | None = None
-    """guess tokens ahead, which changes no answer: prompt-lookup, or a smaller model of the same tokenizer"""
-    draft_tokens: int | None = None
-    """with speculate: tokens guessed at a time, 1 to 15; None = 8 by prompt-lookup, 4 by a model"""
     stop_timeout_s: float = 30.0
     """seconds that running answers get to end after SIGTERM; Ctrl-C gives them 3"""
     log_json: bool = False
@@ -99,7 +95,6 @@ def main(argv: list[str]) -> int:
 def make_app(config: ServeConfig, model_dir: Path, keys: ApiKeys) -> tuple[Any, dict[str, Any]]:
     """Load the model; return the application and what there is to say about it."""
     text_engine = TextEngine.load(model_dir, config.weights, max_batch=config.max_batch)
-    speculate(text_engine, config.speculate, config.draft_tokens, config.weights)
     is_chat = speaks_chat(model_dir, text_engine)
     is_loopback = config.host in LOOPBACK_NAMES
     name = config.name or model_name(config.run)
@@ -112,6 +107,7 @@ def make_app(config: ServeConfig, model_dir: Path, keys: ApiKeys) -> tuple[Any, 
         host_names=LOOPBACK_NAMES if is_loopback else None,
         origins=config.allow_origin,
     )
+    add_run(app, config.run, has_keys=bool(keys))
     return app, {"model": name, "path": str(model_dir), "chat": is_chat, "max_seq_len": text_engine.engine.max_seq_len}
 
 

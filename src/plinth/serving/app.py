@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from plinth import __version__
@@ -18,7 +17,8 @@ from plinth.serving.completions import add_completions
 from plinth.serving.health import add_health
 from plinth.serving.keys import ApiKeys, KeyCheck
 from plinth.serving.limits import BodyLimit, Limits, SameOrigin
-from plinth.serving.page import page_response
+from plinth.serving.page import add_page
+from plinth.serving.page_answers import add_page_answers
 from plinth.serving.records import Recorder
 from plinth.serving.server import Server
 from plinth.serving.tokens import add_tokens
@@ -51,7 +51,7 @@ def create_app(
     add_layers(app, server, keys or ApiKeys(), host_names, origins)
     errors.install(app)
     add_page(app)
-    for add in (add_health, add_tokens, add_completions, add_chat):
+    for add in (add_health, add_tokens, add_completions, add_chat, add_page_answers):
         add(app, server)
     return app
 
@@ -64,12 +64,3 @@ def add_layers(app: FastAPI, server: Server, keys: ApiKeys, host_names: frozense
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Recorder, metrics=server.metrics)
-
-
-def add_page(app: FastAPI) -> None:
-    """Add the page."""
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        """Return the chat page."""
-        return page_response("index.html")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -25,18 +25,25 @@ def encode_event(value: dict[str, Any] | str) -> bytes:
     return f"data: {data}\n\n".encode()
 
 
-class EventStream(StreamingResponse):
-    """Sends chunks as they come. A client that goes away cancels the ticket; a failure becomes an error event."""
+class Cancellable(Protocol):
+    """What makes the chunks of a stream: a ticket, or a search."""
 
-    def __init__(self, ticket: Ticket, chunks: AsyncIterator[dict[str, Any]]):
+    def cancel(self) -> None:
+        """Give up what has not ended."""
+
+
+class EventStream(StreamingResponse):
+    """Sends chunks as they come. A client that goes away cancels what makes them; a failure becomes an error event."""
+
+    def __init__(self, source: Cancellable, chunks: AsyncIterator[dict[str, Any]]):
         super().__init__(encode_chunks(chunks), media_type="text/event-stream", headers=HEADERS)
-        self.ticket = ticket
+        self.source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.ticket.cancel()
+            self.source.cancel()
 
 
 async def encode_chunks(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
