@@ -181,6 +181,29 @@ def loader_table() -> str:
     return "\n".join(lines)
 
 
+def weight_formats() -> str:
+    """Return the tables of speed and loss by format for docs/inference.md."""
+    record = load("weight_formats")
+    batches = list(record["rows"][0]["tokens_per_s"])
+    lines = ["| parameters, threads | format | weights | " + " | ".join(f"batch {batch}" for batch in batches) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(batches))
+    for row in record["rows"]:
+        rates = " | ".join(f"{row['tokens_per_s'][batch]['median']:,.0f}" for batch in batches)
+        lines.append(f"| {row['size']}, {row['threads']} | {row['format']} | {row['weight_bytes'] / 1e6:.0f} MB | {rates} |")
+    losses = record["losses"]
+    lines += [
+        "",
+        f"Tokens a second of greedy decoding, medians ({record['hardware']['cpu']}). What rounding costs a trained model, "
+        f"{losses['num_layers']} × {losses['hidden_size']}, the base model of `make demo`, on {losses['tokens']:,} tokens of Python source:",
+        "",
+        "| format | loss, nats | divergence from fp32, nats | same first token |",
+        "|---|---|---|---|",
+    ]
+    for row in losses["rows"]:
+        lines.append(f"| {row['format']} | {row['loss_nats']:.4f} | {row['divergence_nats']:.5f} | {row['same_first_token']:.1%} |")
+    return "\n".join(lines)
+
+
 def put(text: str, start: str, end: str, content: str) -> str:
     """Replace what stands between two markers."""
     before, rest = text.split(start)
@@ -189,11 +212,17 @@ def put(text: str, start: str, end: str, content: str) -> str:
 
 def main() -> int:
     readme, docs = ROOT / "README.md", ROOT / "docs"
-    gpu, loader, step = docs / "gpu.md", docs / "loader.md", docs / "step_budget.md"
+    gpu, loader, step, inference = docs / "gpu.md", docs / "loader.md", docs / "step_budget.md", docs / "inference.md"
     text = put(readme.read_text(), START, END, f"{build_table()}\n\n{speed_table()}")
     pages = {
         readme: put(text, "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle()),
         gpu: put(gpu.read_text(), "<!-- gpu results: written by benchmarks/tables.py -->", "<!-- end of gpu results -->", gpu_tables()),
+        inference: put(
+            inference.read_text(),
+            "<!-- weight formats: written by benchmarks/tables.py -->",
+            "<!-- end of weight formats -->",
+            weight_formats(),
+        ),
         loader: put(loader.read_text(), START, END, loader_table()),
         step: put(
             step.read_text(),
