@@ -194,7 +194,8 @@ def weight_formats() -> str:
     lines += [
         "",
         f"Tokens a second of greedy decoding, medians ({record['hardware']['cpu']}). What rounding costs a trained model, "
-        f"{losses['num_layers']} × {losses['hidden_size']}, the base model of `make demo`, on {losses['tokens']:,} tokens of Python source:",
+        f"{losses['num_layers']} × {losses['hidden_size']}, the base model of `make demo`, "
+        f"on {losses['tokens']:,} tokens of Python source:",
         "",
         "| format | loss, nats | divergence from fp32, nats | same first token |",
         "|---|---|---|---|",
