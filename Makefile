@@ -1,8 +1,10 @@
 # Everything runs in a virtual environment of its own under $(VENV), made from the first Python >= 3.11 found.
 #   make demo      install, then build a model end to end on the embedded default text
 #   make test      install with the development tools, lint, run all tests
+#   make soak      10,000 requests of every kind on each runner, each compared with what it gets alone
 #   make kill-test kill training again and again, also inside a checkpoint, and compare with a run that was never stopped
 # Variables:  PYTHON=/path/to/python3   VENV=.venv   OUT=runs/demo   BUDGET=3m   ARGS='more options of plinth build'
+#             LLAMA_SERVER=/path/to/llama-server  (for make bench-inference: times to first token are compared with it)
 #             SHAKESPEARE=tinyshakespeare.txt  (for make bench: the text of the character benchmark, left out without it)
 #             TORCH_INDEX=https://download.pytorch.org/whl/cpu  (where the registry's own torch is a CUDA build that you do not want)
 
@@ -16,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo install test lint oracle kill-test bench bench-training clean
+.PHONY: demo install test lint oracle soak kill-test bench bench-training bench-inference clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -34,6 +36,9 @@ lint: $(VENV)/.installed-dev
 
 oracle: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m oracle $(ARGS)
+
+soak: $(VENV)/.installed-dev
+	SOAK_REQUESTS=10000 $(BIN)/python -m pytest tests/inference/test_soak.py $(ARGS)
 
 kill-test: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/kill_resume.py $(ARGS)
@@ -56,8 +61,15 @@ bench-training: $(VENV)/.installed-dev $(VENV)-litgpt/.installed
 	$(if $(SHAKESPEARE),$(BIN)/python benchmarks/shakespeare_char.py --data $(SHAKESPEARE) --contest three-minutes)
 	$(BIN)/python benchmarks/tables.py
 
+# llama.cpp is compiled here for this processor: it needs CMake and a C++ compiler.
+bench-inference: $(VENV)/.installed-dev $(VENV)-llama/.installed
+	$(BIN)/python benchmarks/inference_peers.py --llama $(VENV)-llama/bin/python
+	$(BIN)/python benchmarks/inference_ttft.py $(if $(LLAMA_SERVER),--llama-server $(LLAMA_SERVER))
+	$(BIN)/python benchmarks/inference_start.py
+	$(BIN)/python benchmarks/tables.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-litgpt build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-litgpt $(VENV)-llama build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then echo "Plinth needs Python 3.11 or newer, and none is on the PATH." \
@@ -78,4 +90,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)-litgpt/.installed: constraints.txt | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)-litgpt
 	$(VENV)-litgpt/bin/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt litgpt
+	@touch $@
+
+$(VENV)-llama/.installed: constraints.txt | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-llama
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(VENV)-llama/bin/python -m pip install --disable-pip-version-check -c constraints.txt llama-cpp-python
 	@touch $@

@@ -97,3 +97,51 @@ def test_chat_forgets_the_oldest_when_the_context_is_full(folder, capsys, monkey
     messages = json.loads(out)["messages"]
     assert code == 0 and "oldest exchange is forgotten" in err and "Shorten it" in err
     assert messages[-2]["content"] == "last" and len(messages) < 14
+
+
+def test_generate_under_a_grammar(folder, capsys, tmp_path):
+    (tmp_path / "s.json").write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2, "uniqueItems": true}')
+    (tmp_path / "g.gbnf").write_text('root ::= "a" | "b"')
+    base = ("generate", str(folder), "--prompt", "def", "--max-tokens", "60", "--seed", "1", "--json")
+
+    def first(*argv):
+        code, out, err = run(capsys, *base, *argv)
+        assert code == 0, err
+        return json.loads(out)["completions"][0], err
+
+    assert first("--choice", "yes", "no")[0]["text"] in ("yes", "no")
+    assert first("--regex", "[0-9]{3}")[0]["text"].isdigit()
+    assert first("--grammar", str(tmp_path / "g.gbnf"))[0]["text"] in ("a", "b")
+    completion, err = first("--json-schema", str(tmp_path / "s.json"), "--lenient")
+    assert "not enforced" in err and "uniqueItems" in err
+    document = json.loads(completion["text"])
+    assert completion["valid"] == (len(set(document)) == 2)
+    code, _, err = run(capsys, *base, "--json-schema", str(tmp_path / "s.json"))
+    assert code == 1 and "uniqueItems" in err
+    assert "say two things" in run(capsys, *base, "--regex", "a", "--choice", "b")[2]
+    assert "needs --json-schema" in run(capsys, *base, "--lenient")[2]
+    assert "does not exist" in run(capsys, *base, "--grammar", "none.lark")[2]
+    code, out, err = run(capsys, *base[:-1], "--regex", "[0-9]{90}", "--max-tokens", "4")
+    assert "not valid: cut off by length" in err
+
+
+@pytest.mark.parametrize("how", ["prompt-lookup", "model"])
+def test_speculation_changes_no_answer_and_says_what_it_gave(folder, capsys, how):
+    argv = ("generate", str(folder), "--prompt", "def def def", "--max-tokens", "40", "--temperature", "0.2", "--seed", "1", "--json")
+    plain = json.loads(run(capsys, *argv)[1])
+    guessed = json.loads(run(capsys, *argv, "--speculate", how if how != "model" else str(folder), "--draft-tokens", "3")[1])
+    assert guessed["completions"] == plain["completions"] and "drafted" not in plain
+    assert 0 <= guessed.get("accepted", 0) <= guessed.get("drafted", 0)
+    if how == "model":
+        assert guessed["acceptance"] > 0
+
+
+def test_draft_tokens_without_a_drafter_and_a_draft_model_of_another_tokenizer(folder, capsys, make_model, tmp_path):
+    from plinth.tokenizer.train import train_tokenizer
+
+    code, _, err = run(capsys, "generate", str(folder), "--prompt", "x", "--draft-tokens", "3")
+    assert code == 1 and "--draft-tokens needs --speculate" in err
+    other = train_tokenizer(["quite another text " * 50], vocab_size=300)
+    save_model(make_model(vocab_size=other.vocab_size), other, tmp_path / "model")
+    code, _, err = run(capsys, "generate", str(folder), "--prompt", "x", "--speculate", str(tmp_path / "model"))
+    assert code == 1 and "another tokenizer" in err

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from plinth.cli.output import emit
+from plinth.cli.output import emit, say
 from plinth.config import UserError
 
 
@@ -36,6 +37,16 @@ class GenerateCommand:
     """choose among the most probable tokens that together have this probability, 0 to 1"""
     min_p: float | None = None
     """choose among tokens at least this many times as probable as the first one, 0 to 1"""
+    typical_p: float | None = None
+    """choose among the tokens of the most expected surprise that together have this probability, 0 to 1"""
+    repetition_penalty: float | None = None
+    """make tokens of the prompt and the answer less likely, above 1"""
+    presence_penalty: float | None = None
+    """take this off the score of each token that is in the answer, -2 to 2"""
+    frequency_penalty: float | None = None
+    """take this off a token's score for each time it is in the answer, -2 to 2"""
+    min_tokens: int = 0
+    """tokens to generate at least"""
     seed: int | None = None
     """seed; prompt i gets seed + i. None = a fresh one"""
     stop: tuple[str, ...] = ()
@@ -44,6 +55,20 @@ class GenerateCommand:
     """show each token's log-probability (nats, of the raw model) and this many alternatives"""
     weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
     """format of the weights while running; None = bf16 where this processor has our kernels, else fp32"""
+    json_schema: Path | None = None
+    """file with a JSON Schema that each answer must satisfy"""
+    regex: str | None = None
+    """regular expression that each answer must match from beginning to end"""
+    choice: tuple[str, ...] = ()
+    """texts of which each answer must be one"""
+    grammar: Path | None = None
+    """file with a context-free grammar of the answers: GBNF where its name ends in .gbnf, else Lark"""
+    lenient: bool = False
+    """with --json-schema: ignore keywords that cannot be enforced, with a warning; answers are validated"""
+    speculate: str | None = None
+    """guess tokens ahead, which changes no answer: prompt-lookup, or a smaller model of the same tokenizer"""
+    draft_tokens: int | None = None
+    """with --speculate: tokens guessed at a time, 1 to 15; None = 8 by prompt-lookup, 4 by a model"""
     json: bool = False
     """print one JSON object"""
 
@@ -67,17 +92,23 @@ def _read_stdin() -> str:
 
 def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, Any]:
     """Run the prompts in one batch; returns what is printed with --json."""
-    from plinth.inference.sampling import SamplingParams
+    from plinth.cli.speculate import speculate, speculation_counts
+    from plinth.inference.sampling_params import SamplingParams
 
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
+    grammar = read_grammar(command)
+    names = {field.name for field in fields(SamplingParams)} & {field.name for field in fields(GenerateCommand)}
     params = SamplingParams(**{name: getattr(command, name) for name in names})  # a mistake here should not wait for the model
     engine = load_engine(command.run, command.weights, max_batch=min(64, len(prompts)))
+    speculate(engine, command.speculate, command.draft_tokens, command.weights)
+    if grammar is not None:
+        for ignored in compile_grammar(engine, grammar):
+            say(f"warning: not enforced: {ignored}")
     started = time.perf_counter()
     if command.chat:
         system = [{"role": "system", "content": command.system}] if command.system is not None else []
-        completions = engine.chat([[*system, {"role": "user", "content": prompt}] for prompt in prompts], params)
+        completions = engine.chat([[*system, {"role": "user", "content": prompt}] for prompt in prompts], params, grammar)
     else:
-        completions = engine.complete(prompts, params)
+        completions = engine.complete(prompts, params, grammar)
     elapsed_s = time.perf_counter() - started
     count = sum(len(completion.tokens) for completion in completions)
     return {
@@ -86,7 +117,47 @@ def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, An
         "completion_tokens": count,
         "time_s": elapsed_s,
         "tokens_per_s": count / elapsed_s,
+        **speculation_counts(engine.engine),
     }
+
+
+def read_grammar(command: GenerateCommand):
+    """Return the grammar that the options ask for, or None. Raises UserError when there are several or a file cannot be read."""
+    named = {"--json-schema": command.json_schema, "--regex": command.regex, "--choice": command.choice, "--grammar": command.grammar}
+    given = [name for name, value in named.items() if value not in (None, ())]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} say two things of one answer. Give one of them.")
+    if command.lenient and command.json_schema is None:
+        raise UserError("--lenient needs --json-schema: other grammars are enforced in full.")
+    if not given:
+        return None
+    from plinth.inference.grammar import Grammar
+
+    if command.json_schema is not None:
+        return Grammar.json_schema(_read_file(command.json_schema), mode="lenient" if command.lenient else "strict")
+    if command.regex is not None:
+        return Grammar.regex(command.regex)
+    if command.choice:
+        return Grammar.choice(command.choice)
+    assert command.grammar is not None
+    text = _read_file(command.grammar)
+    return Grammar.gbnf(text) if command.grammar.suffix == ".gbnf" else Grammar.lark(text)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8.") from None
+
+
+def compile_grammar(engine, grammar) -> tuple[str, ...]:
+    """Return what of a grammar is not enforced. Raises UserError when it cannot be compiled."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is said by the caller
+        return engine.grammars.compile(grammar).warnings
 
 
 def load_engine(run: Path, weights: Literal["fp32", "bf16", "int8", "int4"] | None, max_batch: int = 1):
@@ -104,6 +175,9 @@ def _plain(engine, prompt: str, completion) -> dict[str, Any]:
         "prompt": prompt,
         "text": completion.text,
         "finish_reason": completion.finish_reason,
+        "valid": completion.valid,
+        "why_invalid": completion.why_invalid,
+        "closed_early": completion.closed_early,
         "prompt_tokens": completion.prompt_tokens,
         "tokens": [
             {
@@ -126,6 +200,8 @@ def _show(console, result: dict[str, Any], with_logprobs: bool) -> None:
         if several:
             console.print(Text(f"> {completion['prompt']}", style="bold"))
         console.print(Text(completion["text"]), soft_wrap=True)
+        if completion["valid"] is False:
+            say(f"not valid: {completion['why_invalid']}")
         if with_logprobs:
             table = Table("token", "logprob, nats", "alternatives", box=None)
             for token in completion["tokens"]:

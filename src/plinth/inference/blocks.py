@@ -130,10 +130,17 @@ class BlockPool:
         sequence.blocks[last] = sequence.table[last] = target
         return source, target
 
-    def needs_block(self, sequence: CachedSequence) -> bool:
-        """Return whether the sequence takes a block from the pool before its next token."""
-        last, offset = divmod(len(sequence.tokens), BLOCK_TOKENS)
-        return last == len(sequence.blocks) or (offset > 0 and self._users[sequence.blocks[last]] > 1)
+    def blocks_needed(self, sequences: Iterable[CachedSequence]) -> int:
+        """Return how many blocks these take from the pool before each has its next token; reserved ones count too."""
+        part_full: Counter[int] = Counter()
+        fresh = 0
+        for sequence in sequences:
+            last, offset = divmod(len(sequence.tokens), BLOCK_TOKENS)
+            if offset:
+                part_full[sequence.blocks[last]] += 1
+            else:
+                fresh += last == len(sequence.blocks)
+        return fresh + sum(count - (self._users[block] == count) for block, count in part_full.items())
 
     def grow(self, sequence: CachedSequence, num_tokens: int) -> None:
         """Make sure that the sequence has blocks for num_tokens in all. Raises OutOfBlocks where it did not reserve them."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -74,6 +74,8 @@ class Engine:
         self.counters = Counters()
         self._scheduler = Scheduler(self.pool, self.max_batch, self.max_seq_len, spare)
         self._scorer = Scorer(self.runner, self.pool, self.max_seq_len)
+        self.drafting: Callable[[SamplingParams, int, int], Drafter] | None = None
+        """makes a drafter, from parameters, seed and prompt length, for each request that brings none; None = no guesses"""
         self._next_id = 0
 
     def _blocks_within(self, max_cache_bytes: int | None, blocks_each: int) -> int:
@@ -116,11 +118,14 @@ class Engine:
         tokens = self._checked(prompt, self.max_seq_len - 1, "prompt")
         if not len(tokens):
             raise UserError("prompt is empty: the model needs at least one token to go on from.")
+        seed = (fresh_seed() if params.seed is None else params.seed) % 2**64
+        if drafter is None and self.drafting is not None:
+            drafter = self.drafting(params, seed, len(tokens))
         request = Request(
             id=self._next_id,
             prompt=tokens,
             params=params,
-            seed=(fresh_seed() if params.seed is None else params.seed) % 2**64,
+            seed=seed,
             stop_ids=params.end_ids(self.eos_ids),
             max_tokens=min(params.max_tokens, self.max_seq_len - len(tokens)),
             constraint=constraint,

@@ -79,10 +79,10 @@ class SequenceSpace:
         return logits_MV
 
     def _check_room(self, sequences: list[CachedSequence]) -> None:
-        needed = sum(self._pool.needs_block(sequence) for sequence in sequences)
+        needed = self._pool.blocks_needed(sequences)
         if needed > self._pool.num_available:
             raise OutOfBlocks(
-                f"{needed} sequences need a block more and {self._pool.num_available} are free. Free some, or give the engine a larger "
+                f"{needed} blocks are needed and {self._pool.num_available} are free. Free some, or give the engine a larger "
                 "max_cache_bytes or max_batch."
             )
 

@@ -49,6 +49,8 @@ class TorchRunner:
     def forward(self, rows: Rows) -> torch.Tensor:
         """Return the logits of the wanted rows, float32 (M, V)."""
         hidden_MD = self._run(rows)
+        if not len(hidden_MD):
+            return torch.empty(0, self.vocab_size, device=self.device)
         missing = pad_rows(len(hidden_MD)) - len(hidden_MD)
         tiles = torch.cat([hidden_MD, hidden_MD[:1].expand(missing, -1)]) if missing else hidden_MD
         return self.model.logits_rows(tiles).float()[: len(hidden_MD)]
