@@ -19,6 +19,7 @@ from plinth.serving.keys import ApiKeys, KeyCheck
 from plinth.serving.limits import BodyLimit, Limits, SameOrigin
 from plinth.serving.page import add_page
 from plinth.serving.page_answers import add_page_answers
+from plinth.serving.page_beams import add_page_beams
 from plinth.serving.records import Recorder
 from plinth.serving.server import Server
 from plinth.serving.tokens import add_tokens
@@ -51,7 +52,7 @@ def create_app(
     add_layers(app, server, keys or ApiKeys(), host_names, origins)
     errors.install(app)
     add_page(app)
-    for add in (add_health, add_tokens, add_completions, add_chat, add_page_answers):
+    for add in (add_health, add_tokens, add_completions, add_chat, add_page_answers, add_page_beams):
         add(app, server)
     return app
 

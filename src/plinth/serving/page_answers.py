@@ -11,10 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
+from plinth.inference.blocks import OutOfBlocks
 from plinth.serving.disconnect import until_disconnect
 from plinth.serving.errors import bad_request
 from plinth.serving.messages import Message
-from plinth.serving.page_place import Place, describe, place_tokens
+from plinth.serving.page_place import Place, cache_full, describe, place_tokens
 from plinth.serving.pieces import Token
 from plinth.serving.protocol import SamplingRequest, fit_context
 from plinth.serving.records import RequestRecord, record_of
@@ -96,5 +97,8 @@ async def distribution(server: Server, request: NextRequest) -> Response:
 def sorted_logprobs(server: Server, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities of the token after a prompt, most probable first, the lower id first among equals; and the ids."""
     with server.engine.search() as space:
-        _, logits_V = space.start(prompt)
+        try:
+            _, logits_V = space.start(prompt)
+        except OutOfBlocks as error:
+            raise cache_full(error) from None
         return logits_V.float().log_softmax(-1).cpu().sort(descending=True, stable=True)

@@ -6,8 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from plinth.inference.blocks import OutOfBlocks
 from plinth.serving.answer import finite, token_bytes, token_name
-from plinth.serving.errors import bad_request
+from plinth.serving.batcher import RETRY_AFTER_S
+from plinth.serving.errors import ApiError, bad_request
 from plinth.serving.messages import Message, plain_messages
 from plinth.serving.server import Server
 from plinth.tokenizer.encode import Tokenizer
@@ -45,3 +47,8 @@ def describe(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, A
         "name": token_name(tokenizer, token_id),
         "logprob": finite(logprob),
     }
+
+
+def cache_full(error: OutOfBlocks) -> ApiError:
+    """Return the 503 for something that found no room beside running requests."""
+    return ApiError(503, f"The cache is full: {error} Try again soon.", code="cache_full", retry_after_s=RETRY_AFTER_S)
