@@ -92,4 +92,8 @@ def test_no_room_is_an_error_that_changes_nothing(make_model):
             space.extend([first], [5])
         with pytest.raises(UserError, match="prompt is empty"):
             space.start([])
+        with pytest.raises(OutOfBlocks, match="open search"):
+            engine.score([[1] * 64])
+        with pytest.raises(OutOfBlocks, match="1 requests wait for blocks that an open search holds"):
+            engine.generate([[1, 2]])
     assert engine.pool.num_available == engine.pool.num_blocks

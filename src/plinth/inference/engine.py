@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from plinth.config import UserError
-from plinth.inference.blocks import BlockPool, num_blocks
+from plinth.inference.blocks import BlockPool, OutOfBlocks, num_blocks
 from plinth.inference.constraint import Constraint
 from plinth.inference.drafting import Drafter
 from plinth.inference.penalties import TokenCounts
@@ -157,11 +157,13 @@ class Engine:
     def step(self) -> list[Event]:
         """Run the model once for all running requests; return the tokens that it gave, those of a request in order.
 
-        A step that only reads prompts returns no events.
+        A step that only reads prompts returns no events. Raises OutOfBlocks where nothing can run because of an open search.
         """
         self._scheduler.admit()
         step = Step(self._scheduler, self.runner, self.counters, self.eos_ids, scored_rows(self.vocab_size))
         if step.is_empty:
+            if self.num_waiting:
+                raise OutOfBlocks(f"{self.num_waiting} requests wait for blocks that an open search holds. Close it first.")
             return []
         events = step.run()
         for event in events:

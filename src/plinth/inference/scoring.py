@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from plinth.inference.blocks import BlockPool, CachedSequence, num_blocks
+from plinth.inference.blocks import BlockPool, CachedSequence, OutOfBlocks, num_blocks
 from plinth.inference.request import TopLogprobs
 from plinth.inference.runner import BLOCK_TOKENS, Rows, Runner
 from plinth.inference.sampling import top_logprobs
@@ -96,7 +96,8 @@ class Scorer:
             opened.append(sequence)
             if len(opened) * BLOCK_TOKENS >= MOST_ROWS:  # enough to fill calls
                 break
-        assert opened, "the engine keeps blocks for one sequence out of reach of requests"
+        if not opened:  # requests never take the blocks that scoring needs
+            raise OutOfBlocks(f"an open search holds all but {self._pool.num_available} blocks. Close it first.")
         return group, opened
 
     def _rows(
