@@ -81,6 +81,13 @@ def test_prompt_logprobs_are_the_scores_of_the_prompt(make_model, kind):
     assert engine.generate([prompts[1]], SamplingParams(max_tokens=1))[0].prompt_logprobs is None
 
 
+def test_with_a_uniform_runner_scores_are_those_of_generating(make_model):
+    engine = Engine(make_kind("native", make_model))
+    done = engine.generate([PROMPT], SamplingParams(seed=4, max_tokens=50, logprobs=3))[0]
+    scored = engine.score_alternatives([PROMPT + done.tokens], 3)[0][len(PROMPT) - 1 :]
+    assert scored == list(zip(done.logprobs, done.top_logprobs))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_are_the_hidden_states(make_model, kind):
     runner = make_kind(kind, make_model)

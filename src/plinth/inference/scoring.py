@@ -13,11 +13,10 @@ import torch
 from plinth.inference.blocks import BlockPool, CachedSequence, OutOfBlocks, num_blocks
 from plinth.inference.request import TopLogprobs
 from plinth.inference.runner import BLOCK_TOKENS, Rows, Runner
-from plinth.inference.sampling import top_logprobs
+from plinth.inference.sampling import largest_logprobs, peaks
 
 LOGITS_BYTES = 32 * 2**20  # logits of one call while scoring
 MOST_ROWS = 256
-LOGPROB_ROWS = 16  # rows whose log-probabilities are held at once
 
 
 def scored_rows(vocab_size: int) -> int:
@@ -28,13 +27,11 @@ def scored_rows(vocab_size: int) -> int:
 
 def logprobs_of(logits_NV: torch.Tensor, targets_M: np.ndarray, count: int) -> list[tuple[float, TopLogprobs]]:
     """Return for each target token its log-probability in nats and the `count` most probable tokens; further rows are left."""
-    found: list[tuple[float, TopLogprobs]] = []
-    for start in range(0, len(targets_M), LOGPROB_ROWS):
-        targets = torch.from_numpy(targets_M[start : start + LOGPROB_ROWS].astype(np.int64)).to(logits_NV.device)
-        logprobs_RV = torch.log_softmax(logits_NV[start : start + len(targets)], -1)
-        values = logprobs_RV.gather(-1, targets[:, None])[:, 0].tolist()
-        found += zip(values, top_logprobs(logprobs_RV, count))
-    return found
+    logits_MV = logits_NV[: len(targets_M)]
+    log_sums_M = peaks(logits_MV)[1]
+    targets = torch.from_numpy(targets_M.astype(np.int64)).to(logits_MV.device)
+    values = logits_MV.gather(-1, targets[:, None])[:, 0] - log_sums_M
+    return list(zip(values.tolist(), largest_logprobs(logits_MV, log_sums_M, count)))
 
 
 class Scorer:
