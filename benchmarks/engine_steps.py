@@ -14,13 +14,13 @@ from __future__ import annotations
 import time
 
 import torch
-from record import spread, write_record
 
 from plinth.inference.engine import Engine
 from plinth.inference.runners import make_runner
 from plinth.inference.sampling_params import SamplingParams
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
+from record import spread, write_record
 
 VOCAB, CONTEXT = 32000, 2048
 GREEDY, DRAWN = SamplingParams(temperature=0, max_tokens=400), SamplingParams(seed=1, max_tokens=400)
@@ -63,9 +63,8 @@ def timed(work, *arguments) -> float:
 
 
 def random_model() -> Transformer:
-    config = DecoderConfig(
-        vocab_size=VOCAB, hidden_size=384, num_layers=7, num_heads=6, num_kv_heads=6, head_dim=64, intermediate_size=1024, max_seq_len=CONTEXT
-    )  # fmt: skip
+    heads = {"num_heads": 6, "num_kv_heads": 6, "head_dim": 64}
+    config = DecoderConfig(VOCAB, hidden_size=384, num_layers=7, intermediate_size=1024, max_seq_len=CONTEXT, **heads)
     model, generator = Transformer(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,7 +81,7 @@ def hits_and_misses(engine: Engine, repeats: int) -> tuple[list[float], list[flo
     known = prompts(1, 1024, seed=1)[0]
     engine.generate([known + [1]], FIRST)
     hits, misses = [], []
-    for i, (new, end) in enumerate(zip(prompts(repeats, 1024, seed=2), prompts(repeats, 16, seed=3))):
+    for new, end in zip(prompts(repeats, 1024, seed=2), prompts(repeats, 16, seed=3)):
         hits.append(timed(engine.generate, [known + end], FIRST))
         misses.append(timed(engine.generate, [new + end], FIRST))
     return hits, misses
