@@ -145,3 +145,25 @@ def test_draft_tokens_without_a_drafter_and_a_draft_model_of_another_tokenizer(f
     save_model(make_model(vocab_size=other.vocab_size), other, tmp_path / "model")
     code, _, err = run(capsys, "generate", str(folder), "--prompt", "x", "--speculate", str(tmp_path / "model"))
     assert code == 1 and "another tokenizer" in err
+
+
+def test_beams_and_best_of_n_through_the_command_line(folder, capsys):
+    base = ("generate", str(folder), "--prompt", "def main", "x", "--max-tokens", "8", "--json", "--seed", "2")
+    beams = [json.loads(run(capsys, *base, "--beams", str(width))[1])["completions"] for width in (1, 4)]
+    greedy = json.loads(run(capsys, *base, "--temperature", "0")[1])["completions"]
+    assert [one["text"] for one in beams[0]] == [one["text"] for one in greedy]
+    assert all(one["logprob"] <= 0 and one["score"] >= other["score"] - 1e-6 for one, other in zip(beams[1], beams[0]))
+    chosen = json.loads(run(capsys, *base, "--best-of", "3")[1])["completions"]
+    singles = [json.loads(run(capsys, *base[:3], "def main", *base[5:-1], str(2 + i))[1])["completions"][0] for i in range(3)]
+    mean = [sum(token["logprob"] for token in one["tokens"]) / max(1, len(one["tokens"])) for one in singles]
+    assert chosen[0]["text"] == singles[mean.index(max(mean))]["text"]
+    assert chosen[0]["cost"]["prompt_tokens"] == chosen[0]["prompt_tokens"] and chosen[0]["cost"]["flops"] > 0
+    assert 0 < json.loads(run(capsys, *base, "--best-of", "3", "--select", "vote")[1])["completions"][0]["share"] <= 1
+    for argv, says in (
+        (("--beams", "2", "--best-of", "2"), "two ways"),
+        (("--length-penalty", "2"), "--length-penalty needs --beams"),
+        (("--beams", "0"), "num_beams=0"),
+        (("--best-of", "2", "--regex", "a"), "take no grammar"),
+    ):
+        code, _, err = run(capsys, *base, *argv)
+        assert code == 1 and says in err

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from plinth.cli.generate_search import SearchOptions, choose_best, search_beams
 from plinth.cli.output import emit, say
 from plinth.config import UserError
 
@@ -65,6 +66,7 @@ class GenerateCommand:
     """file with a context-free grammar of the answers: GBNF where its name ends in .gbnf, else Lark"""
     lenient: bool = False
     """with --json-schema: ignore keywords that cannot be enforced, with a warning; answers are validated"""
+    search: tyro.conf.OmitArgPrefixes[SearchOptions] = field(default_factory=SearchOptions)
     speculate: str | None = None
     """guess tokens ahead, which changes no answer: prompt-lookup, or a smaller model of the same tokenizer"""
     draft_tokens: int | None = None
@@ -96,29 +98,44 @@ def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, An
     from plinth.inference.sampling_params import SamplingParams
 
     grammar = read_grammar(command)
-    names = {field.name for field in fields(SamplingParams)} & {field.name for field in fields(GenerateCommand)}
+    names = {one.name for one in fields(SamplingParams)} & {one.name for one in fields(GenerateCommand)}
     params = SamplingParams(**{name: getattr(command, name) for name in names})  # a mistake here should not wait for the model
-    engine = load_engine(command.run, command.weights, max_batch=min(64, len(prompts)))
+    command.search.check()
+    if grammar is not None and command.search.answers_each > 1:
+        raise UserError("--beams and --best-of take no grammar. Draw single answers under it.")
+    engine = load_engine(command.run, command.weights, max_batch=min(64, len(prompts) * command.search.answers_each))
     speculate(engine, command.speculate, command.draft_tokens, command.weights)
     if grammar is not None:
         for ignored in compile_grammar(engine, grammar):
             say(f"warning: not enforced: {ignored}")
     started = time.perf_counter()
-    if command.chat:
-        system = [{"role": "system", "content": command.system}] if command.system is not None else []
-        completions = engine.chat([[*system, {"role": "user", "content": prompt}] for prompt in prompts], params, grammar)
-    else:
-        completions = engine.complete(prompts, params, grammar)
+    completions, facts = _answer(engine, command, prompts, params, grammar)
     elapsed_s = time.perf_counter() - started
     count = sum(len(completion.tokens) for completion in completions)
     return {
         "model": str(command.run),
-        "completions": [_plain(engine, prompt, completion) for prompt, completion in zip(prompts, completions)],
+        "completions": [_plain(engine, *each) | more for *each, more in zip(prompts, completions, facts)],
         "completion_tokens": count,
         "time_s": elapsed_s,
         "tokens_per_s": count / elapsed_s,
         **speculation_counts(engine.engine),
     }
+
+
+def _answer(engine, command: GenerateCommand, prompts: tuple[str, ...], params, grammar) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Return a completion of each prompt, and what there is to say about how it was chosen."""
+    system = [{"role": "system", "content": command.system}] if command.system is not None else []
+    conversations = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+    search = command.search
+    if search.beams is None and search.best_of is None:
+        completions = engine.chat(conversations, params, grammar) if command.chat else engine.complete(prompts, params, grammar)
+        return completions, [{} for _ in completions]
+    encoded = [engine.render(one) for one in conversations] if command.chat else [engine.encode(prompt) for prompt in prompts]
+    if search.beams is not None:
+        found = search_beams(engine, encoded, search, params.max_tokens)
+    else:
+        found = choose_best(engine, encoded, params, search)
+    return [completion for completion, _ in found], [more for _, more in found]
 
 
 def read_grammar(command: GenerateCommand):
