@@ -40,7 +40,7 @@ def test_the_tokenizers_settings(base_url):
 @pytest.mark.parametrize(("path", "body", "param"), [
     ("/tokenize", {}, "prompt"), ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
     ("/tokenize", {"prompt": 5}, "prompt"), ("/tokenize", {"promt": "x"}, "promt"), ("/tokenize", {"prompt": "x", "model": "gpt"}, "model"),
-    ("/tokenize", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
+    ("/tokenize", {"messages": [{"role": "robot", "content": "x"}]}, "messages.0"),
     ("/detokenize", {"tokens": [400]}, "tokens"), ("/detokenize", {"tokens": ["x"]}, "tokens.0"), ("/detokenize", {}, "tokens"),
 ])  # fmt: skip
 def test_refusals_name_the_field(base_url, path, body, param):

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from plinth.serving.grammars import Structure
 from plinth.serving.pieces import CharacterCount, Piece, Token
 from plinth.serving.ticket import Ticket
 from plinth.tokenizer.encode import Tokenizer
 
+MAX_WARNING = 1000  # characters
 LOWEST_LOGPROB = -9999.0  # what the wire has for minus infinity, which JSON cannot spell
 
 
@@ -111,16 +113,35 @@ class CompletionLogprobs:
 
 @dataclass
 class Choice:
-    """The pieces of one sequence, gathered into one choice of an answer that is not streamed."""
+    """One sequence of an answer, as its pieces come."""
 
     text: str = ""
+    """all of its text, the echo too"""
+    written: str = ""
+    """what the model wrote"""
     tokens: list[Token] = field(default_factory=list)
+    """its tokens, those of the echo too"""
     finish_reason: str | None = None
+    """why it ended"""
+    logprob_sum: float = 0.0
+    """log-probability in nats of the tokens that the model wrote"""
+    num_scored: int = 0
+    """how many tokens that sums"""
 
     def add(self, piece: Piece) -> None:
+        """Take the next piece."""
         self.text += piece.text
         self.tokens += piece.tokens
         self.finish_reason = piece.finish_reason or self.finish_reason
+        if piece.num_generated:
+            self.written += piece.text
+            self.logprob_sum += sum(token.logprob or 0.0 for token in piece.tokens)
+            self.num_scored += len(piece.tokens)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of a token that the model wrote, in nats; an empty text has minus infinity."""
+        return self.logprob_sum / self.num_scored if self.num_scored else -math.inf
 
 
 async def gather(ticket: Ticket) -> list[Choice]:
@@ -132,3 +153,10 @@ async def gather(ticket: Ticket) -> list[Choice]:
     finally:
         ticket.cancel()
     return choices
+
+
+def headers_of(structure: Structure | None) -> dict[str, str]:
+    """Return the headers of an answer: what of its form is not enforced."""
+    if structure is None or not structure.warnings:
+        return {}
+    return {"X-Plinth-Warning": "; ".join(structure.warnings)[:MAX_WARNING].encode("ascii", "replace").decode().replace("\n", " ")}

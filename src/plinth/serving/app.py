@@ -14,6 +14,7 @@ from plinth.inference.text import TextEngine
 from plinth.serving import errors
 from plinth.serving.chat import add_chat
 from plinth.serving.completions import add_completions
+from plinth.serving.embeddings import add_embeddings
 from plinth.serving.health import add_health
 from plinth.serving.keys import ApiKeys, KeyCheck
 from plinth.serving.limits import BodyLimit, Limits, SameOrigin
@@ -45,14 +46,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(server.batcher.close)
+        await asyncio.to_thread(server.close)
 
     app = FastAPI(title="Plinth", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors.DESCRIBED)
     app.state.server = server
     add_layers(app, server, keys or ApiKeys(), host_names, origins)
     errors.install(app)
     add_page(app)
-    for add in (add_health, add_tokens, add_completions, add_chat, add_page_answers, add_page_beams):
+    for add in (add_health, add_tokens, add_embeddings, add_completions, add_chat, add_page_answers, add_page_beams):
         add(app, server)
     return app
 

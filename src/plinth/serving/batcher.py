@@ -162,7 +162,8 @@ class Batcher:
             with self._changed:
                 sequence = self._waiting.popleft()
             try:
-                sequence.engine_id = self.engine.add(sequence.work.prompt, sequence.work.params)
+                work = sequence.work
+                sequence.engine_id = self.engine.add(work.prompt, work.params, work.constraint)
                 sequence.admitted_s = time.perf_counter()
                 self._active[sequence.engine_id] = sequence
             except UserError as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from plinth.inference.engine import Engine
 from plinth.serving.server import Server
 
 __all__ = ["CONTENT_TYPE_LATEST", "exposition"]
@@ -35,15 +35,17 @@ class _Snapshot:
 
 def gauges(server: Server) -> Iterator[Metric]:
     """Yield what goes up and down."""
-    batcher = server.batcher
+    batcher, pool = server.batcher, server.engine.pool
     values = {
         "vllm:num_requests_running": ("Sequences in the batch.", batcher.num_active),
         "vllm:num_requests_waiting": ("Sequences that wait for a place.", batcher.num_waiting),
+        "vllm:kv_cache_usage_perc": (
+            "Share of the cache's blocks that are used or reserved, 0 to 1.",
+            1 - pool.num_available / pool.num_blocks,
+        ),
         "plinth:max_batch": ("Sequences that the batch holds.", batcher.max_batch),
         "plinth:engine_up": ("1 while the engine's thread runs.", float(batcher.is_alive)),
     }
-    if (usage := cache_usage(server.engine)) is not None:
-        values["vllm:kv_cache_usage_perc"] = ("Share of the cache's blocks in use, 0 to 1.", usage)
     for name, (text, value) in values.items():
         family = GaugeMetricFamily(name, text, labels=["model_name"])
         family.add_metric([server.model_name], value)
@@ -87,21 +89,14 @@ def histograms(server: Server) -> Iterator[Metric]:
         yield family
 
 
-def cache_usage(engine: Any) -> float | None:
-    """Return the share of the engine's cache that running requests hold, or None where it has no such count."""
-    pool = getattr(engine, "pool", None)
-    return None if pool is None else 1.0 - pool.num_free / pool.num_blocks
-
-
-def engine_counters(engine: Any) -> dict[str, tuple[str, float]]:
+def engine_counters(engine: Engine) -> dict[str, tuple[str, float]]:
     """Return the engine's own counts, by name with a description."""
-    counted = getattr(engine, "counters", None)
-    if counted is None:
-        return {}
+    counted = engine.counters
     return {
         "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", counted.prompt_tokens),
         "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", counted.cached_tokens),
         "vllm:spec_decode_num_draft_tokens": ("Tokens that were drafted.", counted.drafted),
         "vllm:spec_decode_num_accepted_tokens": ("Drafted tokens that were accepted.", counted.accepted),
         "plinth:engine_steps": ("Model calls.", counted.steps),
+        "plinth:forced_tokens": ("Tokens that a grammar left no choice about.", counted.forced_tokens),
     }

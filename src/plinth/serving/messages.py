@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from pydantic import BaseModel, ConfigDict
 
 from plinth.serving.errors import bad_request
@@ -16,6 +18,25 @@ class TextPart(BaseModel):
     text: str | None = None
 
 
+class CalledFunction(BaseModel):
+    """What a call of a tool calls."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    name: str
+    arguments: str
+
+
+class ToolCallPart(BaseModel):
+    """A call of a tool that the assistant made earlier."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(BaseModel):
     """One message of a conversation."""
 
@@ -23,23 +44,30 @@ class Message(BaseModel):
 
     role: str
     content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCallPart] | None = None
+    tool_call_id: str | None = None
+    """the call that a tool's message answers; the format goes by the order"""
 
-    def plain(self, index: int) -> dict[str, str]:
-        """Return {role, content} with content as one string. Raises ApiError for what we cannot render."""
+    def plain(self, index: int) -> dict[str, Any]:
+        """Return {role, content}, content as one string, and tool_calls if any. Raises ApiError for what we cannot render."""
         where = f"messages.{index}"
         role = "system" if self.role == "developer" else self.role
-        if role not in ("system", "user", "assistant"):
-            raise bad_request(f"{where}.role={self.role!r} is not supported. Use system, developer, user or assistant.", param=where)
-        if self.content is None:
+        if role not in ("system", "user", "assistant", "tool"):
+            raise bad_request(f"{where}.role={self.role!r} is not supported. Use system, developer, user, assistant or tool.", param=where)
+        calls = {"tool_calls": [call.model_dump(exclude={"id"}) for call in self.tool_calls]} if self.tool_calls else {}
+        if self.content is None and not calls:
             raise bad_request(f"{where}.content is missing. Give a text.", param=f"{where}.content")
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
+        return {"role": role, "content": self._text(where), **calls}
+
+    def _text(self, where: str) -> str:
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         for part in self.content:
             if part.type != "text" or part.text is None:
                 raise bad_request(f"{where}.content has a part of type {part.type!r}; only text is supported.", param=f"{where}.content")
-        return {"role": role, "content": "".join(part.text or "" for part in self.content)}
+        return "".join(part.text or "" for part in self.content)
 
 
-def plain_messages(messages: list[Message]) -> list[dict[str, str]]:
-    """Return a conversation as {role, content} dictionaries. Raises ApiError for what we cannot render."""
+def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Return a conversation as the renderer takes it. Raises ApiError for what we cannot render."""
     return [message.plain(index) for index, message in enumerate(messages)]

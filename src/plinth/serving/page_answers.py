@@ -12,8 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from plinth.inference.blocks import OutOfBlocks
+from plinth.serving.answer import headers_of
 from plinth.serving.disconnect import until_disconnect
 from plinth.serving.errors import bad_request
+from plinth.serving.grammars import Structure
 from plinth.serving.messages import Message
 from plinth.serving.page_place import Place, cache_full, describe, place_tokens
 from plinth.serving.pieces import Token
@@ -64,17 +66,24 @@ async def answer(server: Server, request: GenerateRequest, record: RequestRecord
         raise bad_request("n is 1 here: a page shows one answer at a time.", param="n")
     prompt = await place_tokens(server, request.messages, request.prompt, request.tokens)
     max_tokens = fit_context(len(prompt), request.max_tokens, server.engine.max_seq_len)
-    (params,) = request.sampling(max_tokens, ALTERNATIVES)
-    ticket = server.batcher.submit([Work(prompt, params)], record)
+    (params,) = request.sampling(max_tokens, ALTERNATIVES, server.vocab_size)
+    structure = await server.structure(request, max_tokens + len(request.tokens))
+    constraint = structure.constraint(behind=request.tokens) if structure else None
+    ticket = server.batcher.submit([Work(prompt, params, constraint)], record)
     record.prompt_tokens, record.streamed = len(prompt), True
-    return EventStream(ticket, answer_events(ticket, server.tokenizer))
+    before = server.tokenizer.decode(request.tokens)
+    return EventStream(ticket, answer_events(ticket, server.tokenizer, structure, before), headers_of(structure))
 
 
-async def answer_events(ticket: Ticket, tokenizer: Tokenizer) -> AsyncIterator[dict[str, Any]]:
-    """Yield {tokens, finish_reason} for each piece of an answer."""
+async def answer_events(ticket: Ticket, tokenizer: Tokenizer, structure: Structure | None, text: str) -> AsyncIterator[dict[str, Any]]:
+    """Yield {tokens, finish_reason} for each piece of an answer that goes on from `text`; at the end of a structured one also valid."""
     async for _, piece in ticket.pieces():
+        text += piece.text
         if piece.tokens or piece.finish_reason:
-            yield {"tokens": [token_event(tokenizer, token) for token in piece.tokens], "finish_reason": piece.finish_reason}
+            said: dict[str, Any] = {"tokens": [token_event(tokenizer, token) for token in piece.tokens], "finish_reason": piece.finish_reason}
+            if structure is not None and piece.finish_reason is not None:
+                said["valid"] = await structure.valid(text, piece.finish_reason)
+            yield said
 
 
 def token_event(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:

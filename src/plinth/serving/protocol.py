@@ -1,15 +1,18 @@
-"""What a client may ask: the request types of OpenAI's completions and chat, checked and made sampling parameters."""
+"""What a client may ask: the fields that completions and chat share, and those of completions, made sampling parameters."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, field_validator
 
 from plinth.config import nearest
+from plinth.inference.grammar import Grammar
 from plinth.inference.sampling import SamplingParams
-from plinth.serving.errors import SHAPES, ApiError, bad_request
-from plinth.serving.messages import Message
+from plinth.serving.errors import SHAPES, ApiError, bad_request, shorten
+from plinth.serving.structured import ResponseFormat, StructuredOutputs
 
 MAX_STOPS = 4
 MAX_CHOICES = 128
@@ -19,10 +22,10 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default; chat's default is the rest o
 # Fields whose effect we do not have, with the values that ask for nothing. Any other value is refused by name.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "grammar": (),
@@ -30,20 +33,20 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "ignore_eos": (False,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
+}
+INSTEAD = {name: "structured_outputs" for name in ("grammar", "guided_choice", "guided_grammar", "guided_json", "guided_regex")} | {
+    "functions": "tools",
+    "function_call": "tool_choice",
 }
 # Fields that change nothing about the answer: accepted and left alone.
 HARMLESS = {
@@ -58,6 +61,9 @@ HARMLESS = {
     "user",
 }
 
+MAX_REPETITION_PENALTY = 100.0
+MAX_BIASES = 1024
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -104,6 +110,14 @@ class SamplingRequest(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    typical_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=MAX_REPETITION_PENALTY, allow_inf_nan=False)
+    logit_bias: dict[str, Bias] | None = Field(default=None, max_length=MAX_BIASES)
+    allowed_token_ids: list[int] | None = Field(default=None, min_length=1)
+    min_tokens: int | None = Field(default=None, ge=0)
+    ignore_eos: bool | None = None
     max_tokens: int | None = Field(default=None, ge=0)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: StopString | list[StopString] | None = None
@@ -111,6 +125,9 @@ class SamplingRequest(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @field_validator("stop")
     @classmethod
@@ -137,8 +154,9 @@ class SamplingRequest(BaseModel):
             if value is None or name in HARMLESS or value in UNSUPPORTED.get(name, ()):
                 continue
             if name in UNSUPPORTED:
+                advice = f"Use {INSTEAD[name]}." if name in INSTEAD else "Leave it out."
                 raise bad_request(
-                    f"{name} is not supported here; it would change the answer. Leave it out.",
+                    f"{name} is not supported here; it would change the answer. {advice}",
                     param=name,
                     code="unsupported_parameter",
                 )
@@ -146,29 +164,65 @@ class SamplingRequest(BaseModel):
             raise bad_request(f"{name} is not a field of this request.{guess}", param=name, code="unknown_parameter")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options is given without stream=true. Leave it out.", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise bad_request("prompt_logprobs comes with whole answers only. Leave out stream.", param="prompt_logprobs")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise bad_request("response_format and structured_outputs are both given. Leave out one.", param="response_format")
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> list[SamplingParams]:
-        """Return the parameters of each of the `n` choices.
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that each prompt asks for."""
+        return self.n or 1
 
-        The choice `i` of a seeded request draws with seed + i, so that choice 0 is what n=1 gives.
+    @property
+    def is_structured(self) -> bool:
+        """Whether the answers' form is given."""
+        return self.structured_outputs is not None or (self.response_format is not None and self.response_format.type != "text")
+
+    def grammar(self) -> Grammar | None:
+        """Return what each answer must be, None for any text. Raises ApiError."""
+        if self.response_format is not None:
+            return self.response_format.grammar()
+        return self.structured_outputs.grammar() if self.structured_outputs is not None else None
+
+    def sampling(self, max_tokens: int, logprobs: int | None, vocab_size: int) -> list[SamplingParams]:
+        """Return the parameters of each of the sequences of a prompt. Raises ApiError (400) for what cannot be.
+
+        Sequence `i` of a seeded request draws with seed + i, so that choice 0 is what n=1 gives.
         """
         try:
-            return [
-                SamplingParams(
-                    temperature=1.0 if self.temperature is None else self.temperature,
-                    top_k=self.top_k if self.top_k and self.top_k > 0 else None,
-                    top_p=self.top_p,
-                    min_p=self.min_p or None,
-                    max_tokens=max_tokens,
-                    stop=self.stops,
-                    stop_token_ids=tuple(self.stop_token_ids or ()),
-                    seed=None if self.seed is None else (self.seed + choice) % 2**63,
-                    logprobs=logprobs,
-                )
-                for choice in range(self.n or 1)
-            ]
+            params = SamplingParams(
+                temperature=1.0 if self.temperature is None else self.temperature,
+                top_k=self.top_k if self.top_k and self.top_k > 0 else None,
+                top_p=self.top_p,
+                min_p=self.min_p or None,
+                typical_p=self.typical_p,
+                presence_penalty=self.presence_penalty or None,
+                frequency_penalty=self.frequency_penalty or None,
+                repetition_penalty=self.repetition_penalty,
+                logit_bias=tuple((token_id(name), bias) for name, bias in (self.logit_bias or {}).items()),
+                allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+                min_tokens=self.min_tokens or 0,
+                ignore_eos=bool(self.ignore_eos),
+                max_tokens=max_tokens,
+                stop=self.stops,
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                logprobs=logprobs,
+            )
+            params.check_ids(vocab_size)
         except ValueError as error:
-            raise bad_request(str(error)) from error
+            field = re.match(r"\w*", str(error))
+            raise bad_request(str(error), param=field[0] if field and field[0] in type(self).model_fields else None) from error
+        if self.seed is None:
+            return [params] * self.num_sequences
+        return [replace(params, seed=(self.seed + i) % 2**63) for i in range(self.num_sequences)]
+
+
+def token_id(name: str) -> int:
+    """Return the token id that a key of logit_bias spells. Raises ApiError (400)."""
+    if not (name.isascii() and name.isdecimal() and len(name) < 12):
+        raise bad_request(f"logit_bias has the key {shorten(name)}; keys are token ids, such as '15'.", param="logit_bias")
+    return int(name)
 
 
 class CompletionRequest(SamplingRequest):
@@ -177,42 +231,26 @@ class CompletionRequest(SamplingRequest):
     prompt: Prompts = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
-
-    def prompts(self) -> list[str] | list[list[int]]:
-        """Return the prompts, one entry each. Raises ApiError for an empty list."""
-        return listed("" if self.prompt is None else self.prompt, "prompt")
-
-
-class ChatRequest(SamplingRequest):
-    """The body of POST /v1/chat/completions."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
 
     def check(self) -> None:
         """Also check the fields that depend on one another."""
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
-            raise bad_request("top_logprobs is given without logprobs=true.", param="top_logprobs")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise bad_request(
-                f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} differ. Give one.",
-                param="max_completion_tokens",
-            )
-        if self.max_tokens == 0:
-            raise bad_request("max_tokens=0 leaves nothing to answer with. Use 1 or more.", param="max_tokens")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise bad_request(f"best_of={self.best_of} is less than n={self.n}. Raise it or lower n.", param="best_of")
+        if self.num_sequences > (self.n or 1) and self.stream:
+            raise bad_request("best_of chooses among whole answers; it cannot be streamed. Leave out stream.", param="best_of")
+        if self.echo and self.is_structured:
+            raise bad_request("echo with structured output is not supported here. Leave out one.", param="echo")
 
     @property
-    def limit(self) -> int | None:
-        """The most tokens to answer with, None for the rest of the context."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+    def num_sequences(self) -> int:
+        """Sequences that each prompt asks for, those that best_of drops too."""
+        return self.best_of or self.n or 1
 
-    @property
-    def num_alternatives(self) -> int | None:
-        """How many alternatives to return for each token; None for no log-probabilities at all."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Return the prompts, one entry each. Raises ApiError for an empty list."""
+        return listed("" if self.prompt is None else self.prompt, "prompt")
 
 
 def fit_context(num_prompt: int, wanted: int | None, max_seq_len: int) -> int:

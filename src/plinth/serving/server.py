@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -12,8 +13,11 @@ from plinth.config import UserError
 from plinth.inference.text import TextEngine
 from plinth.serving.batcher import Batcher
 from plinth.serving.errors import ApiError, bad_request
+from plinth.serving.grammars import Grammars, Structure
 from plinth.serving.limits import Limits
 from plinth.serving.metrics import Metrics
+from plinth.serving.protocol import SamplingRequest
+from plinth.tokenizer.chat import render
 
 T = TypeVar("T")
 LOOP_CHARACTERS = 20_000  # cut into tokens in the event loop's own thread; more would hold up the others' streams
@@ -27,6 +31,7 @@ class Server:
         self.model_name, self.limits, self.is_chat = model_name, limits, is_chat
         self.metrics = Metrics(model_name)
         self.batcher = Batcher(text_engine, limits, self.metrics)
+        self.grammars = Grammars(text_engine)
         self.created = int(time.time())
 
     @property
@@ -72,11 +77,21 @@ class Server:
             raise bad_request(f"{param} is empty, and this model has no token that starts a text. Give one.", param=param)
         return prompts
 
-    async def render(self, messages: list[dict[str, str]]) -> list[int]:
+    async def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Return the tokens of a conversation, up to where the answer starts. Raises ApiError."""
-        size = sum(len(message["content"]) for message in messages)
+        size = sum(len(message["content"]) for message in messages) + (len(json.dumps(tools)) if tools else 0)
         self.check_length((message["content"] for message in messages), "messages")
-        return await self.aside(size, lambda: self.text_engine.render(messages), "messages")
+
+        def tokens() -> list[int]:
+            return render(self.tokenizer, messages, add_generation_prompt=True, tools=tools or None).tokens
+
+        return await self.aside(size, tokens, "messages")
+
+    async def structure(self, request: SamplingRequest, max_tokens: int) -> Structure | None:
+        """Return what the answers to a request must be, None for any text. Raises ApiError (400)."""
+        if not request.is_structured:
+            return None
+        return await self.grammars.structure(request.grammar, max_tokens)
 
     async def aside(self, size: int, function: Callable[[], T], param: str) -> T:
         """Return what `function` returns, in another thread where it handles `size` characters and that is much."""
@@ -84,6 +99,11 @@ class Server:
             return await asyncio.to_thread(function) if size > LOOP_CHARACTERS else function()
         except UserError as error:
             raise bad_request(str(error), param=param) from None
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.batcher.close()
+        self.grammars.close()
 
     def model(self) -> dict[str, Any]:
         """Return the model's entry in /v1/models; max_model_len (tokens) and chat are our extensions."""

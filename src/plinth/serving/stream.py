@@ -10,10 +10,7 @@ from typing import Any, Protocol
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from plinth.serving.answer import ChatLogprobs, CompletionLogprobs, Envelope
 from plinth.serving.errors import ApiError, internal_error
-from plinth.serving.ticket import Ticket
-from plinth.tokenizer.encode import Tokenizer
 
 LOG = logging.getLogger("plinth.serving")
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -35,8 +32,8 @@ class Cancellable(Protocol):
 class EventStream(StreamingResponse):
     """Sends chunks as they come. A client that goes away cancels what makes them; a failure becomes an error event."""
 
-    def __init__(self, source: Cancellable, chunks: AsyncIterator[dict[str, Any]]):
-        super().__init__(encode_chunks(chunks), media_type="text/event-stream", headers=HEADERS)
+    def __init__(self, source: Cancellable, chunks: AsyncIterator[dict[str, Any]], headers: dict[str, str] | None = None):
+        super().__init__(encode_chunks(chunks), media_type="text/event-stream", headers=HEADERS | (headers or {}))
         self.source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,40 +54,3 @@ async def encode_chunks(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[
     except Exception:
         LOG.exception("a stream failed")
         yield encode_event(internal_error().body())
-
-
-async def completion_chunks(
-    ticket: Ticket, envelope: Envelope, tokenizer: Tokenizer, with_logprobs: bool, with_usage: bool
-) -> AsyncIterator[dict[str, Any]]:
-    """Yield the chunks of /v1/completions."""
-    more: dict[str, Any] = {"usage": None} if with_usage else {}
-    logprobs = [CompletionLogprobs(tokenizer) for _ in range(ticket.size)]
-    async for index, piece in ticket.pieces():
-        if not (piece.text or piece.finish_reason or (with_logprobs and piece.tokens)):
-            continue
-        entry = logprobs[index](piece.tokens) if with_logprobs else None
-        choice = {"index": index, "text": piece.text, "logprobs": entry, "finish_reason": piece.finish_reason}
-        yield envelope.wrap([choice], **more)
-    if with_usage:
-        yield envelope.wrap([], usage=ticket.record.usage())
-
-
-async def chat_chunks(
-    ticket: Ticket, envelope: Envelope, tokenizer: Tokenizer, with_logprobs: bool, with_usage: bool
-) -> AsyncIterator[dict[str, Any]]:
-    """Yield the chunks of /v1/chat/completions: the role, then text, then the reason of the end."""
-    more: dict[str, Any] = {"usage": None} if with_usage else {}
-    logprobs = ChatLogprobs(tokenizer)
-
-    def chunk(index: int, delta: dict[str, Any], entry: Any = None, reason: str | None = None) -> dict[str, Any]:
-        return envelope.wrap([{"index": index, "delta": delta, "logprobs": entry, "finish_reason": reason}], **more)
-
-    for index in range(ticket.size):
-        yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
-    async for index, piece in ticket.pieces():
-        if piece.text or (with_logprobs and piece.tokens):
-            yield chunk(index, {"content": piece.text}, logprobs(piece.tokens) if with_logprobs else None)
-        if piece.finish_reason:
-            yield chunk(index, {}, reason=piece.finish_reason)
-    if with_usage:
-        yield envelope.wrap([], usage=ticket.record.usage())

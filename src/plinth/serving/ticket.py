@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from plinth.inference.constraint import Constraint
 from plinth.inference.sampling import SamplingParams
 from plinth.serving.errors import ApiError
 from plinth.serving.limits import Limits
@@ -25,6 +26,8 @@ class Work:
     """token ids"""
     params: SamplingParams | None
     """None for nothing to generate: the echo is the whole answer"""
+    constraint: Constraint | None = None
+    """what restricts its tokens; it belongs to this sequence alone"""
     echo: Piece | None = None
     """the prompt as the answer's first piece"""
 
