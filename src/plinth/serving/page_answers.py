@@ -80,7 +80,10 @@ async def answer_events(ticket: Ticket, tokenizer: Tokenizer, structure: Structu
     async for _, piece in ticket.pieces():
         text += piece.text
         if piece.tokens or piece.finish_reason:
-            said: dict[str, Any] = {"tokens": [token_event(tokenizer, token) for token in piece.tokens], "finish_reason": piece.finish_reason}
+            said: dict[str, Any] = {
+                "tokens": [token_event(tokenizer, token) for token in piece.tokens],
+                "finish_reason": piece.finish_reason,
+            }
             if structure is not None and piece.finish_reason is not None:
                 said["valid"] = await structure.valid(text, piece.finish_reason)
             yield said
