@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from inference.runner_kinds import KINDS, VOCAB, make_kind, one_thread  # noqa: F401
+from plinth.config import UserError
 from plinth.inference.engine import Engine
 from plinth.inference.sampling_params import SamplingParams
 
@@ -93,17 +94,21 @@ def test_when_the_reader_is_cancelled_those_that_waited_go_on_from_what_it_read(
     engine.check_integrity()
 
 
-def test_changed_weights_need_the_prefixes_forgotten(make_model):
-    runner = make_kind("torch", make_model)
-    engine, prompt = Engine(runner), tokens_of(70, 7)
-    engine.generate([prompt], GREEDY)
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_weights_find_nothing_of_the_old(make_model, kind):
+    engine, prompt = Engine(make_kind(kind, make_model)), tokens_of(70, 7)
+    before = engine.generate([prompt], GREEDY)
+    model = make_model("grouped", vocab_size=VOCAB, head_dim=32, max_seq_len=256)
     with torch.no_grad():
-        runner.model.embed.weight.mul_(-1.0)
-    engine.forget_prefixes()
-    assert engine.generate([prompt], GREEDY) == Engine(runner).generate([prompt], GREEDY)
+        model.embed.weight.mul_(-1.0)
+    engine.reload(model)
+    fresh = Engine(type(engine.runner)(model), max_batch=2)
+    assert engine.generate([prompt], GREEDY) == fresh.generate([prompt], GREEDY) != before
+    with pytest.raises(UserError, match="same configuration"):
+        engine.reload(make_model("grouped"))
     engine.add(prompt)
     with pytest.raises(RuntimeError, match="idle engine"):
-        engine.forget_prefixes()
+        engine.reload(model)
 
 
 def test_unused_prefixes_give_way_to_requests(make_model):

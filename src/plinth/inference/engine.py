@@ -233,10 +233,18 @@ class Engine:
         """Return a space of sequences that grow token by token under the caller's control, beside running requests."""
         return SequenceSpace(self.runner, self.pool, self.max_seq_len, self._checked)
 
+    def reload(self, model: Transformer) -> None:
+        """Go on with the weights of `model`, which may be the same object with new values; what was read before is forgotten.
+
+        Raises RuntimeError while requests run, UserError for a model of another configuration.
+        """
+        self.forget_prefixes()
+        self.runner.reload(model)
+
     def forget_prefixes(self) -> None:
-        """Forget what was read of earlier prompts; needed when the model's weights have changed. Raises RuntimeError while requests run."""
+        """Forget what was read of earlier prompts. Raises RuntimeError while requests run."""
         if self.num_active:
-            raise RuntimeError("forget_prefixes needs an idle engine: running requests hold what the old weights wrote.")
+            raise RuntimeError("an idle engine is needed: running requests hold what would be forgotten.")
         self.pool.forget_all()
 
     def check_integrity(self) -> None:

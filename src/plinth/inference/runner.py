@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from plinth.models.transformer import Transformer
+
 BLOCK_TOKENS = 32  # positions of one block of keys and values
 
 
@@ -57,6 +59,9 @@ class Runner(Protocol):
 
     def hidden(self, rows: Rows) -> torch.Tensor:
         """Return the hidden states after the last norm of the wanted rows, float32 (M, D)."""
+
+    def reload(self, model: Transformer) -> None:
+        """Run the weights of another model of the same configuration from now on; what the cache holds is stale then."""
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, each pair (source, target): for forks whose last block is part full."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from plinth.config import UserError
 from plinth.inference.runner import BLOCK_TOKENS, Rows
 from plinth.models.kv_cache import SMALLEST_WINDOW, PagedCache, View
 from plinth.models.transformer import Transformer
@@ -28,12 +29,18 @@ class TorchRunner:
     uniform = False
 
     def __init__(self, model: Transformer):
-        self.model = model
         self.vocab_size = model.config.vocab_size
         self.max_seq_len = model.config.max_seq_len
         self.device = model.embed.weight.device
         self._dtype = model.embed.weight.dtype
+        self.model = model
         self.allocate(1)
+
+    def reload(self, model: Transformer) -> None:
+        """Run another model of the same configuration, dtype and device from now on; what the cache holds is stale then."""
+        if model.config != self.model.config:
+            raise UserError(f"reload takes a model of the same configuration; this one has {model.config}, the runner {self.model.config}.")
+        self.model = model.to(self.device, self._dtype)
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache, with one block more that rows write to which only fill."""
