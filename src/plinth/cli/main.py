@@ -26,6 +26,7 @@ VERBS = {
     "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
     "prefer": ("plinth.cli.prefer", "preference tuning (DPO) on pairs"),
     "evaluate": ("plinth.cli.evaluate", "held-out likelihood and questions, with intervals"),
+    "samples": ("plinth.cli.samples", "right answers against the number of answers drawn, and what they cost"),
     "watch": ("plinth.cli.watch", "a run or a build as it goes, in the terminal or in the browser"),
     "report": ("plinth.cli.report", "report.html of a build"),
     "export": ("plinth.cli.export", "a folder that vLLM, transformers or llama.cpp serve, compared with them"),
