@@ -43,6 +43,21 @@ def copy_bandwidth(size_bytes: int = 1 << 27, limit_s: float = LIMIT_S, device: 
     return 2.0 * size_bytes / best_time(lambda: target.copy_(source), limit_s, device)
 
 
+def read_bandwidth(size_bytes: int, num_threads: int, limit_s: float = LIMIT_S) -> float:
+    """Return bytes a second at which our threads read `size_bytes` of memory again and again and do nothing else: the roof of decoding.
+
+    Raises RuntimeError where our kernels cannot run.
+    """
+    import torch
+
+    from plinth.ops import kernels
+
+    if (library := kernels.library()) is None:
+        raise RuntimeError(f"read_bandwidth needs our kernels: {kernels.why_not()}")
+    memory = torch.ones(size_bytes, dtype=torch.uint8)
+    return size_bytes / best_time(lambda: library.read_memory(memory.data_ptr(), size_bytes, num_threads), limit_s)
+
+
 def best_time(call: Callable[[], object], limit_s: float, device: str = "cpu") -> float:
     """Return the shortest of the calls that fit in `limit_s`; the first, which pays for set-up, only if it is alone."""
     import torch

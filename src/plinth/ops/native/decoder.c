@@ -3,7 +3,8 @@
 
 enum {
     CACHED_BYTES = 1 << 20, /* of a matrix's first operand: what stays in the second-level cache while panels pass */
-    CACHED_STEPS = 8       /* of a panel: what stays in the first-level cache while rows pass */
+    ROWS_EACH = 4,          /* so few are normed by every thread for itself, which takes less time than a meeting */
+    CACHED_STEPS = 8        /* of a panel: what stays in the first-level cache while rows pass */
 };
 
 /* Takes results of a product, blocks of 32 columns one behind the other, from panel `panel`, of rows row .. row + rows - 1. */
@@ -37,23 +38,38 @@ static void multiply_panel(const Matrix *m, const Operand *x, int panel, int top
     }
 }
 
-/* All panels times all rows, shared out among the threads: neighbouring panels to the same one, which reads them one behind the other. */
+/* Units first .. last - 1 of a share, where rows are few and reading the weights takes all the time: each thread begins with a long stretch,
+and the last quarter goes in short ones to whoever is free. Returns 0 when all have been taken. */
+INLINE int stretch(int share, int units, int threads, int *first, int *last) {
+    const int large = units * 3 / (4 * threads), small = 1 + units / (32 * threads);
+    *first = share < threads ? share * large : threads * large + (share - threads) * small;
+    *last = *first + (share < threads ? large : small);
+    if (*last > units) *last = units;
+    return *first < units;
+}
+
+/* A unit, panels whose results go on together, times rows top .. bottom - 1. */
+static void multiply_unit(const Work *w, const Matrix *m, const Operand *x, int unit, int top, int bottom, const Target *target, float *partial) {
+    if (!target->finish) return multiply_panel(m, x, unit, top, bottom, target->add, BLOCK_AT(target->blocks, m->panels, top, unit), m->panels);
+    const int together = target->together;
+    for (int i = 0; i < together; i++) multiply_panel(m, x, unit * together + i, top, bottom, 0, partial + 1024 * i, together);
+    for (int row = top; row < bottom; row += 32)
+        target->finish(w, target->layer, BLOCK_AT(partial, together, row - top, 0), unit * together, row, bottom - row < 32 ? bottom - row : 32);
+}
+
+/* All panels times all rows, shared out among the threads. */
 static void multiply_all(const Work *w, const Matrix *m, const Operand *x, int rows, const Target *target, int thread) {
-    const int together = target->finish ? target->together : 1, units = m->panels / together;
-    const int few = 1 + units / (8 * w->call->threads), stretches = (units + few - 1) / few;
-    const int deep = round_up(CACHED_BYTES / (m->steps * 64), 32);
+    const int units = m->panels / (target->finish ? target->together : 1), threads = w->call->threads;
     float *partial = w->partial + thread * w->partial_floats;
+    if (rows <= 32) {
+        for (int first, last; stretch(next_share(), units, threads, &first, &last);)
+            for (int unit = first; unit < last; unit++) multiply_unit(w, m, x, unit, 0, rows, target, partial);
+        return;
+    }
+    const int deep = round_up(CACHED_BYTES / (m->steps * 64), 32), few = 1 + units / (8 * threads), stretches = (units + few - 1) / few;
     for (int share; (share = next_share()) < stretches * ((rows + deep - 1) / deep);) {
         const int first = share % stretches * few, top = share / stretches * deep, bottom = rows - top < deep ? rows : top + deep;
-        for (int unit = first; unit < first + few && unit < units; unit++) {
-            if (!target->finish) {
-                multiply_panel(m, x, unit, top, bottom, target->add, BLOCK_AT(target->blocks, m->panels, top, unit), m->panels);
-                continue;
-            }
-            for (int i = 0; i < together; i++) multiply_panel(m, x, unit * together + i, top, bottom, 0, partial + 1024 * i, together);
-            for (int row = top; row < bottom; row += 32)
-                target->finish(w, target->layer, BLOCK_AT(partial, together, row - top, 0), unit * together, row, bottom - row < 32 ? bottom - row : 32);
-        }
+        for (int unit = first; unit < first + few && unit < units; unit++) multiply_unit(w, m, x, unit, top, bottom, target, partial);
     }
 }
 
@@ -132,12 +148,13 @@ INLINE void embed_row(const Work *w, int row) {
     for (int i = 0; i < w->width; i += 32) memcpy(stream_at(w, row, i), values + i, 128);
 }
 
-static void norm_rows(const Work *w, const float *scales, const Operand *out, int thread) {
-    int first, last;
-    part_of(w->call->num_rows, thread, w->call->threads, &first, &last);
-    for (int r = first; r < last; r++) norm_row(w, r, scales, 1.0f, out, r, NULL);
-    prepare(out, first, last);
-    meet();
+static void norm_rows(const Work *w, const float *scales, int thread) {
+    int first = 0, last = w->call->num_rows;
+    const int alone = last <= ROWS_EACH;
+    if (!alone) part_of(last, thread, w->call->threads, &first, &last);
+    for (int r = first; r < last; r++) norm_row(w, r, scales, 1.0f, w->normed + thread, r, NULL);
+    prepare(w->normed + thread, first, last);
+    if (!alone) meet();
 }
 
 /* Quantised formats need whole rows, which several threads have put. */
@@ -152,15 +169,15 @@ static void finish_operand(const Work *w, const Operand *x, int thread) {
 
 static void run_layer(const Work *w, const Layer *layer, int thread) {
     const int rows = w->call->num_rows;
-    norm_rows(w, layer->attention_norm, &w->normed, thread);
-    multiply_all(w, &layer->qkv, &w->normed, rows, &(Target){.finish = take_head, .together = w->model->head_dim / 32, .layer = layer}, thread);
+    norm_rows(w, layer->attention_norm, thread);
+    multiply_all(w, &layer->qkv, w->normed + thread, rows, &(Target){.finish = take_head, .together = w->model->head_dim / 32, .layer = layer}, thread);
     meet();
     attend_rows(w, layer, thread);
     finish_operand(w, &w->attended, thread);
     multiply_all(w, &layer->out, &w->attended, rows, &(Target){.blocks = w->stream, .add = 1}, thread);
     meet();
-    norm_rows(w, layer->mlp_norm, &w->normed, thread);
-    multiply_all(w, &layer->gate_up, &w->normed, rows, &(Target){.finish = put_gated, .together = 2}, thread);
+    norm_rows(w, layer->mlp_norm, thread);
+    multiply_all(w, &layer->gate_up, w->normed + thread, rows, &(Target){.finish = put_gated, .together = 2}, thread);
     finish_operand(w, &w->gated, thread);
     multiply_all(w, &layer->down, &w->gated, rows, &(Target){.blocks = w->stream, .add = 1}, thread);
     meet();
@@ -233,7 +250,12 @@ static size_t lay_out(const Decoder *m, const Call *c, char *at, Work *w) {
     w->groups = (Span *)TAKE(rows * sizeof(Span));
     w->writes = (Span *)TAKE(rows * sizeof(Span));
     w->first_write = (int *)TAKE((rows / 32 + 1) * sizeof(int));
-    TAKE_OPERAND(&w->normed, &layer->qkv, rows)
+    w->normed = (Operand *)TAKE(c->threads * sizeof(Operand));
+    for (int i = 0; i < c->threads; i++)
+        if (i == 0 || c->num_rows <= ROWS_EACH)
+            TAKE_OPERAND(w->normed + i, &layer->qkv, rows)
+        else if (at)
+            w->normed[i] = w->normed[0];
     TAKE_OPERAND(&w->attended, &layer->out, rows)
     TAKE_OPERAND(&w->gated, &layer->down, rows)
     TAKE_OPERAND(&w->last, &m->head, wanted)

@@ -43,7 +43,8 @@ typedef struct {
     float *stream;           /* (rows, width), in blocks */
     bf16 *queries;           /* (rows, query heads, head_dim) */
     float *partial;          /* a thread's results that go on into an operand or the logits: (rows, its panels together), in blocks */
-    Operand normed, attended, gated, last;
+    Operand attended, gated, last;
+    Operand *normed; /* a thread's: all the same, or one each where every thread norms the few rows for itself */
     Span *groups, *writes;
     int *first_write; /* of every 32 rows, and the end */
     int num_groups;

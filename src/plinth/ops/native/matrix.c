@@ -2,7 +2,7 @@
 #include "matrix.h"
 #include "quantised.h"
 
-enum { PREFETCH_BYTES = 8192 }; /* how far ahead of the products the weights are asked for */
+enum { PREFETCH_BYTES = 4096 }; /* how far ahead of the products the weights are asked for */
 
 static __thread int configured_rows;
 
