@@ -1,7 +1,7 @@
 /* Products of rows and weights of 8 or 4 bits. One to a few rows go through AVX-512's integer products, more through the matrix unit. */
 #include "quantised.h"
 
-enum { PREFETCH_BYTES = 4096, FEW_ROWS = 3, OPENED_GROUPS = 32 };
+enum { FAR_BYTES = 8192, NEAR_BYTES = 1024, FEW_ROWS = 3, OPENED_GROUPS = 32 };
 
 const int8_t quantised_levels[16] = {-124, -98, -78, -62, -47, -34, -22, -10, 1, 13, 25, 38, 52, 67, 86, 109};
 
@@ -37,6 +37,14 @@ INLINE __m512i level_table(int offset) {
     return _mm512_add_epi8(levels, _mm512_set1_epi8((char)offset));
 }
 
+/* Asks for weights that come later: far ahead into the second cache, which waits for more lines at once, near into the first. */
+INLINE void ask_ahead(const uint8_t *values, int bytes) {
+    for (int i = 0; i < bytes; i += 64) {
+        _mm_prefetch((const char *)values + FAR_BYTES + i, _MM_HINT_T1);
+        _mm_prefetch((const char *)values + NEAR_BYTES + i, _MM_HINT_T0);
+    }
+}
+
 /* Adds 64 weights, plus 128 each to be unsigned as the instruction wants the first factor, times four inputs of each row. */
 #define ADD_QUAD(sums, weights, quad)                                                                          \
     for (int r = 0; r < rows; r++) {                                                                           \
@@ -55,7 +63,7 @@ INLINE void few_rows(int format, int rows, Half w, Block x, float *out, size_t s
         const float *scales = x.scales + (size_t)g * 32;
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < chains; c++) sums[r][c] = c ? _mm512_setzero_si512() : _mm512_set1_epi32(((const int32_t *)scales)[16 + r]);
-        for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)w.values + PREFETCH_BYTES + i, _MM_HINT_T0);
+        ask_ahead(w.values, bytes);
         if (format == FORMAT_INT8)
             for (int q = 0; q < 16; q++) {
                 __m512i weights = _mm512_xor_si512(_mm512_load_si512(w.values + 64 * q), sign);
@@ -104,7 +112,7 @@ INLINE void add_group(int rows, const int32_t *sums, const bf16 *weight_scales, 
 #define PIPE(tile, before, second_before, left, right)                                                      \
     if (g < w.groups) {                                                                                     \
         const void *weights = second_operand(format, w.values, table, room[tile]);                          \
-        for (int i = 0; fetch && i < bytes; i += 64) _mm_prefetch((const char *)w.values + PREFETCH_BYTES + i, _MM_HINT_T0); \
+        if (fetch) ask_ahead(w.values, bytes);                                                              \
         w.values += bytes;                                                                                  \
         settle_memory();                                                                                    \
         _tile_zero(tile);                                                                                   \
