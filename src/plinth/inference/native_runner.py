@@ -17,7 +17,7 @@ from plinth.inference.runner import BLOCK_TOKENS, Rows
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.ops import decoder, kernels
-from plinth.ops.matrix import PackedMatrix, pack_bf16
+from plinth.ops.matrix import PackedMatrix, gathered, pack_bf16
 from plinth.ops.quantise import pack_int4, pack_int8
 from plinth.ops.rope import rope_table
 
@@ -67,9 +67,12 @@ class NativeRunner:
         pack, pack_ends, config = PACK[self.weights], PACK_ENDS[self.weights], self.config
         cos, sin = rope_table(torch.arange(config.max_seq_len), config.head_dim, config.rope_theta)
         self._tables = (cos.contiguous(), sin.contiguous())
-        self._layers = [_pack_layer(layer, pack) for layer in model.layers]
-        self._embed = pack_ends(model.embed.weight)
-        self._head = self._embed if model.head is None else pack_ends(model.head.weight)
+        layers = [_pack_layer(layer, pack) for layer in model.layers]
+        ends = [pack_ends(matrix) for matrix in (model.output_weight, *(() if model.head is None else (model.embed.weight,)))]
+        moved = gathered([*(matrix for matrices, _ in layers for matrix in matrices), *ends])
+        self._layers = [([next(moved) for _ in matrices], norms) for matrices, norms in layers]
+        self._head, *untied = moved
+        self._embed = untied[0] if untied else self._head
         self._final_norm = _scales(model.final_norm.weight)
         self._link()
 

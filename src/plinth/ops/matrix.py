@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from dataclasses import dataclass
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 PANEL = 32  # outputs
 STEP = 32  # inputs
+HUGE_PAGE = 2 << 20  # bytes
 FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
 
 
@@ -71,3 +75,31 @@ def aligned_copy(values: torch.Tensor) -> torch.Tensor:
     copy = torch.empty(values.shape, dtype=values.dtype).copy_(values)
     assert copy.data_ptr() % 64 == 0
     return copy
+
+
+def gathered(matrices: Sequence[PackedMatrix]) -> Iterator[PackedMatrix]:
+    """Yield the matrices moved to one stretch of memory, in this order, in huge pages where the system gives them.
+
+    Reading a stream, a core waits for the address of every new page; huge ones are few.
+    """
+    tensors = [t for matrix in matrices for t in (matrix.values, matrix.scales) if t is not None]
+    memory = mmap.mmap(-1, sum(_whole_lines(t) for t in tensors) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    room = torch.frombuffer(memory, dtype=torch.uint8)
+    at = -room.data_ptr() % HUGE_PAGE
+
+    def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        nonlocal at
+        if tensor is None:
+            return None
+        place = room[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        at += _whole_lines(tensor)
+        return place.copy_(tensor)
+
+    for matrix in matrices:
+        yield replace(matrix, values=moved(matrix.values), scales=moved(matrix.scales))
+
+
+def _whole_lines(tensor: torch.Tensor) -> int:
+    return -(-tensor.nbytes // 64) * 64
