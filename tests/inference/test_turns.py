@@ -29,6 +29,16 @@ def test_guesses_change_the_steps_not_the_tokens(make_model, kind, params, ruled
     engine.check_integrity()
 
 
+def test_guesses_of_tokens_that_do_not_exist_are_dropped(make_model):
+    runner, params = make_kind("torch", make_model), SamplingParams(temperature=0, max_tokens=6)
+    plain = Engine(runner).generate([PROMPT], params)
+    for wrong in (-1, VOCAB):
+        guess = [plain[0].tokens[1], wrong, 3]
+        drafter = Guess(PROMPT, [plain[0].tokens[0], *guess, 1, 2, 3], wrong_every=1)
+        assert Engine(runner).generate([PROMPT], params, drafters=[drafter]) == plain
+        assert drafter.heard[0] == (1, 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("params", PARAMS, ids=["greedy", "sampled with penalties"])
 def test_forced_tokens_are_skipped_with_the_same_result(make_model, kind, params):

@@ -48,7 +48,16 @@ def plan_turn(request: Request, vocab_size: int) -> Turn:
         forced = _until_stop(request.constraint.forced(), request)[:room]
         if forced:
             return _forced_turn(request, forced, room, vocab_size)
-    return _drafted_turn(request, min(room - 1, MAX_DRAFT_TOKENS))
+    return _drafted_turn(request, _draft(request, min(room - 1, MAX_DRAFT_TOKENS), vocab_size))
+
+
+def _draft(request: Request, room: int, vocab_size: int) -> list[int]:
+    """Return the drafter's guess as far as there is room for it and it names tokens that exist."""
+    if request.drafter is None or room < 1:
+        return []
+    guess = request.drafter.propose(request.tokens, room)[:room]
+    wrong = next((i for i, token in enumerate(guess) if not 0 <= token < vocab_size), len(guess))
+    return guess[:wrong]
 
 
 def _until_stop(tokens: Sequence[int], request: Request) -> list[int]:
@@ -65,8 +74,7 @@ def _forced_turn(request: Request, forced: list[int], room: int, vocab_size: int
     return Turn(request, forced, len(forced), is_closed, masks if is_closed else [*masks, constraint.allowed()])
 
 
-def _drafted_turn(request: Request, room: int) -> Turn:
-    draft = request.drafter.propose(request.tokens, room)[:room] if request.drafter is not None and room > 0 else []
+def _drafted_turn(request: Request, draft: list[int]) -> Turn:
     if request.constraint is None:
         return Turn(request, draft, masks=[None] * (len(draft) + 1))
     if not draft:
