@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from plinth.serving.keys import ApiKeys, read_keys
 from plinth.serving.limits import LOOPBACK_NAMES, Limits
 from plinth.serving.listening import listen, run_server, url_host
 from plinth.serving.records import log_json
+from plinth.serving.replicas import serve_replicas, wait_for_interrupt
 from plinth.watch.beside import add_run
 
 
@@ -54,6 +56,8 @@ class ServeConfig:
     """log each request, never its words, and all else as JSON Lines on standard error"""
     allow_origin: tuple[str, ...] = ()
     """origins such as https://example.org whose pages may use the server, beside its own"""
+    ray_replicas: int | None = None
+    """serve with so many processes of a Ray cluster behind this address, through Ray Serve (extra `cluster`)"""
     json: bool = False
     """print one JSON object on standard output when the server is ready"""
 
@@ -76,6 +80,8 @@ def main(argv: list[str]) -> int:
     if config.log_json:
         log_json(sys.stderr)
     model_dir = find_model(config.run)
+    if config.ray_replicas is not None:
+        return serve_on_ray(config, config.ray_replicas, model_dir, keys)
     listener = listen(config.host, config.port)
     try:
         say(f"loading {model_dir} …")
@@ -95,6 +101,29 @@ def main(argv: list[str]) -> int:
         listener.close()
     say("stopped.")
     return 0
+
+
+def serve_on_ray(config: ServeConfig, replicas: int, model_dir: Path, keys: ApiKeys) -> int:
+    """Serve from several processes of a Ray cluster until Ctrl-C."""
+    if config.port == 0:
+        raise UserError("port=0 has no meaning with ray_replicas: name a port.")
+    listen(config.host, config.port).close()  # says in one line that the port is taken
+    here = replace(config, run=config.run.absolute())
+    build = partial(build_replica, here, model_dir.absolute(), keys)
+    held = config.max_batch + config.limits.max_queue
+    stop = serve_replicas(build, replicas, host=config.host, port=config.port, requests_each=held)
+    url = f"http://{url_host(config.host)}:{config.port}"
+    facts = {"model": config.name or model_name(config.run), "path": str(model_dir), "replicas": replicas}
+    announce(config, facts | {"url": f"{url}/", "api": f"{url}/v1"}, is_open=not keys)
+    wait_for_interrupt()
+    stop()
+    say("stopped.")
+    return 0
+
+
+def build_replica(config: ServeConfig, model_dir: Path, keys: ApiKeys) -> Any:
+    """Return the application of one replica, in its own process."""
+    return make_app(config, model_dir, keys)[0]
 
 
 def make_app(config: ServeConfig, model_dir: Path, keys: ApiKeys) -> tuple[Any, dict[str, Any]]:
