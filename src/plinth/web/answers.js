@@ -35,7 +35,7 @@ export async function generate(body, fields, kept, signal, onToken) {
 export function noteOf({ writer, reason, count, time_s }) {
   const parts = [`${writer.tokens.length} ${writer.tokens.length === 1 ? "token" : "tokens"}`];
   if (count) parts.push(`${time_s.toFixed(1)} s`, `${(count / time_s).toFixed(0)} tokens/s`);
-  if (writer.tokens.length) parts.push(`perplexity ${perplexity(writer.tokens).toPrecision(3)}`);
+  if (writer.tokens.length) parts.push(`perplexity ${Number(perplexity(writer.tokens).toPrecision(3)).toLocaleString("en")}`);
   if (reason) parts.push(REASONS[reason] ?? reason);
   return element("div", "note", parts.join(" · "));
 }

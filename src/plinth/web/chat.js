@@ -5,6 +5,7 @@ import { abort, giveBack, run } from "./composer.js";
 import { errorBox, generate, noteOf } from "./answers.js";
 import { Writer } from "./tokens.js";
 import { isChat, lookAt, samplingFields } from "./settings.js";
+import { server } from "./wire.js";
 
 let turns = [];   // {text, source, article, versions, at}: a message and its answer
 let frame = null, isAlways = false;
@@ -18,6 +19,7 @@ export const chat = {
     turn.mine = message("user", "You", text);
     turn.article = message("assistant", "Model", "");
     turn.article.turn = turn;
+    turn.article.setAttribute("aria-describedby", "token-hint");
     turns.push(turn);
     follow(true);
     answer(turn, []);
@@ -78,7 +80,7 @@ function follow(always) {
 function answer(turn, kept) {
   return run(async (signal) => {
     turn.article.querySelectorAll(".note, .versions").forEach((node) => node.remove());
-    const room = isChat() || $("max_tokens").value ? {} : { max_tokens: 128 };
+    const room = isChat() || $("max_tokens").value ? {} : { max_tokens: Math.min(128, Math.floor(server.limit / 2)) };
     const fields = { ...turn.source, ...samplingFields(), ...room };
     const result = await generate(freshBody(turn), fields, kept, signal, () => follow(false));
     if (turns.includes(turn)) conclude(turn, result);

@@ -11,7 +11,7 @@ import { run } from "./run.js";
 import { closeDetail, hideDetail, listenToTokens, onTokens } from "./tokens.js";
 import { get, server } from "./wire.js";
 
-const VIEWS = Object.fromEntries(Object.entries({ chat, beams, json: structured, run }).filter(([name]) => !$(`tab-${name}`).hidden));
+const VIEWS = { chat, beams, json: structured, run };
 let view = "chat";
 
 async function connect() {

@@ -17,9 +17,8 @@ export const structured = {
     const schema = readSchema();
     if (schema === undefined) return false;
     const source = isChat() ? { messages: [{ role: "user", content: text }] } : { prompt: text };
-    const room = $("max_tokens").value ? {} : { max_tokens: 256 };
     const format = { type: "json_schema", json_schema: { name: "answer", schema, strict: true } };
-    run((signal) => answer(text, { ...source, ...samplingFields(), ...room, response_format: format }, signal));
+    run((signal) => answer(text, { ...source, ...samplingFields(), response_format: format }, signal));
   },
 };
 
