@@ -2,8 +2,6 @@
 #include "matrix.h"
 #include "quantised.h"
 
-enum { PREFETCH_BYTES = 4096 }; /* how far ahead of the products the weights are asked for */
-
 static __thread int configured_rows;
 
 void tile_rows(int rows) {
@@ -37,7 +35,7 @@ void prepare(const Operand *x, int first, int last) {
     if (x->format != FORMAT_BF16) quantised_prepare(x, first, last);
 }
 
-/* Up to 16 rows: two results, the weights read once. */
+/* Up to 16 rows: two results, the weights read once. The processor fetches ahead by itself; to ask for what comes next slows it down. */
 INLINE void few_rows(const bf16 *a, const bf16 *b, int steps, int fresh, float *block) {
     settle_memory();
     if (fresh) {
@@ -48,7 +46,6 @@ INLINE void few_rows(const bf16 *a, const bf16 *b, int steps, int fresh, float *
         _tile_loadd(1, block + 16, 128);
     }
     for (int k = 0; k < steps; k++, a += 512, b += 1024) {
-        for (int i = 0; i < 2048; i += 64) _mm_prefetch((const char *)b + PREFETCH_BYTES + i, _MM_HINT_T0);
         _tile_loadd(4, a, 64);
         _tile_loadd(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
