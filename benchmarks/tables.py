@@ -211,6 +211,20 @@ def put(text: str, start: str, end: str, content: str) -> str:
     return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
 
 
+def decode_speed() -> str:
+    """Return the table of the native runner's speed beside the memory's rate."""
+    record = load("decode_speed")
+    lines = [
+        "| parameters, threads | batch 1 | batch 16 | prompt of 512 | read rate | share of it at batch 1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        numbers = " | ".join(f"{row[name]['median']:,.0f}" for name in ("decode 1", "decode 16", "prefill 512"))
+        read, share = row["read bytes"]["median"] / 1e9, row["share of read rate"]["median"]
+        lines.append(f"| {row['size']}, {row['threads']} | {numbers} | {read:.0f} GB/s | {100 * share:.0f} % |")
+    return "\n".join([*lines, "", f"Tokens a second, bf16, medians ({record['hardware']['cpu']})."])
+
+
 def main() -> int:
     readme, docs = ROOT / "README.md", ROOT / "docs"
     gpu, loader, step, inference = docs / "gpu.md", docs / "loader.md", docs / "step_budget.md", docs / "inference.md"
@@ -219,7 +233,12 @@ def main() -> int:
         readme: put(text, "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle()),
         gpu: put(gpu.read_text(), "<!-- gpu results: written by benchmarks/tables.py -->", "<!-- end of gpu results -->", gpu_tables()),
         inference: put(
-            inference.read_text(),
+            put(
+                inference.read_text(),
+                "<!-- decode speed: written by benchmarks/tables.py -->",
+                "<!-- end of decode speed -->",
+                decode_speed(),
+            ),
             "<!-- weight formats: written by benchmarks/tables.py -->",
             "<!-- end of weight formats -->",
             weight_formats(),
