@@ -67,6 +67,7 @@ WORKLOADS = {
     "prefill-512": Workload("prefill, 512 tokens, bf16", 1, 512, 1, ("plinth-bf16", "llama-bf16", "transformers-bf16"), variants=UBATCH),
     "beam-4": Workload("beam search, 4 beams, bf16", 1, 32, 32, ("plinth-bf16", "transformers-bf16"), (("beams", 4),)),
     "best-of-16": Workload("16 samples of one prompt of 256", 1, 256, 32, ("plinth-bf16", "plinth-bf16 separately"), (("samples", 16),)),
+    "json-schema": Workload("drawn under a JSON schema, bf16", 1, 32, 96, ("plinth-bf16", "plinth-bf16 constrained"), (("seed", 0),)),
     "bandwidth": Workload("share of the measured bandwidth, batch 1, bf16", 1, 32, 96, ("plinth-bf16", "memory")),
 }
 
@@ -156,6 +157,7 @@ def run_task(folder: Path, llama: Path | None, size: str, name: str, threads: in
                 asked = {"prompts": prompts, "new": work.new, **dict(work.extra), **variant}
                 asked |= {"bandwidth": True} if side == "memory" else {}
                 asked |= {"together": "separately" not in side} if name == "best-of-16" else {}
+                asked |= {"schema": "constrained" in side, "seed": number} if name == "json-schema" else {}
                 asked |= {"new": min(work.new, 4)} if number == 0 and work.new > 1 else {}
                 answer = processes[program_of(side)].run(asked)
                 if number:  # the first round warms up
@@ -166,12 +168,15 @@ def run_task(folder: Path, llama: Path | None, size: str, name: str, threads: in
 
 def program_of(side: str) -> str:
     """Return the process that a side's rounds run in."""
-    return {"memory": "plinth-bf16", "plinth-bf16 separately": "plinth-bf16"}.get(side, side)
+    return {"memory": "plinth-bf16", "plinth-bf16 separately": "plinth-bf16", "plinth-bf16 constrained": "plinth-bf16"}.get(side, side)
 
 
 def note(journal: Path, size: str, name: str, threads: int, side: str, variant: dict, number: int, answer: dict) -> None:
     line = {"size": size, "workload": name, "threads": threads, "side": side, "variant": variant, "round": number}
-    line |= {"tokens_per_s": answer["tokens"] / answer["seconds"], **{k: answer[k] for k in ("ids", "weight_bytes") if k in answer}}
+    line |= {
+        "tokens_per_s": answer["tokens"] / answer["seconds"],
+        **{k: answer[k] for k in ("ids", "weight_bytes", "masks_s") if k in answer},
+    }
     with journal.open("a") as file:
         file.write(json.dumps(line) + "\n")
     shown = " ".join(f"{key}={value}" for key, value in variant.items())
@@ -226,6 +231,9 @@ def median_rate(lines: list[dict]) -> float:
 
 def summary(lines: list[dict]) -> dict[str, Any]:
     weights = {"weight_bytes": lines[0]["weight_bytes"]} if "weight_bytes" in lines[0] else {}
+    masks = sorted(mask for line in lines for mask in line.get("masks_s", ()))
+    if masks:
+        weights |= {"mask_median_s": masks[len(masks) // 2], "mask_p99_s": masks[int(0.99 * len(masks))], "masks": len(masks)}
     return {"tokens_per_s": spread([line["tokens_per_s"] for line in lines]), "settings": lines[0]["variant"], **weights}
 
 

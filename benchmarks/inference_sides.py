@@ -16,6 +16,13 @@ from typing import Any
 import torch
 
 CONTEXT = 1024
+ITEM = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "size": {"type": "integer"}, "tags": {"type": "array", "items": {"enum": ["a", "b", "c"]}}},
+    "required": ["name", "size", "tags"],
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "array", "items": ITEM, "minItems": 50}
 
 
 class Plinth:
@@ -26,6 +33,7 @@ class Plinth:
         from plinth.inference.native_runner import NativeRunner
         from plinth.models.hub import load_model
 
+        self.folder = folder
         self.runner = NativeRunner(load_model(folder), weights, num_threads=threads)
         self.engine = Engine(self.runner, max_batch=16, max_seq_len=CONTEXT)
 
@@ -36,6 +44,8 @@ class Plinth:
             return self.beam(work)
         if "samples" in work:
             return self.samples(work)
+        if "schema" in work:
+            return self.constrained(work)
         return self.tokens(work["prompts"], work["new"])
 
     def tokens(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
@@ -72,6 +82,36 @@ class Plinth:
                 engine.forget_prefixes()
                 engine.generate([work["prompts"][0]], each)
         return {"tokens": count * work["new"], "seconds": time.perf_counter() - started}
+
+    def constrained(self, work: dict[str, Any]) -> dict[str, Any]:
+        """Time drawing a completion under a JSON schema or without it; then each mask of it on its own."""
+        from plinth.inference.grammar import Grammar
+        from plinth.inference.grammar_constraint import GrammarCompiler
+        from plinth.inference.sampling_params import SamplingParams
+        from plinth.tokenizer.encode import Tokenizer
+
+        if not hasattr(self, "compiler"):
+            self.compiler = GrammarCompiler(Tokenizer.load(self.folder), self.engine.vocab_size, (0,))
+        grammar = Grammar.json_schema(SCHEMA)
+        constraint = self.compiler.start(grammar) if work["schema"] else None
+        self.engine.forget_prefixes()
+        self.engine.add(
+            work["prompts"][0], SamplingParams(seed=work["seed"], max_tokens=work["new"], ignore_eos=not work["schema"]), constraint
+        )
+        events = []
+        while not events:
+            events = self.engine.step()
+        started, first = time.perf_counter(), len(events)
+        while self.engine.num_active:
+            events += self.engine.step()
+        seconds, masks = time.perf_counter() - started, []
+        state = self.compiler.start(grammar)
+        for event in events if work["schema"] else ():
+            begun = time.perf_counter()
+            state.allowed()
+            masks.append(time.perf_counter() - begun)
+            state.advance(event.token)
+        return {"tokens": len(events) - first, "seconds": seconds, **({"masks_s": masks} if masks else {})}
 
     def beam(self, work: dict[str, Any]) -> dict[str, Any]:
         from plinth.inference.beam import BeamParams, beam_search

@@ -157,6 +157,90 @@ def gpu_tables() -> str:
     return "\n".join(lines)
 
 
+LABELS = {
+    "plinth-bf16 separately": "the same in 16 calls, each reading the prompt",
+    "plinth-bf16 constrained": "the same under a JSON schema",
+    "memory": "reading the weights and nothing else",
+    "transformers-bf16": "transformers generate, bf16",
+    "llama-bf16": "llama.cpp, bf16",
+    "llama-q8_0": "llama.cpp, Q8_0",
+    "llama-q4_0": "llama.cpp, Q4_0, embedding and head Q8_0",
+    "llama-q4_0-pure": "llama.cpp, Q4_0 throughout",
+}
+WORK_ORDER = (
+    "decode-1", "decode-1-8bit", "decode-1-4bit", "decode-16", "prefill-512", "beam-4", "best-of-16", "json-schema", "bandwidth",
+)  # fmt: skip
+
+
+def inference_rows(threads: tuple[int, ...] = (2, 1)) -> list[str]:
+    """Return the rows of the table of generation, one for each side that ours was compared with."""
+    lines = []
+    rows = {(row["size"], row["threads"], row["workload"]): row for row in load("inference_peers")["rows"]}
+    for size, count, work in ((size, count, work) for count in threads for size in ("124M", "25M") for work in WORK_ORDER):
+        row = rows.get((size, count, work))
+        if row is None:
+            continue
+        ours = next(iter(row["sides"].values()))
+        for side, ratio in row["ours_over"].items():
+            note = f"; texts identical in {row['identical']:.0%}" if "identical" in row else ""
+            lines.append(
+                f"| {row['question']}{note} | {size}, {count} | {rate_of(ours):,.0f} | {LABELS[side]} | {rate_of(row['sides'][side]):,.0f} "
+                f"| {times_exact(ratio)} |"
+            )
+    return lines
+
+
+def times_exact(ratio: dict) -> str:
+    return f"{ratio['median']:.2f}× ({ratio['min']:.2f}–{ratio['max']:.2f})"
+
+
+def inference_tables() -> str:
+    """Return the tables of docs/inference_speed.md."""
+    record = load("inference_peers")
+    lines = [
+        f"Tokens a second, medians; {record['hardware']['cpu']}, {record['date']}.",
+        "",
+        "| work | parameters, threads | Plinth | against | its rate | Plinth against it |",
+        "|---|---|---|---|---|---|",
+        *inference_rows(),
+    ]
+    masks = [side for row in record["rows"] for side in row["sides"].values() if "mask_p99_s" in side]
+    if masks:
+        slowest = max(masks, key=lambda side: side["mask_p99_s"])
+        lines += [
+            "",
+            f"A mask takes {1e6 * slowest['mask_median_s']:.0f} µs, 99 of 100 at most {1e6 * slowest['mask_p99_s']:.0f} µs "
+            f"({slowest['masks']} masks, the slower of the sizes).",
+        ]
+    if exists("inference_ttft"):
+        lines += ["", *ttft_table()]
+    if exists("inference_start"):
+        lines += ["", "| from the command to the first token | seconds |", "|---|---|"]
+        kernels = {"cold": "kernels are compiled first", "warm": "kernels lie in the cache"}
+        for row in load("inference_start")["rows"]:
+            lines.append(f"| `plinth generate`, {row['size']}, {kernels[row['start']]} | {row['first_token_s']['median']:.1f} |")
+    return "\n".join(lines)
+
+
+def ttft_table() -> list[str]:
+    record = load("inference_ttft")
+    lines = [
+        f"{record['clients']} clients at once, {record['prefix_tokens']} tokens that they share and {record['own_tokens']} of their own:",
+        "",
+        "| weights, prefix | server | median to the first token | 95th percentile |",
+        "|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        for side, found in row["sides"].items():
+            medians = f"{found['ttft_median_s']['median']:.2f} s | {found['ttft_p95_s']['median']:.2f} s |"
+            lines.append(f"| {row['size']} bf16, {row['prefix']} | {side} | {medians}")
+    return lines
+
+
+def exists(name: str) -> bool:
+    return (ROOT / "benchmarks" / "records" / f"{name}.json").exists()
+
+
 def loader_table() -> str:
     rows, training = load("loader_throughput")["rows"], load("train_throughput_6x256")["rows"][0]
     lines = [
@@ -244,6 +328,7 @@ def main() -> int:
             weight_formats(),
         ),
         loader: put(loader.read_text(), START, END, loader_table()),
+        speed: put(speed.read_text(), START, END, inference_tables()),
         step: put(
             step.read_text(),
             "<!-- step budget: written by benchmarks/tables.py -->",
