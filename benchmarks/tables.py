@@ -68,7 +68,7 @@ def speed_table() -> str:
             against = times(record["ratio_plain_over_ours"]) if row["name"].startswith("plain") and label == "to" else ""
             what = f"Shakespeare's characters {label} {row['loss_nats']['median']:.2f} nats: {row['name']}"
             lines.append(f"| {what} | {row['time_s']['median']:.1f} s | {against} |")
-    return "\n".join(lines)
+    return "\n".join(lines + generation_rows())
 
 
 def rate_of(row: dict) -> float:
@@ -155,6 +155,20 @@ def gpu_tables() -> str:
             steps, seconds, loss = row["runs"][0]["steps"], row["time_s"]["median"], row["loss_nats"]["median"]
             lines.append(f"| {record['size']}: {row['name']} | {steps:,} | {seconds:.1f} | {loss:.3f} |")
     return "\n".join(lines)
+
+
+def generation_rows() -> list[str]:
+    """Return the README's rows of generation: the larger model on two threads, beside llama.cpp."""
+    lines = []
+    for row in load("inference_peers")["rows"]:
+        peer = next((side for side in row["ours_over"] if side.startswith("llama")), None)
+        if peer and (row["size"], row["threads"]) == ("124M", 2):
+            ours = next(iter(row["sides"].values()))
+            lines += [
+                f"| generation, 124 M parameters, {row['question']}: plinth | {rate_of(ours):,.0f} tokens/s |  |",
+                f"| the same: {LABELS[peer]} | {rate_of(row['sides'][peer]):,.0f} tokens/s | {times(row['ours_over'][peer])} |",
+            ]
+    return lines
 
 
 LABELS = {
@@ -312,6 +326,7 @@ def decode_speed() -> str:
 def main() -> int:
     readme, docs = ROOT / "README.md", ROOT / "docs"
     gpu, loader, step, inference = docs / "gpu.md", docs / "loader.md", docs / "step_budget.md", docs / "inference.md"
+    speed = docs / "inference_speed.md"
     text = put(readme.read_text(), START, END, f"{build_table()}\n\n{speed_table()}")
     pages = {
         readme: put(text, "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle()),
