@@ -95,8 +95,28 @@ def test_chat_reset_and_quit(folder, capsys, monkeypatch):
 def test_chat_forgets_the_oldest_when_the_context_is_full(folder, capsys, monkeypatch):
     code, out, err = chat(folder, capsys, monkeypatch, "some text\n" * 6 + "x " * 200 + "\nlast\n", "--json")
     messages = json.loads(out)["messages"]
-    assert code == 0 and "oldest exchange is forgotten" in err and "Shorten it" in err
+    assert code == 0 and "messages are forgotten" in err and "Shorten it" in err
     assert messages[-2]["content"] == "last" and len(messages) < 14
+    assert json.loads(out)["dropped_messages"] + len(messages) == 2 * 7
+
+
+def test_kept_answers_are_given_again(folder, capsys, tmp_path):
+    base = (
+        "generate",
+        str(folder),
+        "--prompt",
+        "def",
+        "--max-tokens",
+        "10",
+        "--seed",
+        "1",
+        "--json",
+        "--answer-cache",
+        str(tmp_path / "a.db"),
+    )
+    first, again = (json.loads(run(capsys, *base)[1]) for _ in range(2))
+    assert first["completions"] == again["completions"] and (first["known_answers"], again["known_answers"]) == (0, 1)
+    assert "needs --answer-cache" in run(capsys, *base[:-2], "--min-likeness", "0.9")[2]
 
 
 def test_generate_under_a_grammar(folder, capsys, tmp_path):

@@ -38,6 +38,8 @@ class ChatCommand:
     """choose among tokens at least this many times as probable as the first one, 0 to 1"""
     seed: int | None = None
     """seed; answer i gets seed + i. None = a fresh one"""
+    summarise: bool = False
+    """where the context is full, let the model put what is forgotten into one sentence, and keep that"""
     weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
     """format of the weights while running; None = bf16 where this processor has our kernels, else fp32"""
     json: bool = False
@@ -47,16 +49,33 @@ class ChatCommand:
 class Conversation:
     """The messages so far; the oldest exchanges are forgotten when the context is full."""
 
-    def __init__(self, engine, params, system: str | None):
+    def __init__(self, engine, params, system: str | None, summaries: bool = False):
         self.engine = engine
         self.params = params
         self.system = [{"role": "system", "content": system}] if system is not None else []
         self.messages: list[dict[str, str]] = []
-        self.num_answers = 0
+        self.num_answers = self.num_dropped = 0
+        self.summaries = summaries
 
     def reset(self) -> None:
         """Forget everything but the system message."""
         self.messages = []
+
+    def _summarise(self):
+        """Return what makes a summary of messages by the model itself, or None."""
+        if not self.summaries:
+            return None
+        from dataclasses import replace
+
+        def summarise(messages: list[dict[str, str]]) -> str:
+            told = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            while True:
+                question = {"role": "user", "content": f"Summarise this conversation in one sentence.\n{told}"}
+                if len(told) < 2 or len(self.engine.render([question])) <= self.engine.engine.max_seq_len // 2:
+                    return self.engine.chat([[question]], replace(self.params, temperature=0.0, max_tokens=48))[0].text
+                told = told[len(told) // 2 :]  # the newer half
+
+        return summarise
 
     def answer(self, text: str) -> Generator[str, None, None]:
         """Yield the answer to one message piece by piece, and remember both.
@@ -66,14 +85,17 @@ class Conversation:
         """
         from dataclasses import replace
 
-        messages = [*self.messages, {"role": "user", "content": text}]
-        limit = self.engine.engine.max_seq_len - 1
-        while len(messages) > 1 and len(self.engine.render(self.system + messages)) > limit:
-            messages = messages[2:]
-            say("(the context is full: the oldest exchange is forgotten)")
+        from plinth.inference.memory import fit_window
+
+        said = [*self.system, *self.messages, {"role": "user", "content": text}]
+        window = fit_window(said, self.engine.engine.max_seq_len - 1, lambda messages: len(self.engine.render(messages)), self._summarise())
+        self.num_dropped += len(window.dropped)
+        if window.dropped:
+            say(f"(the context is full: the oldest {len(window.dropped)} messages are forgotten)")
+        messages = window.messages[len(self.system) :]
         params = self.params if self.params.seed is None else replace(self.params, seed=self.params.seed + self.num_answers)
         pieces: list[str] = []
-        stream = self.engine.stream_chat(self.system + messages, params)
+        stream = self.engine.stream_chat(window.messages, params)
         try:
             for delta in stream:
                 pieces.append(delta.text)
@@ -95,7 +117,7 @@ def main(argv: list[str]) -> int:
     engine = load_engine(command.run, command.weights)
     if engine.tokenizer.assistant_id is None:
         raise UserError(f"{command.run} has no chat tokens, so it cannot chat. Use `plinth generate` to continue a text.")
-    conversation = Conversation(engine, params, command.system)
+    conversation = Conversation(engine, params, command.system, command.summarise)
     interactive = sys.stdin.isatty() and not command.json
     if interactive:
         say(f"Talking to {command.run}. /reset forgets the conversation, /quit (or Ctrl-D) ends it, Ctrl-C stops an answer.")
@@ -111,6 +133,7 @@ def main(argv: list[str]) -> int:
             reply(conversation, line, quiet=command.json)
     if command.json:
         result: dict[str, Any] = {"model": str(command.run), "messages": conversation.system + conversation.messages}
+        result["dropped_messages"] = conversation.num_dropped
         emit(result, True, lambda console: None)
     return 0
 

@@ -71,6 +71,10 @@ class GenerateCommand:
     """guess tokens ahead, which changes no answer: prompt-lookup, or a smaller model of the same tokenizer"""
     draft_tokens: int | None = None
     """with --speculate: tokens guessed at a time, 1 to 15; None = 8 by prompt-lookup, 4 by a model"""
+    answer_cache: Path | None = None
+    """file that keeps answers which would come out the same again (greedy or seeded), to give them without computing; None = none kept"""
+    min_likeness: float | None = None
+    """with answer_cache: cosine (0 to 1) from which a prompt takes another's answer, perhaps wrongly; None = equal prompts only"""
     json: bool = False
     """print one JSON object"""
 
@@ -94,6 +98,7 @@ def _read_stdin() -> str:
 
 def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, Any]:
     """Run the prompts in one batch; returns what is printed with --json."""
+    from plinth.cli.answers import keep_answers
     from plinth.cli.speculate import speculate, speculation_counts
     from plinth.inference.sampling_params import SamplingParams
 
@@ -105,6 +110,7 @@ def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, An
         raise UserError("--beams and --best-of take no grammar. Draw single answers under it.")
     engine = load_engine(command.run, command.weights, max_batch=min(64, len(prompts) * command.search.answers_each))
     speculate(engine, command.speculate, command.draft_tokens, command.weights)
+    keep_answers(engine, command.run, command.answer_cache, command.min_likeness)
     if grammar is not None:
         for ignored in compile_grammar(engine, grammar):
             say(f"warning: not enforced: {ignored}")
@@ -119,6 +125,7 @@ def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, An
         "time_s": elapsed_s,
         "tokens_per_s": count / elapsed_s,
         **speculation_counts(engine.engine),
+        **({} if command.answer_cache is None else {"known_answers": engine.engine.counters.known_answers}),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from plinth.cli.answers import keep_answers
 from plinth.cli.output import emit, say
 from plinth.cli.speculate import speculate
 from plinth.config import UserError, read_json
@@ -50,6 +51,10 @@ class ServeConfig:
     """guess tokens ahead, which changes no answer: prompt-lookup, or a smaller model of the same tokenizer"""
     draft_tokens: int | None = None
     """with speculate: tokens guessed at a time, 1 to 15; None = 8 by prompt-lookup, 4 by a model"""
+    answer_cache: Path | None = None
+    """file that keeps answers which would come out the same again (greedy or seeded), to give them without computing; None = none kept"""
+    min_likeness: float | None = None
+    """with answer_cache: cosine (0 to 1) from which a prompt takes another's answer, perhaps wrongly; None = equal prompts only"""
     stop_timeout_s: float = 30.0
     """seconds that running answers get to end after SIGTERM; Ctrl-C gives them 3"""
     log_json: bool = False
@@ -130,6 +135,7 @@ def make_app(config: ServeConfig, model_dir: Path, keys: ApiKeys) -> tuple[Any, 
     """Load the model; return the application and what there is to say about it."""
     text_engine = TextEngine.load(model_dir, config.weights, max_batch=config.max_batch)
     speculate(text_engine, config.speculate, config.draft_tokens, config.weights)
+    keep_answers(text_engine, model_dir, config.answer_cache, config.min_likeness)
     is_chat = speaks_chat(model_dir, text_engine)
     is_loopback = config.host in LOOPBACK_NAMES
     name = config.name or model_name(config.run)

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from plinth.config import UserError
+from plinth.inference.answer_cache import AnswerCache
 from plinth.inference.blocks import BlockPool, OutOfBlocks, num_blocks
 from plinth.inference.constraint import Constraint
 from plinth.inference.drafting import Drafter
@@ -76,6 +79,10 @@ class Engine:
         self._scorer = Scorer(self.runner, self.pool, self.max_seq_len)
         self.drafting: Callable[[SamplingParams, int, int], Drafter] | None = None
         """makes a drafter, from parameters, seed and prompt length, for each request that brings none; None = no guesses"""
+        self.answers: AnswerCache | None = None
+        """keeps answers that would come out the same again, and gives them in place of the model"""
+        self._known: deque[Event] = deque()  # events of answers that were kept
+        self._growing: dict[int, tuple[np.ndarray, SamplingParams, list[Event]]] = {}  # answers that are to be kept
         self._next_id = 0
 
     def _blocks_within(self, max_cache_bytes: int | None, blocks_each: int) -> int:
@@ -94,7 +101,7 @@ class Engine:
     def num_active(self) -> int:
         """Requests that have not ended, those that wait too."""
         scheduler = self._scheduler
-        return len(scheduler.decoding) + len(scheduler.reading) + len(scheduler.waiting)
+        return len(scheduler.decoding) + len(scheduler.reading) + len(scheduler.waiting) + len({event.id for event in self._known})
 
     @property
     def num_waiting(self) -> int:
@@ -118,6 +125,8 @@ class Engine:
         tokens = self._checked(prompt, self.max_seq_len - 1, "prompt")
         if not len(tokens):
             raise UserError("prompt is empty: the model needs at least one token to go on from.")
+        if self._take_known(tokens, params, constraint):
+            return self._next_id - 1
         seed = (fresh_seed() if params.seed is None else params.seed) % 2**64
         if drafter is None and self.drafting is not None:
             drafter = self.drafting(params, seed, len(tokens))
@@ -138,6 +147,20 @@ class Engine:
         self._scheduler.waiting.append(request)
         return request.id
 
+    def _take_known(self, prompt: np.ndarray, params: SamplingParams, constraint: Constraint | None) -> bool:
+        """Queue the events of a kept answer and return whether there is one; else see to it that the new one is kept."""
+        if self.answers is None or constraint is not None or params.prompt_logprobs is not None:
+            return False
+        events = self.answers.get(prompt, params)
+        if events is None:
+            if self.answers.key(prompt, params) is not None:
+                self._growing[self._next_id] = (prompt, params, [])
+            return False
+        self._known += [replace(event, id=self._next_id) for event in events]
+        self.counters.known_answers += 1
+        self._next_id += 1
+        return True
+
     def _checked(self, tokens: Sequence[int], limit: int, name: str) -> np.ndarray:
         if len(tokens) > limit:
             raise UserError(
@@ -151,7 +174,18 @@ class Engine:
 
     def cancel(self, request_id: int) -> None:
         """Drop a request and free its blocks at once; an id that has ended is no error."""
+        self._growing.pop(request_id, None)
+        self._known = deque(event for event in self._known if event.id != request_id)
         self._scheduler.remove(request_id)
+
+    def end(self, request_id: int) -> None:
+        """Drop a request whose text is whole, since a stop string was met; its answer may be kept."""
+        self._keep(request_id)
+        self.cancel(request_id)
+
+    def _keep(self, request_id: int) -> None:
+        if (growing := self._growing.pop(request_id, None)) is not None and self.answers is not None:
+            self.answers.put(*growing)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -159,6 +193,9 @@ class Engine:
 
         A step that only reads prompts returns no events. Raises OutOfBlocks where nothing can run because of an open search.
         """
+        if self._known:
+            events, self._known = list(self._known), deque()
+            return events
         self._scheduler.admit()
         step = Step(self._scheduler, self.runner, self.counters, self.eos_ids, scored_rows(self.vocab_size))
         if step.is_empty:
@@ -167,12 +204,18 @@ class Engine:
             return []
         events = step.run()
         for event in events:
+            if event.id in self._growing:
+                self._growing[event.id][2].append(event)
             if event.finish_reason:
                 self._scheduler.remove(event.id)
         bad = next((event for event in events if math.isnan(event.logprob)), None)
         if bad is not None:
             self.cancel(bad.id)
             raise UserError("the model gives scores that are not numbers: its weights are damaged or its training diverged.")
+        if self._growing:
+            for event in events:
+                if event.finish_reason:
+                    self._keep(event.id)
         return events
 
     def generate(
@@ -240,6 +283,7 @@ class Engine:
         """
         self.forget_prefixes()
         self.runner.reload(model)
+        self.answers = None  # they were those of the old weights
 
     def forget_prefixes(self) -> None:
         """Forget what was read of earlier prompts. Raises RuntimeError while requests run."""

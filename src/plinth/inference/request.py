@@ -35,6 +35,8 @@ class Counters:
     """tokens guessed by drafters"""
     accepted: int = 0
     """guesses that were right"""
+    known_answers: int = 0
+    """requests answered from the cache of answers"""
 
 
 @dataclass(slots=True)

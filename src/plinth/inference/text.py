@@ -245,7 +245,7 @@ class TextEngine:
             if answer is not None and answer.finish_reason is None:
                 answer.push(event, self.tokenizer)
                 if answer.finish_reason is not None:
-                    self.engine.cancel(event.id)
+                    self.engine.end(event.id)
 
     def render(self, messages: list[Message], tools: list[Tool] | None = None) -> list[int]:
         """Return the tokens of a conversation with the assistant's header behind it; tools are described in its beginning."""
@@ -278,7 +278,10 @@ class TextEngine:
             while answer.finish_reason is None:
                 for event in self.engine.step():
                     if event.id == request_id and answer.finish_reason is None:
-                        yield answer.push(event, self.tokenizer)
+                        delta = answer.push(event, self.tokenizer)
+                        if answer.finish_reason is not None:
+                            self.engine.end(request_id)
+                        yield delta
         finally:
             self.engine.cancel(request_id)
 

@@ -180,7 +180,8 @@ class Batcher:
                 continue
             piece = sequence.assembly.push(event)
             if piece.finish_reason:
-                self._leave(sequence, finished=event.finish_reason is not None)
+                self.engine.end(event.id)
+                self._leave(sequence, finished=True)
             pieces.append((sequence, piece))
         deliver(pieces)
 

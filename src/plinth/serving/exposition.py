@@ -98,5 +98,6 @@ def engine_counters(engine: Engine) -> dict[str, tuple[str, float]]:
         "vllm:spec_decode_num_draft_tokens": ("Tokens that were drafted.", counted.drafted),
         "vllm:spec_decode_num_accepted_tokens": ("Drafted tokens that were accepted.", counted.accepted),
         "plinth:engine_steps": ("Model calls.", counted.steps),
+        "plinth:known_answers": ("Sequences answered from the cache of answers.", counted.known_answers),
         "plinth:forced_tokens": ("Tokens that a grammar left no choice about.", counted.forced_tokens),
     }
