@@ -85,7 +85,7 @@ def choose_tokens(
     if drawn:
         tokens_N[drawn] = _draw(logits_NV, drawn, [params[i] for i in drawn], noise_N[drawn])
     if changed:
-        logits_MV, one_each = logits_NV[changed], [params[i] for i in changed]
+        logits_MV, one_each = copy_rows(logits_NV, changed), [params[i] for i in changed]
         picked = [[column[i] for i in changed] if column is not None else None for column in (indices, histories, masks)]
         change_logits(logits_MV, one_each, *picked, eos_ids=eos_ids)
         tokens_N[changed] = _draw(logits_MV, range(len(changed)), one_each, noise_N[changed])
@@ -93,6 +93,17 @@ def choose_tokens(
     if changed:
         logprobs_N = torch.where(tokens_N < 0, -torch.inf, logprobs_N)
     return Chosen(tokens_N.tolist(), logprobs_N.tolist(), _alternatives(logits_NV, log_sums_N, [p.logprobs or 0 for p in params]))
+
+
+def copy_rows(logits_NV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Return a copy of some rows.
+
+    On the CPU numpy makes it, on this thread: PyTorch would wake its own threads for it, which then wait for more work on the core
+    that the model's next call needs, for longer than that call takes.
+    """
+    if logits_NV.device.type != "cpu":
+        return logits_NV[rows]
+    return torch.from_numpy(logits_NV.numpy()[list(rows)])
 
 
 def peaks(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
