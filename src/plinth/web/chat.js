@@ -101,7 +101,7 @@ function conclude(turn, result) {
   if (result.failure !== null) showError(result.failure.message);
   say("The answer is complete.");
   follow(false);
-  if (!$("prompt").value.trim()) chat.preview("");
+  if (!$("prompt").value.trim() && $("detail").hidden) chat.preview("");
 }
 
 function refuse(turn, failure) {

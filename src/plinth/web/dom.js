@@ -47,7 +47,9 @@ export function visible(token) {
 
 export function delayed(wait_ms, action) {
   let timer;
-  return (...values) => { clearTimeout(timer); timer = setTimeout(() => action(...values), wait_ms); };
+  const call = (...values) => { clearTimeout(timer); timer = setTimeout(() => action(...values), wait_ms); };
+  call.cancel = () => clearTimeout(timer);
+  return call;
 }
 
 export const say = (text) => { $("status").textContent = text; };

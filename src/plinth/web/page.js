@@ -58,6 +58,14 @@ function onTabKey(event) {
 
 const preview = delayed(250, () => { if (view !== "run" && !isRunning() && server.model !== null) chat.preview($("prompt").value); });
 
+// What was chosen stands until something is written; a preview that is still to come would replace it.
+function pin(span) {
+  const place = placeOf(span);
+  if (place === null) return;
+  preview.cancel();
+  lookAt(place);
+}
+
 for (const name of Object.keys(VIEWS)) $(`tab-${name}`).addEventListener("click", () => showView(name));
 $("tabs").addEventListener("keydown", onTabKey);
 document.addEventListener("keydown", (event) => {
@@ -66,7 +74,7 @@ document.addEventListener("keydown", (event) => {
 });
 $("clear").addEventListener("click", () => { hideDetail(true); chat.clear(); });
 $("mode").addEventListener("change", () => { showMode(); preview(); });
-onTokens({ branch, pin: (span) => { const place = placeOf(span); if (place) lookAt(place); } });
+onTokens({ branch, pin });
 listenToTokens();
 listenToSettings();
 listenToStructured();
