@@ -192,6 +192,11 @@ def test_lenient_mode_warns_of_what_it_ignores_and_the_result_is_validated(compi
     assert compiler.compile(Grammar.json_schema(PERSON, mode="lenient")).warnings == ()
 
 
+def test_a_count_may_be_written_as_a_whole_float(compiler):
+    grammar = Grammar.json_schema({"type": "string", "maxLength": 2.0})
+    assert compiler.accepts(grammar, '"ab"') and not compiler.accepts(grammar, '"abc"')
+
+
 def test_a_schema_cannot_switch_the_bounds_off(compiler):
     loose = {"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True, "whitespace_pattern": r"\s+"}}
     with pytest.raises(UserError, match="uniqueItems"):
@@ -217,6 +222,9 @@ HOSTILE = {
     ),
     "nested brackets": lambda: Grammar.regex("(" * 50_000 + "a" + ")" * 50_000),
     "back-reference": lambda: Grammar.regex(r"(a+)\1"),
+    "intersections that double": lambda: Grammar.json_schema({"allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(1, 40)]}),
+    "patterns of names": lambda: Grammar.json_schema({"patternProperties": {f"^a{i}b": {} for i in range(600)}}),
+    "pairs of properties": lambda: Grammar.json_schema({"properties": {f"p{i}": {"type": "string"} for i in range(10_000)}}),
     "look-ahead": lambda: Grammar.regex(r"(?=a)b"),
     "endless reference": lambda: Grammar.json_schema({"$ref": "#"}),
     "elsewhere": lambda: Grammar.json_schema({"$ref": "http://127.0.0.1:1/schema.json"}),

@@ -11,12 +11,14 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from plinth.config import UserError
-from plinth.inference.schema_form import check_schema
+from plinth.inference.schema_form import check_schema, whole_numbers
 from plinth.tokenizer.tool_format import CALL_END, CALL_START
 
 Mode = Literal["strict", "lenient"]
 Whitespace = Literal["bounded", "single", "none"]
-MAX_SOURCE_BYTES = 1 << 20  # of one grammar; the real schemas that compile at all are smaller
+# Bytes of one grammar. Larger ones hold their caller for a second and more, long before the compiler gives up.
+MAX_SCHEMA_BYTES = 1 << 19
+MAX_OTHER_BYTES = 1 << 15
 
 # How white space between JSON's signs is bounded: a model that may write any amount of it writes it until max_tokens.
 SPACING: dict[str, dict[str, Any]] = {
@@ -43,9 +45,7 @@ class Grammar:
         for name, value, choices in (("mode", self.mode, get_args(Mode)), ("whitespace", self.whitespace, get_args(Whitespace))):
             if value not in choices:
                 raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}.")
-        size = len(self.source.encode("utf-8", errors="surrogatepass"))
-        if size > MAX_SOURCE_BYTES:
-            raise UserError(f"the {self.kind} has {size} bytes; at most {MAX_SOURCE_BYTES} are compiled. Make it smaller.")
+        _check_size(self.kind, self.source, MAX_SCHEMA_BYTES if self.has_schema or self.kind == "choice" else MAX_OTHER_BYTES)
 
     @classmethod
     def json_schema(cls, schema: Any, *, mode: Mode = "strict", whitespace: Whitespace = "bounded") -> Grammar:
@@ -60,7 +60,7 @@ class Grammar:
             raise UserError(f"json_schema is of type {type(schema).__name__}, not an object or a boolean.")
         check_schema(schema)
         try:
-            source = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+            source = json.dumps(whole_numbers(schema), ensure_ascii=False, allow_nan=False)
         except (ValueError, TypeError) as error:
             raise UserError(f"json_schema is not JSON: {error}.") from None
         return cls("json_schema", source, mode, whitespace)
@@ -90,8 +90,7 @@ class Grammar:
     @classmethod
     def gbnf(cls, text: str) -> Grammar:
         """A context-free grammar with the rule `root`, in llama.cpp's notation. Raises UserError where it is malformed."""
-        if len(text) > MAX_SOURCE_BYTES:
-            raise UserError(f"the grammar has {len(text)} characters; at most {MAX_SOURCE_BYTES} are compiled.")
+        _check_size("grammar", text, MAX_OTHER_BYTES)
         try:
             return cls.lark(gbnf_to_lark(text))
         except Exception as error:  # the importer raises an own class, and bare ones where its input is far off
@@ -121,6 +120,12 @@ class Grammar:
         return self.kind == "json_schema"
 
 
+def _check_size(name: str, text: str | bytes, limit: int) -> None:
+    size = len(text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else text)
+    if size > limit:
+        raise UserError(f"the {name} has {size} bytes; at most {limit} are compiled. Make it smaller.")
+
+
 def _tools_lark(source: dict[str, Any], options: dict[str, Any]) -> str:
     """Return the grammar of tool calls; see plinth.inference.tool_calls."""
     bodies = [f"%json {json.dumps({'x-guidance': options, **schema}, ensure_ascii=False)}" for schema in source["schemas"]]
@@ -136,8 +141,7 @@ def _tools_lark(source: dict[str, Any], options: dict[str, Any]) -> str:
 def _parsed(schema: Any) -> Any:
     if not isinstance(schema, (str, bytes)):
         return schema
-    if len(schema) > MAX_SOURCE_BYTES:
-        raise UserError(f"the json_schema has {len(schema)} characters; at most {MAX_SOURCE_BYTES} are compiled. Make it smaller.")
+    _check_size("json_schema", schema, MAX_SCHEMA_BYTES)
     try:
         return json.loads(schema)
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from plinth.config import UserError
 from plinth.inference.closing import Closer, TextState
 from plinth.inference.grammar import Grammar, short_message
+from plinth.inference.trial import needs_trial, shared_trial
 from plinth.ops.mask import mask_bytes
 from plinth.tokenizer.encode import Tokenizer
 
@@ -83,6 +84,8 @@ class GrammarCompiler:
             source = grammar.compiled_source(lenient)
         except ValueError as error:
             raise UserError(f"the {grammar.kind} cannot be compiled: {short_message(str(error))}.") from None
+        if needs_trial(grammar.kind, grammar.source) and not shared_trial().passes(source, LIMITS):
+            raise UserError(f"the {grammar.kind} takes too long to compile. Use fewer alternatives, properties or patterns at one place.")
         matcher = LLMatcher(self._ll, source, log_level=0, limits=LLParserLimits(**LIMITS))
         if not matcher.is_error():
             matcher.deep_copy().compute_bitmask()  # fills the lexer's cache, which copies share

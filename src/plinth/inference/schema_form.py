@@ -124,3 +124,14 @@ def check_depth(schema: Any) -> None:
             for child in (node.values() if isinstance(node, dict) else node)
             if isinstance(child, (dict, list))
         ]
+
+
+def whole_numbers(schema: Any) -> Any:
+    """Return a schema whose counts are integers, where JSON allows 2.0 too and the compiler does not."""
+    if isinstance(schema, list):
+        return [whole_numbers(child) for child in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: int(value) if isinstance(value, float) and FORMS.get(key) is COUNT else whole_numbers(value) for key, value in schema.items()
+    }
