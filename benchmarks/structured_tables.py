@@ -8,8 +8,6 @@ from typing import Any
 def strategy_table(record: dict[str, Any]) -> str:
     """Return the ways to a document, a line each."""
     lines = [
-        "",
-        "",
         f"{record['questions']} new questions, a model of 4 layers of 128 trained for it in "
         "`benchmarks/structured_strategies.py`, temperature 1:",
         "",
@@ -62,6 +60,6 @@ def structured_tables(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"Of {len(hostile)} hostile grammars {sum(row['answer'] == 'error' for row in hostile)} are answered with an error and the rest "
-        f"compiled; the slowest, {slowest['grammar']}, held its caller for {slowest['ms'] / 1e3:.1f} s.",
+        f"compiled; the slowest, {slowest['grammar']}, held its caller for {slowest['ms']:.0f} ms.",
     ]
     return "\n".join(lines)

@@ -10,6 +10,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from structured_tables import strategy_table, structured_tables
+
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- results: written by benchmarks/tables.py -->", "<!-- end of results -->"
 
@@ -351,6 +353,19 @@ def main() -> int:
             f"{step_budget()}\n\n### Against others\n\n{throughput_table()}",
         ),
     }
+    structured = docs / "structured_output.md"
+    text = put(
+        structured.read_text(),
+        "<!-- strategies: written by benchmarks/tables.py -->",
+        "<!-- end of strategies -->",
+        strategy_table(load("structured_strategies")),
+    )
+    pages[structured] = put(
+        text,
+        "<!-- structured output: written by benchmarks/tables.py -->",
+        "<!-- end of structured output -->",
+        structured_tables(load("structured_output")),
+    )
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))
     for page, current in pages.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,16 @@ def repair_json(text: str) -> Repaired | None:
     return None
 
 
+def _number(text: str) -> int | float:
+    try:
+        value = json.loads(text)
+    except ValueError:  # a zero in front, or thousands of digits
+        raise _Beyond from None
+    if isinstance(value, float) and math.isinf(value):
+        raise _Beyond
+    return value
+
+
 class _Parser:
     """Reads one value, forgiving; `changes` collects what it forgave."""
 
@@ -98,7 +109,7 @@ class _Parser:
             return self._string(QUOTES[sign])
         if number := NUMBER.match(self.text, self.at):
             self.at = number.end()
-            return json.loads(number.group())
+            return _number(number.group())
         word = WORD.match(self.text, self.at)
         if word is None or word.group() not in LITERALS:
             raise _Beyond

@@ -19,7 +19,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 CPU_LIMIT_S = 1
 WALL_LIMIT_S = 10.0  # the processor may be busy with other things
 MEMORY_LIMIT_BYTES = 2 << 30
-PLAIN_BYTES = 1 << 14  # sources up to this size are looked at, larger ones always tried
+PLAIN_BYTES = 1 << 13  # sources up to this size are looked at, larger ones always tried
+PLAIN_BYTES_OF_NAMES = 1 << 10  # where names have patterns, each pair of which is compared
 PLAIN_PATTERNS = 8
 EXPRESSIONS = re.compile(r'"(pattern|patternProperties|format)"\s*:')
 
@@ -30,7 +31,7 @@ def needs_trial(kind: str, source: str) -> bool:
         return True
     if kind == "choice":
         return False
-    if len(source) > PLAIN_BYTES:
+    if len(source) > (PLAIN_BYTES_OF_NAMES if '"patternProperties"' in source else PLAIN_BYTES):
         return True
     return kind != "regex" and len(EXPRESSIONS.findall(source)) > PLAIN_PATTERNS
 
