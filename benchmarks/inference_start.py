@@ -29,16 +29,13 @@ def main() -> int:
     rows = []
     for size in SHAPES:
         prepare(arguments.folder / size, size)
-        for start in ("cold", "warm"):
-            waits = []
+        waits: dict[str, list[float]] = {"cold": [], "warm": []}
+        for _ in range(arguments.rounds):
             with tempfile.TemporaryDirectory() as cache:
-                if start == "warm":
-                    first_token(arguments.folder / size / "hf", cache)
-                for _ in range(arguments.rounds):
-                    with tempfile.TemporaryDirectory() as empty:
-                        waits.append(first_token(arguments.folder / size / "hf", cache if start == "warm" else empty))
-            rows.append({"size": size, "start": start, "first_token_s": spread(waits)})
-            print(rows[-1], file=sys.stderr, flush=True)
+                for start in waits:
+                    waits[start].append(first_token(arguments.folder / size / "hf", cache))
+        rows += [{"size": size, "start": start, "first_token_s": spread(seconds)} for start, seconds in waits.items()]
+        print(rows[-2:], file=sys.stderr, flush=True)
     write_record("inference_start", "How long after the command does the first token appear?", rows)
     return 0
 
