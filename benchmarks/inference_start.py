@@ -10,6 +10,7 @@ cache both times.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -25,19 +26,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-inference"), help="models")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", nargs="*", choices=SHAPES, default=list(SHAPES))
     arguments = parser.parse_args()
-    rows = []
-    for size in SHAPES:
+    journal = arguments.folder / "start.jsonl"
+    for size in arguments.sizes:
         prepare(arguments.folder / size, size)
-        waits: dict[str, list[float]] = {"cold": [], "warm": []}
         for _ in range(arguments.rounds):
             with tempfile.TemporaryDirectory() as cache:
-                for start in waits:
-                    waits[start].append(first_token(arguments.folder / size / "hf", cache))
-        rows += [{"size": size, "start": start, "first_token_s": spread(seconds)} for start, seconds in waits.items()]
-        print(rows[-2:], file=sys.stderr, flush=True)
-    write_record("inference_start", "How long after the command does the first token appear?", rows)
+                for start in ("cold", "warm"):
+                    line = {"size": size, "start": start, "first_token_s": first_token(arguments.folder / size / "hf", cache)}
+                    print(line, file=sys.stderr, flush=True)
+                    with journal.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+    record(journal)
     return 0
+
+
+def record(journal: Path) -> None:
+    """Write benchmarks/records/inference_start.json."""
+    waits: dict[tuple[str, str], list[float]] = {}
+    for line in map(json.loads, journal.read_text().splitlines()):
+        waits.setdefault((line["size"], line["start"]), []).append(line["first_token_s"])
+    rows = [{"size": size, "start": start, "first_token_s": spread(seconds)} for (size, start), seconds in sorted(waits.items())]
+    write_record("inference_start", "How long after the command does the first token appear?", rows)
 
 
 def first_token(model: Path, cache: str) -> float:
