@@ -76,6 +76,7 @@ def test_keys_json_log_and_sigterm(run_dir, tmp_path):
         assert httpx.post(f"{facts['api']}/completions", json=body, headers=headers, timeout=60).status_code == 200
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
     lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
     assert [line["status"] for line in lines if line["event"] == "request"] == [401, 200]
     assert "private" not in errors and "sesame" not in errors and "Traceback" not in errors

@@ -1,8 +1,11 @@
 """Concurrent requests share the engine: same texts as alone, bounded waiting, and places freed when a client leaves."""
 
+import contextlib
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -98,3 +101,37 @@ def test_stopping_the_server_ends_a_stream(make_text_engine, start):
     with pytest.raises((httpx.HTTPError, StopIteration)):
         while True:
             next(lines)
+
+
+def test_a_client_that_leaves_frees_its_blocks_before_the_next_step(make_text_engine, start, wait_until):
+    text_engine = make_text_engine(max_batch=2, max_seq_len=4096, eos=False)
+    engine = text_engine.engine
+    steps, step = [], engine.step
+
+    def counted():
+        steps.append(engine.num_active)
+        return step()
+
+    engine.step = counted
+    free = engine.pool.num_available
+    for streams in (True, False):
+        with start(text_engine) as url:
+            body = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "n": 2, "stream": streams}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) if streams else patient(url, body):
+                wait_until(lambda: health(url)["active"] == 2, "both run")
+            wait_until(lambda: health(url)["active"] == 0, "nobody runs")
+            assert engine.pool.num_available == free and engine.num_active == 0
+            done = len(steps)
+            assert httpx.get(f"{url}/health").status_code == 200 and len(steps) == done  # not one step more
+    engine.check_integrity()
+
+
+@contextlib.contextmanager
+def patient(url: str, body: dict):
+    """Ask for a whole answer over a connection of one's own, and hang up at the end of the block."""
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port)) as peer:
+        content = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        peer.sendall(head.encode() + content)
+        yield

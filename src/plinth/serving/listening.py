@@ -167,5 +167,9 @@ def run_server(
         lifespan="on",
         **({"log_config": None} if keeps_logging else {}),
     )
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has shut down
-        StoppingServer(config, stop_timeout_s, end_answers).run(sockets=[listener])
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again after it has shut down
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            StoppingServer(config, stop_timeout_s, end_answers).run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
