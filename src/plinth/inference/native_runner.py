@@ -139,10 +139,13 @@ class NativeRunner:
         decoder.forward(self._decoder, call)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks, each pair (source, target)."""
-        for source, target in pairs:
-            self._keys[:, target] = self._keys[:, source]
-            self._values[:, target] = self._values[:, source]
+        """Copy blocks, each pair (source, target).
+
+        numpy copies them on this thread: PyTorch would wake threads of its own, which then wait on the core that the next call needs.
+        """
+        for cache in (self._keys.view(torch.int16).numpy(), self._values.view(torch.int16).numpy()):
+            for source, target in pairs:
+                cache[:, target] = cache[:, source]
 
 
 def _pack_layer(layer, pack) -> tuple[list[PackedMatrix], list[torch.Tensor | None]]:
