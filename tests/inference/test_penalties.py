@@ -6,7 +6,7 @@ import torch
 
 from plinth.inference import penalties
 from plinth.inference.penalties import TokenCounts
-from plinth.inference.sampling import SamplingParams, change_logits
+from plinth.inference.sampling import SamplingParams, change_logits, choose_tokens
 
 ROWS, IDS = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 1])
 
@@ -68,10 +68,11 @@ def test_ends_are_banned_until_min_tokens():
 
 def test_a_mask_and_allowed_ids_are_both_kept():
     mask = np.packbits([1, 0, 1, 1, 0, 0, 0, 0, 0, 1], bitorder="little")
-    logits = torch.zeros(2, 10)
-    change_logits(logits, [SamplingParams(allowed_token_ids=(0, 1, 9)), SamplingParams()], [0, 0], masks=[mask, None])
-    assert logits[0].isfinite().nonzero()[:, 0].tolist() == [0, 9]
-    assert logits[1].isfinite().all()
+    params = [SamplingParams(allowed_token_ids=(0, 1, 9), seed=i) for i in range(200)]
+    logits = torch.zeros(200, 10)
+    assert set(choose_tokens(logits, params, range(200), [0] * 200, masks=[mask] * 200).tokens) == {0, 9}
+    assert set(choose_tokens(logits, params, range(200), [0] * 200).tokens) == {0, 1, 9}
+    assert not logits.any()
 
 
 def test_penalties_come_after_the_bias_and_touch_their_own_row():

@@ -62,6 +62,7 @@ def _mix64(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
+@torch.inference_mode()
 def choose_tokens(
     logits_NV: torch.Tensor,
     params: Sequence[SamplingParams],
@@ -72,25 +73,24 @@ def choose_tokens(
     *,
     eos_ids: Collection[int] = (),
 ) -> Chosen:
-    """Choose a token for each row of float32 logits, which are left as they are.
+    """Choose a token for each row of float32 logits, which are as before when it returns.
 
     seeds: 0 to 2**64 - 1 each. indices: how many tokens each completion has. histories: wanted where params.needs_history.
     masks: a row's allowed tokens, uint8 (ceil(V / 8),), bit i % 8 of byte i // 8 for token i; None = all.
     eos_ids: the model's own ends, for min_tokens.
     """
     tokens_N, log_sums_N = peaks(logits_NV)
-    changed = [i for i, p in enumerate(params) if p.changes_logits or (masks is not None and masks[i] is not None)]
-    drawn = [i for i, p in enumerate(params) if p.temperature > 0 and i not in changed]
-    noise_N = uniform_noise(np.asarray(seeds, dtype=np.uint64), np.asarray(indices)) if changed or drawn else np.zeros(0)
-    if drawn:
-        tokens_N[drawn] = _draw(logits_NV, drawn, [params[i] for i in drawn], noise_N[drawn])
-    if changed:
-        logits_MV, one_each = copy_rows(logits_NV, changed), [params[i] for i in changed]
-        picked = [[column[i] for i in changed] if column is not None else None for column in (indices, histories, masks)]
-        change_logits(logits_MV, one_each, *picked, eos_ids=eos_ids)
-        tokens_N[changed] = _draw(logits_MV, range(len(changed)), one_each, noise_N[changed])
+    allowed = _allowed(params, masks, logits_NV.shape[1])
+    rows = [i for i, p in enumerate(params) if p.temperature > 0 or p.changes_logits or allowed[i] is not None]
+    if rows:
+        entries = _changed_entries(params, indices, histories, eos_ids, logits_NV.device)
+        before_E = logits_NV[entries]
+        change_logits(logits_NV, params, indices, histories, eos_ids=eos_ids)
+        noise_M = uniform_noise(np.asarray(seeds, dtype=np.uint64)[rows], np.asarray(indices)[rows])
+        tokens_N[rows] = _draw(logits_NV, rows, [params[i] for i in rows], noise_M, [allowed[i] for i in rows])
+        logits_NV[entries] = before_E
     logprobs_N = logits_NV.gather(-1, tokens_N.clamp_min(0)[:, None])[:, 0] - log_sums_N
-    if changed:
+    if rows:
         logprobs_N = torch.where(tokens_N < 0, -torch.inf, logprobs_N)
     return Chosen(tokens_N.tolist(), logprobs_N.tolist(), _alternatives(logits_NV, log_sums_N, [p.logprobs or 0 for p in params]))
 
@@ -102,7 +102,7 @@ def copy_rows(logits_NV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     that the model's next call needs, for longer than that call takes.
     """
     if logits_NV.device.type != "cpu":
-        return logits_NV[rows]
+        return logits_NV[list(rows)]
     return torch.from_numpy(logits_NV.numpy()[list(rows)])
 
 
@@ -113,40 +113,58 @@ def peaks(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits_NV.argmax(-1), logits_NV.logsumexp(-1)
 
 
+def _allowed(params: Sequence[SamplingParams], masks: Sequence[np.ndarray | None] | None, vocab_size: int) -> list[np.ndarray | None]:
+    """Return for each row the mask of what both its grammar and its allowed_token_ids let through; None = all."""
+    found: list[np.ndarray | None] = [None] * len(params) if masks is None else list(masks)
+    for i, p in enumerate(params):
+        if p.allowed_token_ids is not None:
+            ids = penalties.mask_of_ids(p.allowed_token_ids, vocab_size)
+            found[i] = ids if (mask := found[i]) is None else ids & mask
+    return found
+
+
 def change_logits(
     logits_NV: torch.Tensor,
     params: Sequence[SamplingParams],
-    indices: Sequence[int],
+    indices: Sequence[int] | np.ndarray,
     histories: Sequence[TokenCounts | None] | None = None,
-    masks: Sequence[np.ndarray | None] | None = None,
     *,
     eos_ids: Collection[int] = (),
 ) -> None:
-    """Apply, in place, everything that comes before the temperature; arguments as of choose_tokens."""
-    device, vocab_size = logits_NV.device, logits_NV.shape[1]
+    """Apply, in place, what comes before masks and temperature; arguments as of choose_tokens."""
+    device = logits_NV.device
     biased = [(i, token, bias) for i, p in enumerate(params) for token, bias in p.logit_bias]
     if biased:
         rows, ids, bias = zip(*biased)
         penalties.add_bias(logits_NV, _ids(rows, device), _ids(ids, device), torch.tensor(bias, device=device))
     _penalise(logits_NV, params, histories)
-    early = [(i, token) for i, p in enumerate(params) if indices[i] < p.min_tokens for token in p.end_ids(eos_ids)]
+    early = _early_ends(params, indices, eos_ids)
     if early:
         rows, ids = zip(*early)
         penalties.forbid(logits_NV, _ids(rows, device), _ids(ids, device))
+
+
+def _early_ends(params: Sequence[SamplingParams], indices: Sequence[int] | np.ndarray, eos_ids: Collection[int]) -> list[tuple[int, int]]:
+    return [(i, token) for i, p in enumerate(params) if indices[i] < p.min_tokens for token in p.end_ids(eos_ids)]
+
+
+def _changed_entries(params, indices, histories, eos_ids: Collection[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and token ids of all logits that change_logits changes, some of them twice."""
+    pairs = _early_ends(params, indices, eos_ids) + [(i, token) for i, p in enumerate(params) for token, _ in p.logit_bias]
+    rows, ids = [np.array([row for row, _ in pairs], np.int64)], [np.array([token for _, token in pairs], np.int64)]
     for i, p in enumerate(params):
-        mask = masks[i] if masks is not None else None
-        if p.allowed_token_ids is not None:
-            allowed = penalties.mask_of_ids(p.allowed_token_ids, vocab_size)
-            mask = allowed if mask is None else allowed & mask
-        if mask is not None:
-            add_mask(logits_NV[i : i + 1], mask[None])
+        if p.needs_history:
+            assert histories is not None and histories[i] is not None, "penalties need the tokens so far"
+            ids.append(histories[i].ids)
+            rows.append(np.full(len(ids[-1]), i))
+    return torch.from_numpy(np.concatenate(rows)).to(device), torch.from_numpy(np.concatenate(ids)).to(device)
 
 
 def _penalise(logits_NV: torch.Tensor, params: Sequence[SamplingParams], histories: Sequence[TokenCounts | None] | None) -> None:
     rows = [i for i, p in enumerate(params) if p.needs_history]
     if not rows:
         return
-    assert histories is not None and all(histories[i] is not None for i in rows), "penalties need the tokens so far"
+    assert histories is not None
     seen: list[TokenCounts] = [histories[i] for i in rows]  # type: ignore[misc]
     device, lengths = logits_NV.device, [len(history.ids) for history in seen]
 
@@ -165,11 +183,21 @@ def _ids(values: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def _draw(logits_NV: torch.Tensor, rows: Sequence[int], params: Sequence[SamplingParams], noise_M: np.ndarray) -> torch.Tensor:
+def _draw(
+    logits_NV: torch.Tensor,
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    noise_M: np.ndarray,
+    masks: Sequence[np.ndarray | None],
+) -> torch.Tensor:
     """Return a token for each of `rows`, int64 (M,), -1 where every logit is -inf."""
     if row_choice.usable(logits_NV):
-        return row_choice.draw(logits_NV, rows, np.array([_options(p, noise) for p, noise in zip(params, noise_M)]))
-    logits_MV = logits_NV if len(rows) == len(logits_NV) else logits_NV[list(rows)]
+        options_MO = np.array([_options(p, noise) for p, noise in zip(params, noise_M)])
+        return row_choice.draw(logits_NV, rows, options_MO, masks)
+    logits_MV = copy_rows(logits_NV, rows)
+    for i, mask in enumerate(masks):
+        if mask is not None:
+            add_mask(logits_MV[i : i + 1], mask[None])
     noise = torch.from_numpy(noise_M).to(logits_NV.device)
     tokens_M = sample_tokens(logits_MV, SamplingColumns.of(params, logits_NV.device), noise)
     return torch.where(logits_MV.amax(-1) == -torch.inf, -1, tokens_M)
@@ -201,7 +229,7 @@ def _alternatives(logits_NV: torch.Tensor, log_sums_N: torch.Tensor, counts: Seq
     for count in set(counts) - {0}:
         rows = [i for i, wanted in enumerate(counts) if wanted == count]
         every = len(rows) == len(logits_NV)
-        logits_MV, log_sums_M = (logits_NV, log_sums_N) if every else (logits_NV[rows], log_sums_N[rows])
+        logits_MV, log_sums_M = (logits_NV, log_sums_N) if every else (copy_rows(logits_NV, rows), log_sums_N[rows])
         for i, top in zip(rows, largest_logprobs(logits_MV, log_sums_M, count)):
             found[i] = top
     return found

@@ -1,16 +1,17 @@
 /* Chooses one token in each row of logits. A row is read by one thread in one fixed order, so its answer never depends on the others. */
 #include "lanes.h"
+#include "pool.h"
 #include <float.h>
 
 #define CHUNK 1024 /* weights added in single precision before they join a double */
 #define NARROW 128 /* entries that are ranked one by one */
-#define BLOCK 64   /* logits whose largest is noted, to find the k-th largest without sorting */
+#define GROUP 16   /* logits, sixteen apart, whose largest is noted, to find the k-th largest without sorting */
 
 enum { TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, NOISE, OPTIONS };
 
 /* What a row needs while it is worked on; V of each. `keys` and `loads` are permuted by `reaching`, the others stay in order of ids. */
 typedef struct {
-    float *values, *weights, *loads, *maxima;
+    float *values, *weights, *loads, *maxima, *masked;
     int32_t *ids;
     uint64_t *keys;
     double *sums;
@@ -21,19 +22,20 @@ typedef struct {
     float top, scale;
 } curve;
 
-/* 2^x for x <= 0 to the precision of a float; NaN stays NaN, and below 2^-200 nothing is left. */
+/* 2^x for x <= 0, error 1e-7; NaN stays NaN, and below 2^-126 nothing is left. Adding 1.5 * 2^23 rounds to whole numbers, whose last
+ * bits then make the exponent; the polynomial is the one of least error for the rest. */
 INLINE __m512 exp2_exact16(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 rest = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(1.540353039e-4f);
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.333355815e-3f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(9.618129108e-3f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.550410866e-2f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.402265070e-1f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.931471806e-1f));
+    const __m512 shift = _mm512_set1_ps(12582912.0f);
+    const __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    const __m512 moved = _mm512_add_ps(x, shift), rest = _mm512_sub_ps(x, _mm512_sub_ps(moved, shift));
+    __m512 y = _mm512_set1_ps(1.3276471e-3f);
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(9.6755413e-3f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.5507133e-2f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.4022120e-1f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.9314697e-1f));
     y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(moved), 23);
+    return _mm512_maskz_mov_ps(some, _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), exponent)));
 }
 
 INLINE __mmask16 lanes_until(int i, int end) { return end - i >= 16 ? 0xffff : (__mmask16)((1u << (end - i)) - 1); }
@@ -58,43 +60,42 @@ static float smallest(const float *x, int n) {
     return _mm512_reduce_min_ps(least);
 }
 
-/* Sum of the weights of x[begin..end) that are at least `floor`. */
-static float weight_sum(const float *x, int begin, int end, curve c, float floor) {
-    __m512 sum = _mm512_setzero_ps();
-    const __m512 least = _mm512_set1_ps(floor);
-    for (int i = begin; i < end; i += 16) {
-        __mmask16 m = lanes_until(i, end);
-        __m512 w = weigh16(_mm512_maskz_loadu_ps(m, x + i), c);
-        m = _mm512_mask_cmp_ps_mask(m, w, least, _CMP_NLT_UQ); /* keeps NaN, so that a damaged row shows */
-        sum = _mm512_mask_add_ps(sum, m, sum, w);
+/* Sum of the weights of x[begin..end). */
+static float weight_sum(const float *x, int begin, int end, curve c) {
+    __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
+    int i = begin;
+    for (; i + 32 <= end; i += 32) {
+        first = _mm512_add_ps(first, weigh16(_mm512_loadu_ps(x + i), c));
+        second = _mm512_add_ps(second, weigh16(_mm512_loadu_ps(x + i + 16), c));
     }
-    return _mm512_reduce_add_ps(sum);
+    for (; i < end; i += 16) {
+        const __mmask16 m = lanes_until(i, end);
+        first = _mm512_mask_add_ps(first, m, first, weigh16(_mm512_maskz_loadu_ps(m, x + i), c));
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(first, second));
 }
 
 /* The place of the largest logit, the first among equals, or -1 where all are -inf; and the logarithm of the sum of exponentials. */
-EXPORT void peak_rows(const float *logits, long N, int V, int64_t *best, float *log_sums) {
-    for (long r = 0; r < N; r++) {
-        const float *x = logits + r * V;
-        float top = -INFINITY;
-        double total = 0.0;
-        int at = -1;
-        for (int begin = 0; begin < V; begin += CHUNK) {
-            const int end = begin + CHUNK < V ? begin + CHUNK : V;
-            const float chunk_top = largest(x, begin, end);
-            const curve c = {chunk_top > -INFINITY ? chunk_top : 0.0f, LOG2E};
-            const double sum = weight_sum(x, begin, end, c, 0.0f);
-            if (chunk_top > top) {
-                total = total * exp((double)top - chunk_top) + sum;
-                top = chunk_top;
-                at = begin;
-            } else if (sum > 0.0 || sum != sum) {
-                total += sum * exp((double)c.top - (top > -INFINITY ? top : 0.0f));
-            }
+static void find_peak(const float *x, int V, int64_t *best, float *log_sum) {
+    float top = -INFINITY;
+    double total = 0.0;
+    int at = -1;
+    for (int begin = 0; begin < V; begin += CHUNK) {
+        const int end = begin + CHUNK < V ? begin + CHUNK : V;
+        const float chunk_top = largest(x, begin, end);
+        const curve c = {chunk_top > -INFINITY ? chunk_top : 0.0f, LOG2E};
+        const double sum = weight_sum(x, begin, end, c);
+        if (chunk_top > top) {
+            total = total * exp((double)top - chunk_top) + sum;
+            top = chunk_top;
+            at = begin;
+        } else if (sum > 0.0 || sum != sum) {
+            total += sum * exp((double)c.top - (top > -INFINITY ? top : 0.0f));
         }
-        while (at >= 0 && x[at] != top) at++;
-        best[r] = at;
-        log_sums[r] = (float)(top + log(total));
     }
+    while (at >= 0 && x[at] != top) at++;
+    *best = at;
+    *log_sum = (float)(top + log(total));
 }
 
 /* A number that rises with the value and, among equals, falls with the id; no two of a row are the same. */
@@ -263,26 +264,43 @@ static int keep_largest(const float *by, const float *loads, double need, int n,
     return keep_from(listed ? reaching(s.keys, s.loads, listed, need - above) : 0, by, n, s);
 }
 
-/* Lists the k largest logits. At least k of them are no less than the k-th largest of the blocks' largest. */
-static int list_top(const float *x, int V, int k, scratch s) {
-    const int blocks = (V + BLOCK - 1) / BLOCK;
-    float cut = -FLT_MAX;
-    if (k <= blocks) {
-        for (int b = 0; b < blocks; b++) {
-            s.maxima[b] = largest(x, b * BLOCK, b * BLOCK + BLOCK < V ? b * BLOCK + BLOCK : V);
-            s.keys[b] = rank_key(s.maxima[b], b), s.loads[b] = 1.0f;
-        }
-        const uint64_t key = reaching(s.keys, s.loads, blocks, k);
-        cut = s.maxima[0xffffffffu - (uint32_t)key];
+/* A number that at least k of the logits reach, and not many more: the maxima of groups of logits are searched for it by bisection. */
+static float cut_for(const float *x, int V, int k, scratch s) {
+    const __m512 nothing = _mm512_set1_ps(-INFINITY);
+    int groups = 0;
+    for (int begin = 0; begin < V; begin += 16 * GROUP, groups += 16) {
+        const int end = begin + 16 * GROUP < V ? begin + 16 * GROUP : V;
+        __m512 most = nothing;
+        for (int i = begin; i < end; i += 16) most = _mm512_max_ps(_mm512_mask_loadu_ps(nothing, lanes_until(i, end), x + i), most);
+        _mm512_storeu_ps(s.maxima + groups, most);
     }
-    const int n = collect(x, V, cut, s);
+    float low = -FLT_MAX, high = largest(s.maxima, 0, groups);
+    int reached;
+    load_from(s.maxima, NULL, groups, low, &reached);
+    if (reached < k) return -FLT_MAX;
+    low = smallest(s.maxima, groups) > low ? smallest(s.maxima, groups) : low;
+    for (int step = 0; step < 40 && reached > k + k / 4 + 8; step++) {
+        const float middle = low + (high - low) * 0.5f;
+        int count;
+        if (!(middle > low && middle < high)) break;
+        load_from(s.maxima, NULL, groups, middle, &count);
+        if (count >= k)
+            low = middle, reached = count;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static int list_top(const float *x, int V, int k, scratch s) {
+    const int n = collect(x, V, cut_for(x, V, k, s), s);
     return n <= k ? n : keep_largest(s.values, NULL, k, n, s);
 }
 
 /* Lists logits that hold the nucleus of mass `share`. Those lighter than (1 - share) / V of the total hold together less than the rest. */
 static int list_nucleus(const float *x, int V, double share, curve c, scratch s) {
     double total = 0.0, reached = 0.0;
-    for (int begin = 0; begin < V; begin += CHUNK) total += weight_sum(x, begin, begin + CHUNK < V ? begin + CHUNK : V, c, 0.0f);
+    for (int begin = 0; begin < V; begin += CHUNK) total += weight_sum(x, begin, begin + CHUNK < V ? begin + CHUNK : V, c);
     const double parts[] = {64.0, 1024.0, 2.0 * V};
     int n = 0;
     for (int i = 0; i < 4 && !(reached >= share * total); i++) {
@@ -322,10 +340,10 @@ static int64_t draw_listed(int n, double noise, scratch s) {
     return last < 0 ? -1 : s.ids[last];
 }
 
-static int64_t draw_all(const float *x, int V, double noise, curve c, float floor, scratch s) {
+static int64_t draw_all(const float *x, int V, double noise, curve c, scratch s) {
     double total = 0.0, passed = 0.0;
     const int chunks = (V + CHUNK - 1) / CHUNK;
-    for (int i = 0; i < chunks; i++) total += s.sums[i] = weight_sum(x, i * CHUNK, (i + 1) * CHUNK < V ? (i + 1) * CHUNK : V, c, floor);
+    for (int i = 0; i < chunks; i++) total += s.sums[i] = weight_sum(x, i * CHUNK, (i + 1) * CHUNK < V ? (i + 1) * CHUNK : V, c);
     int chosen = -1;
     for (int i = 0; i < chunks; i++) {
         if (s.sums[i] > 0.0) chosen = i;
@@ -342,7 +360,7 @@ static int64_t draw_all(const float *x, int V, double noise, curve c, float floo
         float w[16];
         _mm512_storeu_ps(w, _mm512_maskz_mov_ps(m, weigh16(_mm512_maskz_loadu_ps(m, x + i), c)));
         for (int j = 0; j < 16 && i + j < end; j++) {
-            if (!(w[j] >= floor) || !(w[j] > 0.0f)) continue;
+            if (!(w[j] > 0.0f)) continue;
             last = i + j;
             passed += w[j];
             if (passed > noise * total) return last;
@@ -361,7 +379,7 @@ static int64_t choose(const float *x, int V, const double *o, scratch s) {
     }
     const curve c = {top, (float)(LOG2E / fmax(o[TEMPERATURE], 1e-30))};
     const int by_k = o[TOP_K] < V, by_p = o[TOP_P] < 1.0, by_type = o[TYPICAL_P] < 1.0;
-    if (!by_k && !by_p && !by_type) return draw_all(x, V, o[NOISE], c, (float)o[MIN_P], s);
+    if (!by_k && !by_p && !by_type && o[MIN_P] == 0.0) return draw_all(x, V, o[NOISE], c, s);
     int n;
     if (by_k) {
         n = list_top(x, V, (int)o[TOP_K], s);
@@ -370,7 +388,8 @@ static int64_t choose(const float *x, int V, const double *o, scratch s) {
     } else if (by_p) {
         n = list_nucleus(x, V, o[TOP_P], c, s);
     } else {
-        n = collect(x, V, -FLT_MAX, s);
+        const double least = 0.999 * o[MIN_P]; /* the weights themselves are compared below */
+        n = collect(x, V, least > 0.0 ? top + (float)(log2(least) / c.scale) : -FLT_MAX, s);
         weigh(n, c, s);
     }
     if (o[MIN_P] > 0.0) n = keep_heavy((float)o[MIN_P], n, s);
@@ -380,18 +399,50 @@ static int64_t choose(const float *x, int V, const double *o, scratch s) {
 
 static scratch new_scratch(int V) {
     const size_t n = (size_t)V + 64;
-    scratch s = {aligned(n * 4), aligned(n * 4), aligned(n * 4), aligned(n * 4), aligned(n * 4), aligned(n * 8), aligned(n * 8)};
+    scratch s = {aligned(n * 4), aligned(n * 4), aligned(n * 4), aligned(n * 4), aligned(n * 4), aligned(n * 4), aligned(n * 8), aligned(n * 8)};
     return s;
 }
 
 static void free_scratch(scratch s) {
-    free(s.values), free(s.weights), free(s.loads), free(s.maxima), free(s.ids), free(s.keys), free(s.sums);
+    free(s.values), free(s.weights), free(s.loads), free(s.maxima), free(s.masked), free(s.ids), free(s.keys), free(s.sums);
 }
 
-/* Chooses a token for each of M rows by `options`, (M, 6) doubles in the order of the enum; -1 where all logits are -inf or NaN. */
-EXPORT void choose_rows(const float *logits, const int64_t *rows, long M, int V, const double *options, int64_t *tokens) {
-    scratch s = new_scratch(V);
-    for (long m = 0; m < M; m++) tokens[m] = choose(logits + rows[m] * V, V, options + m * OPTIONS, s);
+typedef struct {
+    const float *logits;
+    const int64_t *rows;
+    const uint8_t *const *masks;
+    const double *options;
+    int64_t *tokens;
+    float *log_sums;
+    int num_rows, V, count;
+} job;
+
+static void find_peaks(void *context, int thread) {
+    const job *j = context;
+    (void)thread;
+    for (int r; (r = next_share()) < j->num_rows;) find_peak(j->logits + (size_t)r * j->V, j->V, j->tokens + r, j->log_sums + r);
+}
+
+/* Copies a row with -inf where the mask's bit is 0: bit i % 8 of byte i / 8 belongs to token i. */
+static const float *masked(const float *x, int V, const uint8_t *mask, float *copy) {
+    const __m512 nothing = _mm512_set1_ps(-INFINITY);
+    for (int i = 0; i < V; i += 16) {
+        const __mmask16 m = lanes_until(i, V);
+        const unsigned allowed = mask[i / 8] | (V - i > 8 ? (unsigned)mask[i / 8 + 1] << 8 : 0);
+        _mm512_mask_storeu_ps(copy + i, m, _mm512_mask_loadu_ps(nothing, m & (__mmask16)allowed, x + i));
+    }
+    return copy;
+}
+
+static void choose_all(void *context, int thread) {
+    const job *j = context;
+    (void)thread;
+    scratch s = new_scratch(j->V);
+    for (int r; (r = next_share()) < j->num_rows;) {
+        const float *x = j->logits + j->rows[r] * j->V;
+        if (j->masks && j->masks[r]) x = masked(x, j->V, j->masks[r], s.masked);
+        j->tokens[r] = choose(x, j->V, j->options + r * OPTIONS, s);
+    }
     free_scratch(s);
 }
 
@@ -400,14 +451,37 @@ static int descending(const void *a, const void *b) {
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
-/* The ids of the `count` largest logits a row, largest first, the lower id first among equals. */
-EXPORT void top_rows(const float *logits, long N, int V, int count, int64_t *ids) {
-    scratch s = new_scratch(V);
-    for (long r = 0; r < N; r++) {
-        const int n = list_top(logits + r * V, V, count, s);
+static void list_largest(void *context, int thread) {
+    const job *j = context;
+    (void)thread;
+    scratch s = new_scratch(j->V);
+    for (int r; (r = next_share()) < j->num_rows;) {
+        const int n = list_top(j->logits + (size_t)r * j->V, j->V, j->count, s);
         for (int i = 0; i < n; i++) s.keys[i] = rank_key(s.values[i], s.ids[i]);
         qsort(s.keys, n, sizeof(uint64_t), descending);
-        for (int i = 0; i < count; i++) ids[r * count + i] = i < n ? (int64_t)(0xffffffffu - (uint32_t)s.keys[i]) : -1;
+        for (int i = 0; i < j->count; i++) j->tokens[r * j->count + i] = i < n ? (int64_t)(0xffffffffu - (uint32_t)s.keys[i]) : -1;
     }
     free_scratch(s);
+}
+
+static void run(void (*work)(void *, int), job *j, int threads) {
+    if (run_together(work, j, threads < j->num_rows ? threads : j->num_rows)) run_together(work, j, 1);
+}
+
+/* The peak and the logarithm of the sum of exponentials of each of N rows. */
+EXPORT void peak_rows(const float *logits, int N, int V, int64_t *best, float *log_sums, int threads) {
+    if (N) run(find_peaks, &(job){.logits = logits, .tokens = best, .log_sums = log_sums, .num_rows = N, .V = V}, threads);
+}
+
+/* Chooses a token for each of M rows by `options`, (M, 6) doubles in the order of the enum; -1 where all logits are -inf or NaN.
+ * masks: NULL, or for each of them NULL or a bit a token, 0 for those that may not be chosen. */
+EXPORT void choose_rows(const float *logits, const int64_t *rows, const uint8_t *const *masks, int M, int V, const double *options,
+                        int64_t *tokens, int threads) {
+    if (M)
+        run(choose_all, &(job){.logits = logits, .rows = rows, .masks = masks, .options = options, .tokens = tokens, .num_rows = M, .V = V}, threads);
+}
+
+/* The ids of the `count` largest logits a row, largest first, the lower id first among equals. */
+EXPORT void top_rows(const float *logits, int N, int V, int count, int64_t *ids, int threads) {
+    if (N) run(list_largest, &(job){.logits = logits, .tokens = ids, .num_rows = N, .V = V, .count = count}, threads);
 }
