@@ -208,7 +208,7 @@ def hostile_rows(tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def cost_rows(
-    shape: str, tokenizer: Tokenizer, batches: tuple[int, ...] = (1, 16), rounds: int = 4, count: int = 64
+    shape: str, tokenizer: Tokenizer, batches: tuple[int, ...] = (1, 16), rounds: int = 3, count: int = 64
 ) -> list[dict[str, Any]]:
     """Return tokens a second with and without a grammar, in turns on one engine; random weights, so texts are long and wild."""
     vocab_size = -(-tokenizer.vocab_size // 64) * 64

@@ -5,6 +5,7 @@ The compiler counts its own work, but not all of it: some intersections of patte
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -56,9 +57,17 @@ class Trial:
                     return True
             except OSError:
                 pass  # it has ended
+            self.close()
+            return False
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None and process.stdout is not None:
             process.kill()
             process.wait()
-            return False
+            process.stdin.close()
+            process.stdout.close()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
@@ -73,8 +82,10 @@ def _environment() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def shared_trial() -> Trial:
-    """Return the one trial process of this one."""
-    return Trial()
+    """Return the one trial process of this one; it ends with it."""
+    trial = Trial()
+    atexit.register(trial.close)
+    return trial
 
 
 def serve() -> None:
