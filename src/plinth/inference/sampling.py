@@ -91,7 +91,7 @@ def choose_tokens(
         logits_NV[entries] = before_E
     logprobs_N = logits_NV.gather(-1, tokens_N.clamp_min(0)[:, None])[:, 0] - log_sums_N
     if rows:
-        logprobs_N = torch.where(tokens_N < 0, -torch.inf, logprobs_N)
+        logprobs_N = torch.where((tokens_N < 0) & ~log_sums_N.isnan(), -torch.inf, logprobs_N)
     return Chosen(tokens_N.tolist(), logprobs_N.tolist(), _alternatives(logits_NV, log_sums_N, [p.logprobs or 0 for p in params]))
 
 

@@ -22,20 +22,19 @@ typedef struct {
     float top, scale;
 } curve;
 
-/* 2^x for x <= 0, error 1e-7; NaN stays NaN, and below 2^-126 nothing is left. Adding 1.5 * 2^23 rounds to whole numbers, whose last
- * bits then make the exponent; the polynomial is the one of least error for the rest. */
+/* 2^x for x <= 0, error 1e-7; NaN stays NaN, and below 2^-126 nothing is left. Adding 1.5 * 2^23 rounds to whole numbers; the
+ * polynomial is the one of least error for the rest. */
 INLINE __m512 exp2_exact16(__m512 x) {
     const __m512 shift = _mm512_set1_ps(12582912.0f);
     const __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    const __m512 moved = _mm512_add_ps(x, shift), rest = _mm512_sub_ps(x, _mm512_sub_ps(moved, shift));
+    const __m512 whole = _mm512_sub_ps(_mm512_add_ps(x, shift), shift), rest = _mm512_sub_ps(x, whole);
     __m512 y = _mm512_set1_ps(1.3276471e-3f);
     y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(9.6755413e-3f));
     y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.5507133e-2f));
     y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.4022120e-1f));
     y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.9314697e-1f));
     y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
-    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(moved), 23);
-    return _mm512_maskz_mov_ps(some, _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), exponent)));
+    return _mm512_maskz_scalef_ps(some, y, whole);
 }
 
 INLINE __mmask16 lanes_until(int i, int end) { return end - i >= 16 ? 0xffff : (__mmask16)((1u << (end - i)) - 1); }
