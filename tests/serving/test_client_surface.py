@@ -89,3 +89,12 @@ def test_what_langchain_sends(ask):
     )
     vector = ask("embeddings", {"model": "tiny", "input": ["x"], "encoding_format": "base64"}).json()["data"][0]["embedding"]
     assert isinstance(vector, str)
+
+
+def test_the_description_names_the_model_and_every_content_type(base_url):
+    described = httpx.get(f"{base_url}/openapi.json").json()
+    assert described["components"]["schemas"]["CompletionRequest"]["properties"]["model"]["enum"] == ["tiny"]
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answers = described["paths"][path]["post"]["responses"]
+        assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"} and {"4XX", "5XX"} <= set(answers)
+    assert set(described["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -55,7 +56,22 @@ def create_app(
     add_page(app)
     for add in (add_health, add_tokens, add_embeddings, add_completions, add_chat, add_page_answers, add_page_beams):
         add(app, server)
+    describe_model(app, model_name)
     return app
+
+
+def describe_model(app: FastAPI, model_name: str) -> None:
+    """Name the one model in the OpenAPI description, so that a reader, or a fuzzer, sends requests that are answered."""
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        schema = describe()
+        for component in schema["components"]["schemas"].values():
+            if component.get("properties", {}).get("model", {}).get("type") == "string":
+                component["properties"]["model"]["enum"] = [model_name]
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]
 
 
 def add_layers(app: FastAPI, server: Server, keys: ApiKeys, host_names: frozenset[str] | None, origins: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from plinth.serving.prompt_scores import prompt_scores
 from plinth.serving.protocol import fit_context
 from plinth.serving.records import RequestRecord, record_of
 from plinth.serving.server import Server
-from plinth.serving.stream import EventStream
+from plinth.serving.stream import DESCRIBED, EventStream
 from plinth.serving.ticket import Ticket, Work
 from plinth.serving.turn import Turn
 
@@ -25,7 +25,7 @@ from plinth.serving.turn import Turn
 def add_chat(app: FastAPI, server: Server) -> None:
     """Add the route."""
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=DESCRIBED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await until_disconnect(request, converse(server, body, record_of(request)))

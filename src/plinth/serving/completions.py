@@ -18,14 +18,14 @@ from plinth.serving.prompt_scores import prompt_scores
 from plinth.serving.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest, fit_context
 from plinth.serving.records import RequestRecord, record_of
 from plinth.serving.server import Server
-from plinth.serving.stream import EventStream
+from plinth.serving.stream import DESCRIBED, EventStream
 from plinth.serving.ticket import Ticket, Work
 
 
 def add_completions(app: FastAPI, server: Server) -> None:
     """Add the route."""
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=DESCRIBED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         return await until_disconnect(request, complete(server, body, record_of(request)))

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from plinth.serving.errors import ApiError, internal_error
 
 LOG = logging.getLogger("plinth.serving")
+DESCRIBED: dict[int | str, dict[str, Any]] = {200: {"description": "The answer, or its stream.", "content": {"text/event-stream": {}}}}
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
