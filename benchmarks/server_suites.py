@@ -27,9 +27,9 @@ CHECKS = "not_a_server_error,content_type_conformance,status_code_conformance"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--compatcanary", type=Path)
-    parser.add_argument("--schemathesis", type=Path)
-    parser.add_argument("--langchain", type=Path)
+    parser.add_argument("--compatcanary", type=absolute)
+    parser.add_argument("--schemathesis", type=absolute)
+    parser.add_argument("--langchain", type=absolute)
     parser.add_argument("--examples", type=int, default=10, help="of schemathesis, for each operation")
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "plinth", "serve", str(arguments.run), "--port", "0", "--json", "--name", "suite"]
@@ -58,6 +58,11 @@ def run_suites(arguments: argparse.Namespace, url: str):
         yield {"suite": "langchain-openai", "passed": set(found.values()) == {"ok"}, "found": found}
     if arguments.schemathesis:
         yield schemathesis(arguments.schemathesis, url, arguments.examples)
+
+
+def absolute(path: str) -> Path:
+    """Return the path of a command from the root on: suites run in a folder of their own."""
+    return Path(path).absolute()
 
 
 def compatcanary(command: Path, url: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from plinth.serving.records import log_json
 def log_lines():
     """The JSON lines that are logged meanwhile."""
     stream, kept = io.StringIO(), []
-    for name in ("plinth", "uvicorn"):
+    for name in ("plinth", "uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         kept.append((logger, logger.handlers, logger.propagate, logger.level))
     log_json(stream)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import signal
@@ -167,6 +168,7 @@ def run_server(
         lifespan="on",
         **({"log_config": None} if keeps_logging else {}),
     )
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # its warnings of writes to clients that have left
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again after it has shut down
     try:
         with contextlib.suppress(KeyboardInterrupt):

@@ -134,7 +134,7 @@ def log_json(stream: TextIO) -> None:
     """Write all of the server's log, a line for each request too, to `stream` as JSON Lines."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
-    for name, level in (("plinth", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("plinth", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
