@@ -32,6 +32,8 @@ VERBS = {
     "export": ("plinth.cli.export", "a folder that vLLM, transformers or llama.cpp serve, compared with them"),
     "generate": ("plinth.cli.generate", "text from a model"),
     "chat": ("plinth.cli.chat", "talk to a model in the terminal"),
+    "search": ("plinth.cli.search", "the documents of a run that hold given words, with source and licence"),
+    "agent": ("plinth.cli.agent", "a question answered with a calculator and a search of the run's documents"),
     "serve": ("plinth.cli.serve", "an OpenAI-compatible server and a chat page"),
 }
 SPREAD_VERBS = ("pretrain",)  # those that several processes, launched together, work on as one
