@@ -50,17 +50,19 @@ def main() -> None:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
     engine = Engine(make_runner(model), max_batch=2)
     draw = random.Random(0)
-    rows = [check_cost(engine, [draw.randrange(config.vocab_size) for _ in range(32)], count) for count in GUESSES]
+    rows = []
+    for count in GUESSES:
+        rows.append(check_cost(engine, [draw.randrange(config.vocab_size) for _ in range(32)], count))
+        print(rows[-1], flush=True)
     rows.append(lookup(engine, [draw.randrange(config.vocab_size) for _ in range(8)] * 4))
-    for row in rows:
-        print(row)
+    print(rows[-1], flush=True)
     write_record(
         "speculative", "What does checking guesses cost, and what does prompt lookup give?", rows, runner=type(engine.runner).__name__
     )
 
 
 def check_cost(engine: Engine, prompt: list[int], count: int) -> dict:
-    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logit_bias={7: -1e4})
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logit_bias={7: -1e4})
     drafter = Wrong(count)
     request = engine.add(prompt, params, None, drafter)
     engine.step()
@@ -75,14 +77,14 @@ def check_cost(engine: Engine, prompt: list[int], count: int) -> dict:
 
 
 def lookup(engine: Engine, prompt: list[int]) -> dict:
-    params, rates, tokens = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), {True: [], False: []}, {}
+    params, rates, tokens = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), {True: [], False: []}, {}
     for _ in range(3):
         for guessing in (False, True):
             engine.drafting = Speculation().drafter if guessing else None
             before, started = engine.counters.drafted, time.perf_counter()
             accepted = engine.counters.accepted
             tokens[guessing] = engine.generate([prompt], params)[0].tokens
-            rates[guessing].append(200 / (time.perf_counter() - started))
+            rates[guessing].append(100 / (time.perf_counter() - started))
             share = (engine.counters.accepted - accepted) / max(1, engine.counters.drafted - before)
     engine.drafting = None
     plain, guessed = statistics.median(rates[False]), statistics.median(rates[True])
