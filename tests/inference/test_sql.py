@@ -97,7 +97,7 @@ def test_answers_are_those_of_the_database(database):
         ("SELECT 1; SELECT 2", "refused: .*one statement"),
         ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n", "not authorized|longer than"),
         (
-            "SELECT COUNT(*) FROM city a, city b, city c, city d, city e, city f, city g, city h, city i, city j, city k, city l, city m",
+            "SELECT COUNT(*) FROM " + ", ".join(f"city c{i}" for i in range(40)),
             "longer",
         ),
     ],
