@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from plinth.inference.penalties import TokenCounts
-from plinth.inference.sampling import SamplingParams, choose_tokens, sample_tokens, target_distribution, top_logprobs, uniform_noise
+from plinth.inference.sampling import SamplingParams, choose_tokens, largest_logprobs, sample_tokens, target_distribution, uniform_noise
 from plinth.inference.truncation import SamplingColumns, sampling_weights
 
 CASES = {
@@ -201,11 +201,12 @@ def test_noise_is_uniform_and_uncorrelated(axis):
 
 def test_top_logprobs_are_sorted_with_lower_ids_first():
     logprobs_NV = torch.log_softmax(torch.tensor([[1.0, 3.0, 3.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]]), -1)
-    first, second = top_logprobs(logprobs_NV, 4)
+    no_sums_N = torch.zeros(2)
+    first, second = largest_logprobs(logprobs_NV, no_sums_N, 4)
     assert [token for token, _ in first] == [1, 2, 3, 4]
     assert [token for token, _ in second] == [0, 1, 2, 3]
     assert [value for _, value in first] == logprobs_NV[0, [1, 2, 3, 4]].tolist()
-    assert top_logprobs(logprobs_NV, 9)[1] == [(i, logprobs_NV[1, i].item()) for i in range(5)]
+    assert largest_logprobs(logprobs_NV, no_sums_N, 9)[1] == [(i, logprobs_NV[1, i].item()) for i in range(5)]
 
 
 @pytest.mark.oracle

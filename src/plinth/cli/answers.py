@@ -19,7 +19,7 @@ def keep_answers(text: TextEngine, run: Path, path: Path | None, min_likeness: f
     runner = text.engine.runner
     identity = {
         "model_sha256": tree_sha256(find_model(run)),  # weights, configuration and tokenizer
-        "weights": getattr(runner, "weights", "as stored"),
+        "weights": runner.weights,
         "runner": type(runner).__name__,
         "max_seq_len": text.engine.max_seq_len,
     }

@@ -79,7 +79,7 @@ def choose_best(text, prompts: list[list[int]], params, options: SearchOptions) 
     from plinth.inference import best_of
 
     chosen = []
-    config = best_of.config_of(text.engine)
+    config = text.engine.runner.config
     for i, prompt in enumerate(prompts):
         seeded = params if params.seed is None else replace(params, seed=params.seed + i * options.best_of)
         samples = best_of.sample(text, prompt, options.best_of, seeded)

@@ -21,7 +21,7 @@ from plinth.evaluation.questions import (
     sample_questions,
 )
 from plinth.evaluation.sample_curve import Sampled, curve
-from plinth.inference.best_of import config_of, cost_of, mean_logprob
+from plinth.inference.best_of import cost_of, mean_logprob
 from plinth.inference.sampling import SamplingParams
 from plinth.inference.text import TextCompletion, TextEngine
 from plinth.models.cost import forward_flops_per_token
@@ -88,7 +88,7 @@ def _sampled(text: TextEngine, question: Question, completions: list[TextComplet
     verdicts: dict[str, bool] = {}
     for answer, completion in zip(answers, completions):
         verdicts.setdefault(answer, bool(judge(question, completion.text.strip())["correct"]))
-    config, prompt = config_of(text.engine), completions[0].prompt_tokens
+    config, prompt = text.engine.runner.config, completions[0].prompt_tokens
     reading = 0 if config is None else prompt * forward_flops_per_token(config, prompt)
     return Sampled(
         right=[verdicts[answer] for answer in answers],

@@ -43,11 +43,6 @@ def sample(text: TextEngine, prompt: Prompt, n: int, params: SamplingParams | No
     return text.complete([prompt] * n, replace(params, seed=seed))
 
 
-def config_of(engine: Engine) -> DecoderConfig | None:
-    """Return the shape of an engine's model, where its runner tells."""
-    return getattr(engine.runner, "config", None) or getattr(getattr(engine.runner, "model", None), "config", None)
-
-
 def cost_of(completions: Sequence[TextCompletion], config: DecoderConfig | None = None) -> Cost:
     """Return what completions of one prompt took together."""
     if not completions:

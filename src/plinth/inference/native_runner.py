@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from plinth.config import UserError
-from plinth.inference.runner import BLOCK_TOKENS, Rows
+from plinth.inference.runner import BLOCK_TOKENS, Rows, check_same_shape
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.ops import decoder, kernels
@@ -62,8 +62,7 @@ class NativeRunner:
     @torch.no_grad()
     def reload(self, model: Transformer) -> None:
         """Pack the weights of a model of the same shape anew; the cache's content, which belongs to the old ones, is stale then."""
-        if model.config != self.config:
-            raise UserError(f"reload takes a model of the same configuration; this one has {model.config}, the runner {self.config}.")
+        check_same_shape(model, self.config)
         pack, pack_ends, config = PACK[self.weights], PACK_ENDS[self.weights], self.config
         cos, sin = rope_table(torch.arange(config.max_seq_len), config.head_dim, config.rope_theta)
         self._tables = (cos.contiguous(), sin.contiguous())

@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from plinth.config import UserError
+from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 
 BLOCK_TOKENS = 32  # positions of one block of keys and values
@@ -39,6 +41,10 @@ class Rows:
 class Runner(Protocol):
     """Runs a model over a paged cache. Every call writes the keys and values of its rows before any of them attends."""
 
+    config: DecoderConfig
+    """the shape of the model"""
+    weights: str
+    """format of its weights while running"""
     vocab_size: int
     """number of logits a row"""
     max_seq_len: int
@@ -65,3 +71,9 @@ class Runner(Protocol):
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, each pair (source, target): for forks whose last block is part full."""
+
+
+def check_same_shape(model: Transformer, config: DecoderConfig) -> None:
+    """Raise UserError for a model that a runner made for another configuration cannot take over."""
+    if model.config != config:
+        raise UserError(f"reload takes a model of the same configuration; this one has {model.config}, the runner {config}.")

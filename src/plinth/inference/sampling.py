@@ -253,11 +253,6 @@ def _largest(logits_NV: torch.Tensor, count: int) -> torch.Tensor:
     return ids_NC.gather(-1, order_NC)
 
 
-def top_logprobs(logprobs_NV: torch.Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """Return the `count` most probable (token id, log-probability in nats) a row, the lower id first among equals."""
-    return largest_logprobs(logprobs_NV, logprobs_NV.new_zeros(len(logprobs_NV)), count)
-
-
 def target_distribution(
     logits_V: Sequence[float], params: SamplingParams, history: TokenCounts | None = None, index: int | None = None
 ) -> list[float]:

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from plinth.config import UserError
-from plinth.inference.runner import BLOCK_TOKENS, Rows
+from plinth.inference.runner import BLOCK_TOKENS, Rows, check_same_shape
 from plinth.models.kv_cache import SMALLEST_WINDOW, PagedCache, View
 from plinth.models.transformer import Transformer
 from plinth.ops.linear import pad_rows
 
 PREFILL_CHUNK = 16
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 FILLER = 0  # token of rows that only fill a chunk or a tile; nothing reads what they give
 
 
@@ -29,17 +29,18 @@ class TorchRunner:
     uniform = False
 
     def __init__(self, model: Transformer):
+        self.config = model.config
         self.vocab_size = model.config.vocab_size
         self.max_seq_len = model.config.max_seq_len
         self.device = model.embed.weight.device
         self._dtype = model.embed.weight.dtype
+        self.weights = FORMATS.get(self._dtype, str(self._dtype))
         self.model = model
         self.allocate(1)
 
     def reload(self, model: Transformer) -> None:
         """Run another model of the same configuration, dtype and device from now on; what the cache holds is stale then."""
-        if model.config != self.model.config:
-            raise UserError(f"reload takes a model of the same configuration; this one has {model.config}, the runner {self.model.config}.")
+        check_same_shape(model, self.config)
         self.model = model.to(self.device, self._dtype)
 
     def allocate(self, num_blocks: int) -> None:

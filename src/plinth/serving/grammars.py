@@ -6,12 +6,11 @@ import asyncio
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import TypeVar
 
 from plinth.config import UserError
 from plinth.inference.grammar import Grammar
-from plinth.inference.grammar_constraint import GrammarCompiler, GrammarConstraint, GrammarWarning
+from plinth.inference.grammar_constraint import GrammarConstraint, GrammarWarning
 from plinth.inference.text import TextEngine
 from plinth.inference.verdict import why_invalid
 from plinth.serving.errors import bad_request
@@ -46,11 +45,6 @@ class Grammars:
         self._text_engine = text_engine
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="plinth-grammar")
 
-    @cached_property
-    def _compiler(self) -> GrammarCompiler:
-        engine = self._text_engine.engine
-        return GrammarCompiler(self._text_engine.tokenizer, engine.vocab_size, engine.eos_ids)
-
     async def run(self, function: Callable[[], T]) -> T:
         """Return what `function` returns in the grammars' thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
@@ -64,7 +58,8 @@ class Grammars:
                 return None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", GrammarWarning)  # said in the answer's headers instead
-                return Structure(self, self._compiler.start(grammar, max_tokens), self._compiler.compile(grammar).warnings)
+                compiler = self._text_engine.grammars
+                return Structure(self, compiler.start(grammar, max_tokens), compiler.compile(grammar).warnings)
 
         try:
             return await self.run(start)
