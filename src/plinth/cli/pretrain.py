@@ -1,7 +1,8 @@
-"""`plinth pretrain`: a decoder from token shards."""
+"""`plinth pretrain`: a model of any family; here the decoder, from token shards, and the choice of the others by `--family`."""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from plinth.cli.output import emit, say
-from plinth.config import UserError
+from plinth.config import UserError, nearest
 from plinth.models.config import DecoderConfig
 from plinth.recipes.pretraining import PretrainConfig, pretrain, read_config, show_batch
 from plinth.recipes.ray_launch import run_on_ray
@@ -19,10 +20,13 @@ from plinth.scaling.plan_record import load_plan
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.parallel import is_leader
 
+FAMILIES: dict[str, tuple[str, str]] = {  # family → module whose main takes the other arguments, and a gloss
+}
+
 
 @dataclass(frozen=True)
 class Options:
-    """Pretrain a decoder on shards that `plinth data pack` wrote."""
+    """Pretrain a decoder on shards that `plinth data pack` wrote; --family, as the first option, names another kind of model."""
 
     shards: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """shards folders, one or more, packed with the same tokenizer"""
@@ -47,6 +51,26 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
+    """Run the verb for the family that the arguments name."""
+    family, rest = split_family(argv)
+    return main_decoder(rest) if family == "decoder" else importlib.import_module(FAMILIES[family][0]).main(rest)
+
+
+def split_family(argv: list[str]) -> tuple[str, list[str]]:
+    """Take `--family NAME`, or `--family=NAME`, out of the arguments. Raises UserError for a family that there is not."""
+    rest = list(argv)
+    place = next((i for i, word in enumerate(rest) if word.split("=")[0] == "--family"), None)
+    if place is None:
+        return "decoder", rest
+    word = rest.pop(place)
+    name = word.partition("=")[2] if "=" in word else rest.pop(place) if place < len(rest) else ""
+    if name != "decoder" and name not in FAMILIES:
+        glosses = "; ".join(f"{each}: {gloss}" for each, (_, gloss) in {"decoder": ("", "next token"), **FAMILIES}.items())
+        raise UserError(f"--family {name or '(nothing)'} is unknown.{nearest(name, FAMILIES)} Families: {glosses}.")
+    return name, rest
+
+
+def main_decoder(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth pretrain", args=argv)
     config = options.config
     if options.plan is not None and config.parametrization != "standard":

@@ -6,15 +6,16 @@ import copy
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from plinth.config import UserError, from_dict, to_dict, write_atomic
-from plinth.models.hub import load_model, save_model
+from plinth.config import UserError, write_atomic
+from plinth.models.hub import load_model
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
 from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
@@ -22,7 +23,8 @@ from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device, move_batch
-from plinth.training.loop import TrainConfig, train
+from plinth.training.job import Job, run_job
+from plinth.training.loop import TrainConfig
 from plinth.training.objectives import select_rows
 from plinth.training.optim import OptimizerConfig
 from plinth.training.precision import DTYPES
@@ -111,48 +113,53 @@ def train_dpo(
     """
     source = find_model(model_run)
     tokenizer = Tokenizer.load(source)
-    if resume:
-        run = Run.open(out)
-        if run.is_done:
-            return run
-        config = from_dict(DpoConfig, run.config, f"{out}/config.json: ")
-    model = load_model(source)
-    pairs, rejected = read_pairs(pairs_file, tokenizer, model.config.max_seq_len)
-    if rejected:
-        warn(f"{pairs_file}: {len(rejected)} lines rejected ({'; '.join(rejected[:3])})")
-    lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]
-    row_tokens = None if config.tokens is None else config.tokens // 2  # a pair is two rows
-    buckets = LengthBuckets(lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
-    if not resume:
-        config = replace(config, train=config.train.resolved(buckets.steps_for(config.epochs, row_tokens)))
-        run = Run.create(out, "dpo", to_dict(config), [model_run, pairs_file], argv, config.train.seed)
     pad_id = tokenizer.pad_id or 0
-    reference = reference_log_probs(run, model, pairs, config, pad_id)
 
-    def batches_at(step: int):
-        return [(*pad_pairs(pairs, part, pad_id), torch.from_numpy(reference[part])) for part in buckets.indices(step)]
+    def prepare(config: DpoConfig) -> Job:
+        model = load_model(source)
+        pairs, rejected = read_pairs(pairs_file, tokenizer, model.config.max_seq_len)
+        if rejected:
+            warn(f"{pairs_file}: {len(rejected)} lines rejected ({'; '.join(rejected[:3])})")
+        lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]
+        buckets = LengthBuckets(lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
+        row_tokens = None if config.tokens is None else config.tokens // 2  # a pair is two rows
+        reference = np.zeros((len(pairs), 2), dtype=np.float32)
 
-    def loss(policy: Transformer, batch):
-        inputs, targets, reference_B2 = batch
-        chosen, rejected = sequence_log_probs(policy, inputs, targets).chunk(2)
-        total, count, metrics = dpo_loss(chosen, rejected, *reference_B2.unbind(1), beta=config.beta)
-        metrics["chosen_log_prob"], metrics["rejected_log_prob"] = float(chosen.sum().detach()), float(rejected.sum().detach())
-        return total - config.chosen_nll_coef * chosen.sum(), count, metrics
+        def begin(run: Run, config: DpoConfig) -> None:
+            reference[:] = reference_log_probs(run, model, pairs, config, pad_id)
 
-    def describe_batch(step: int, rows: Sequence[int] | None) -> str:
-        indices = np.concatenate(buckets.indices(step)).tolist()
-        return describe_examples("pair", indices, rows, lambda i: tokenizer.decode(pairs[i].chosen.tokens[:40]))
+        def batches_at(step: int):
+            return [(*pad_pairs(pairs, part, pad_id), torch.from_numpy(reference[part])) for part in buckets.indices(step)]
 
-    data = {"pairs_sha256": file_sha256(pairs_file), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed}
-    summary = train(
-        run, model, loss, batches_at, config.train,
-        description="preference tuning", describe_batch=describe_batch, data=data, resume=resume, warn=warn,
-    )  # fmt: skip
-    save_model(model, tokenizer, run.model_dir)
-    summary |= {"pairs": len(pairs), "rejected_lines": len(rejected), "epochs": summary["steps"] / buckets.steps_per_epoch}
-    summary["pairs_seen"] = summary.pop("tokens")
-    run.finish(summary)
-    return run
+        def loss(policy: Transformer, batch):
+            inputs, targets, reference_B2 = batch
+            chosen, rejected = sequence_log_probs(policy, inputs, targets).chunk(2)
+            total, count, metrics = dpo_loss(chosen, rejected, *reference_B2.unbind(1), beta=config.beta)
+            metrics["chosen_log_prob"], metrics["rejected_log_prob"] = float(chosen.sum().detach()), float(rejected.sum().detach())
+            return total - config.chosen_nll_coef * chosen.sum(), count, metrics
+
+        def describe_batch(step: int, rows: Sequence[int] | None) -> str:
+            indices = np.concatenate(buckets.indices(step)).tolist()
+            return describe_examples("pair", indices, rows, lambda i: tokenizer.decode(pairs[i].chosen.tokens[:40]))
+
+        def summarise(summary: dict[str, Any]) -> dict[str, Any]:
+            counts = {"pairs": len(pairs), "rejected_lines": len(rejected), "epochs": summary["steps"] / buckets.steps_per_epoch}
+            return {name: value for name, value in summary.items() if name != "tokens"} | counts | {"pairs_seen": summary["tokens"]}
+
+        return Job(
+            model,
+            loss,
+            batches_at,
+            steps=buckets.steps_for(config.epochs, row_tokens),
+            tokenizer=tokenizer,
+            description="preference tuning",
+            data={"pairs_sha256": file_sha256(pairs_file), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
+            describe_batch=describe_batch,
+            begin=begin,
+            summarise=summarise,
+        )
+
+    return run_job(out, "dpo", config, prepare, parents=[model_run, pairs_file], resume=resume, argv=argv, warn=warn)
 
 
 def pad_pairs(pairs: list[Pair], part: np.ndarray, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

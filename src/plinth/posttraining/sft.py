@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from plinth.config import UserError, from_dict, to_dict
-from plinth.models.hub import load_model, save_model
+from plinth.config import UserError
+from plinth.models.hub import load_model
 from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, read_messages, render
 from plinth.tokenizer.encode import Tokenizer
-from plinth.training.loop import TrainConfig, train
+from plinth.training.job import Job, run_job
+from plinth.training.loop import TrainConfig
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig
 
@@ -71,53 +72,47 @@ def train_sft(
     conversations, rejects = read_messages(messages)
     if rejects.count:
         warn(f"{messages}: {rejects.describe()}")
-    if resume:
-        run = Run.open(out)
-        if run.is_done:
-            return run
-        config = from_dict(SftConfig, run.config, f"{out}/config.json: ")
-    model = load_model(source)
-    limit = config.max_seq_len or model.config.max_seq_len
-    examples = render_examples(tokenizer, conversations, limit)
-    rounds = 1 if config.join_turns == 1 else JOIN_ROUNDS
-    if rounds > 1:
-        examples = join_examples(examples, config.join_turns, rounds, limit, config.train.seed)
-    lengths = [len(example.tokens) for example in examples]
-    buckets = LengthBuckets(lengths, config.conversations_per_step, config.micro_batch_size, config.train.seed)
-    if not resume:
-        config = replace(config, train=config.train.resolved(buckets.steps_for(config.epochs / rounds, config.tokens)))
-        run = Run.create(out, "sft", to_dict(config), [model_run, messages], argv, config.train.seed)
-    pad_id = tokenizer.pad_id or 0
 
-    def batches_at(step: int):
-        return [
-            pad_rows([examples[i].tokens for i in part], [examples[i].loss_mask for i in part], pad_id) for part in buckets.indices(step)
-        ]
+    def prepare(config: SftConfig) -> Job:
+        model = load_model(source)
+        limit = config.max_seq_len or model.config.max_seq_len
+        examples = render_examples(tokenizer, conversations, limit)
+        rounds = 1 if config.join_turns == 1 else JOIN_ROUNDS
+        if rounds > 1:
+            examples = join_examples(examples, config.join_turns, rounds, limit, config.train.seed)
+        lengths = [len(example.tokens) for example in examples]
+        buckets = LengthBuckets(lengths, config.conversations_per_step, config.micro_batch_size, config.train.seed)
+        pad_id = tokenizer.pad_id or 0
 
-    summary = train(
-        run,
-        model,
-        causal_lm_loss,
-        batches_at,
-        config.train,
-        description="finetuning",
-        describe_batch=lambda step, rows: describe_examples(
-            "example", np.concatenate(buckets.indices(step)).tolist(), rows, lambda i: tokenizer.decode(examples[i].tokens[:40])
-        ),
-        data={"messages_sha256": file_sha256(messages), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
-        resume=resume,
-        warn=warn,
-    )
-    save_model(model, tokenizer, run.model_dir)
-    supervised = sum(sum(example.loss_mask) for example in examples)
-    summary |= {
-        "conversations": len(conversations),
-        "rejected": rejects.count,
-        "epochs": rounds * summary["steps"] / buckets.steps_per_epoch,
-        "supervised_share": supervised / sum(lengths),
-    }
-    run.finish(summary)
-    return run
+        def batches_at(step: int):
+            return [
+                pad_rows([examples[i].tokens for i in part], [examples[i].loss_mask for i in part], pad_id)
+                for part in buckets.indices(step)
+            ]
+
+        return Job(
+            model,
+            causal_lm_loss,
+            batches_at,
+            steps=buckets.steps_for(config.epochs / rounds, config.tokens),
+            tokenizer=tokenizer,
+            description="finetuning",
+            data={"messages_sha256": file_sha256(messages), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
+            describe_batch=lambda step, rows: describe_examples(
+                "example", np.concatenate(buckets.indices(step)).tolist(), rows, lambda i: tokenizer.decode(examples[i].tokens[:40])
+            ),
+            summarise=lambda summary: (
+                summary
+                | {
+                    "conversations": len(conversations),
+                    "rejected": rejects.count,
+                    "epochs": rounds * summary["steps"] / buckets.steps_per_epoch,
+                    "supervised_share": sum(sum(example.loss_mask) for example in examples) / sum(lengths),
+                }
+            ),
+        )
+
+    return run_job(out, "sft", config, prepare, parents=[model_run, messages], resume=resume, argv=argv, warn=warn)
 
 
 def render_examples(tokenizer: Tokenizer, conversations: list[list[Message]], max_seq_len: int) -> list[Rendered]:
