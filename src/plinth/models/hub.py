@@ -18,6 +18,7 @@ import torch
 from plinth import __version__
 from plinth.config import UserError, nearest, read_json, save_json
 from plinth.models.config import HIDDEN_ACTS, DecoderConfig
+from plinth.models.meta import on_meta
 from plinth.models.tensor_file import save_tensors
 from plinth.models.transformer import Transformer
 from plinth.run import file_sha256, publish_dir
@@ -123,8 +124,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     config = DecoderConfig.from_hf(values)
     _check_hashes(path)
     state = import_tensors(config, _read_tensors(path), where=str(path))
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = on_meta(lambda: Transformer(config))
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return model
 
@@ -166,8 +166,7 @@ def _layout(config: DecoderConfig) -> dict[str, tuple[torch.Size, tuple[int, ...
 
     They are those of a decoder that learns its scales: a published model always has them.
     """
-    with torch.device("meta"):
-        model = Transformer(dataclasses.replace(config, learnable_norm=True))
+    model = on_meta(lambda: Transformer(dataclasses.replace(config, learnable_norm=True)))
     fused = model.matrix_parts()
     return {name: (tensor.shape, fused.get(name, (tensor.shape[0],))) for name, tensor in model.state_dict().items()}
 

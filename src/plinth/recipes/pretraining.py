@@ -17,6 +17,7 @@ from plinth.data.shards import read_manifest
 from plinth.models.config import DecoderConfig
 from plinth.models.cost import train_flops_per_token
 from plinth.models.hub import save_model
+from plinth.models.meta import on_meta
 from plinth.models.transformer import Transformer
 from plinth.ops.roofline import matmul_rate
 from plinth.run import Run
@@ -239,8 +240,7 @@ def own_rows(rows: Rows, ranks: Ranks | None) -> Rows:
 
 def meta_model(config: PretrainConfig) -> Transformer:
     """Return the decoder's shape without memory for its weights."""
-    with torch.device("meta"):
-        return Transformer(config.transfer.apply(config.model))
+    return on_meta(lambda: Transformer(config.transfer.apply(config.model)))
 
 
 def spread_model(config: PretrainConfig, ranks: Ranks, generator: torch.Generator) -> tuple[nn.Module, ShardedWeights]:
