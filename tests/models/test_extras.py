@@ -112,7 +112,7 @@ def test_a_cap_must_be_positive():
 
 
 def test_an_activation_must_be_known():
-    with pytest.raises(UserError, match="activation='relu' is unknown. Use one of swiglu, relu2"):
+    with pytest.raises(UserError, match="activation='relu' is unknown. Use one of swiglu, relu2, geglu"):
         replace(BASE, activation="relu")
 
 

@@ -36,7 +36,7 @@ class Options:
     """run directory to write"""
     plan: Path | None = None
     """plan.json of `plinth plan --out`: takes shape, batch, schedule and learning rates from it"""
-    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+    config: Annotated[PretrainConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = field(default_factory=PretrainConfig)
     """model, batches and schedule"""
     show_batch: int | None = None
     """only print the documents and text of this update (from 1, as in metrics.jsonl), as the run in --out has them if there is one"""
