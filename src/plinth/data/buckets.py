@@ -1,0 +1,65 @@
+"""Examples of unequal length dealt into micro-batches of like lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+WIDTH_STEP = 8  # widths of padded batches are multiples of it: few shapes, so kernels and memory are used again
+UNCOUNTED = -1  # a target that no loss counts
+
+
+class LengthBuckets:
+    """Deals examples into steps so that a micro-batch holds like lengths; a pure function of (seed, step).
+
+    Each epoch shows every example once, in an order of its own. Within `spread` steps' worth of examples the order
+    is sorted by length and cut into micro-batches, whose order is then drawn again.
+    """
+
+    def __init__(self, lengths: Sequence[int], examples_per_step: int, micro_batch_size: int, seed: int, spread: int = 8):
+        self.lengths = np.asarray(lengths)
+        self.micro_batch_size = min(micro_batch_size, examples_per_step)
+        self.micro_batches_per_step = max(1, examples_per_step // self.micro_batch_size)
+        self.seed, self.spread = seed, spread
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self._num_micro_batches // self.micro_batches_per_step)
+
+    def steps_for(self, epochs: float, tokens: int | None) -> int:
+        """Return the steps of so many epochs, or of so many tokens with padding, at least one."""
+        if tokens is not None:
+            epochs = tokens / self.padded_tokens()
+        return max(1, round(self.steps_per_epoch * epochs))
+
+    def padded_tokens(self) -> int:
+        """Return the tokens of the first epoch with padding."""
+        return sum(len(part) * padded_width(int(self.lengths[part].max()) - 1) for part in self._deal(0))
+
+    @property
+    def _num_micro_batches(self) -> int:
+        return -(-len(self.lengths) // self.micro_batch_size)
+
+    def indices(self, step: int) -> list[np.ndarray]:
+        """Return the example numbers of each micro-batch of a step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._deal(epoch))
+        n = self.micro_batches_per_step
+        return self._epoch[1][place * n : (place + 1) * n]
+
+    def _deal(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        order = rng.permutation(len(self.lengths))
+        window = self.micro_batch_size * self.micro_batches_per_step * self.spread
+        sorted_parts = [part[np.argsort(self.lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))]
+        order = np.concatenate(sorted_parts)
+        batches = np.split(order, range(self.micro_batch_size, len(order), self.micro_batch_size))
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def padded_width(width: int) -> int:
+    """Return the width that rows of `width` inputs are padded to."""
+    return -(-width // WIDTH_STEP) * WIDTH_STEP
