@@ -29,7 +29,7 @@ import torch
 from plinth.models.config import DecoderConfig
 from plinth.models.cost import count_params
 from plinth.models.gguf import write_gguf
-from plinth.models.hub import load_model, save_model
+from plinth.models.hub import load_decoder, save_model
 from plinth.models.transformer import Transformer
 from plinth.tokenizer.gguf import gguf_vocabulary
 from plinth.tokenizer.train import train_tokenizer
@@ -248,7 +248,7 @@ def identical(ours: list[dict], theirs: list[dict]) -> dict[str, Any]:
 
 
 def params_of(folder: Path) -> int:
-    return count_params(load_model(folder / "hf").config)["total"]
+    return count_params(load_decoder(folder / "hf").config)["total"]
 
 
 def peer_versions() -> dict[str, str]:

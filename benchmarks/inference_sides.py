@@ -31,10 +31,10 @@ class Plinth:
     def __init__(self, folder: Path, weights: str, threads: int):
         from plinth.inference.engine import Engine
         from plinth.inference.native_runner import NativeRunner
-        from plinth.models.hub import load_model
+        from plinth.models.hub import load_decoder
 
         self.folder = folder
-        self.runner = NativeRunner(load_model(folder), weights, num_threads=threads)
+        self.runner = NativeRunner(load_decoder(folder), weights, num_threads=threads)
         self.engine = Engine(self.runner, max_batch=16, max_seq_len=CONTEXT)
 
     def run(self, work: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from plinth.data.curate import curate
 from plinth.data.shards import pack_corpus
 from plinth.data.stdlib import stdlib_documents
 from plinth.evaluation.likelihood import score_corpus
-from plinth.models.hub import load_model
+from plinth.models.hub import load_decoder
 from plinth.recipes.pretraining import PretrainConfig, pretrain
 from plinth.run import describe_hardware, installed_versions, usable_cores
 from plinth.scaling.candidates import choose_optimizer, choose_tokens_per_step, decoder_config
@@ -119,7 +119,7 @@ def train_one(folder: Path, config, tokens: float, tokenizer: Tokenizer) -> dict
     started = time.perf_counter()
     run = pretrain(out, folder / "shards", folder / "tokenizer", setup)
     elapsed = time.perf_counter() - started
-    score = score_corpus(load_model(run.model_dir), folder / "shards", tokenizer=tokenizer, seq_len=SEQ_LEN)["bits_per_byte"]
+    score = score_corpus(load_decoder(run.model_dir), folder / "shards", tokenizer=tokenizer, seq_len=SEQ_LEN)["bits_per_byte"]
     return {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,

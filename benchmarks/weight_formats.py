@@ -22,7 +22,7 @@ from plinth.inference.runner import BLOCK_TOKENS, Rows, Runner
 from plinth.inference.runners import make_runner
 from plinth.inference.sampling import SamplingParams
 from plinth.models.config import DecoderConfig
-from plinth.models.hub import load_model
+from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.run import find_model
 from plinth.tokenizer.encode import Tokenizer
@@ -94,7 +94,7 @@ def library_texts() -> list[Path]:
 def measure_losses(path: Path, texts: list[Path]) -> dict:
     """Return loss, divergence and agreement of each format on the texts, over windows of the model's context."""
     folder = find_model(path)
-    model, tokenizer = load_model(folder, dtype=torch.float32).eval(), Tokenizer.load(folder)
+    model, tokenizer = load_decoder(folder, dtype=torch.float32).eval(), Tokenizer.load(folder)
     length = min(model.config.max_seq_len, 256)
     ids = tokenizer.encode("\n".join(text.read_text() for text in texts))
     windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)][:100]

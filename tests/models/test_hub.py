@@ -144,9 +144,12 @@ def rewrite(folder, change) -> None:
         (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), "lacks the tensor model.layers.1.self_attn.k_proj.weight"),
         (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}), r"1 tensor\(s\) that its config.json has no place for"),
         (lambda t: t.update({"model.norm.weight": torch.ones(31)}), r"model.norm.weight has shape \(31,\); its config.json says \(32,\)"),
-        (lambda t: t.update({"model.norm.weight": torch.full((32,), 2.0)}), "plinth_learnable_norm is false, but model.norm.weight"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.full((32,), 2.0)}),
+            "model.norm.weight is not 1 everywhere",
+        ),
         (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "quantised weights are not supported"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(300, 32)}), "lm_head.weight differs from the embedding"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(300, 32)}), "ties lm_head.weight to model.embed_tokens.weight, but they differ"),
     ],
 )
 def test_wrong_tensors_are_named(folder, change, error):
@@ -169,7 +172,7 @@ def test_a_tied_head_that_is_written_out_is_accepted(folder):
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling=.* Use a model without it"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
-        ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2"),
+        ({"num_hidden_layers": 3}, "lacks 11 tensors: model.layers.2.*and 6 more"),
     ],
 )
 def test_an_unsupported_configuration_is_named(folder, fields, error):

@@ -10,7 +10,7 @@ from plinth.inference.engine import Engine
 from plinth.inference.runners import Weights, make_runner
 from plinth.inference.speculative import PROMPT_LOOKUP, Speculation
 from plinth.inference.text import TextEngine
-from plinth.models.hub import load_model
+from plinth.models.hub import load_decoder
 from plinth.run import find_model
 from plinth.tokenizer.encode import Tokenizer
 
@@ -37,7 +37,7 @@ def _draft_engine(text: TextEngine, path: Path, weights: Weights | None) -> Engi
     if tokenizer.vocab_size != text.tokenizer.vocab_size or tokenizer.encode(probe) != text.tokenizer.encode(probe):
         raise UserError(f"{path} was trained with another tokenizer than the model. Speculation needs one with the same.")
     # Beside its sequence a request holds a block for each token guessed.
-    return Engine(make_runner(load_model(folder).eval(), weights), max_batch=3 * text.engine.max_batch)
+    return Engine(make_runner(load_decoder(folder).eval(), weights), max_batch=3 * text.engine.max_batch)
 
 
 def speculation_counts(engine: Engine) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from plinth.evaluation.questions import Style, read_questions, read_shots, score
 from plinth.evaluation.statistics import Score, paired_difference
 from plinth.inference.engine import Engine
 from plinth.inference.text import TextEngine, end_ids
-from plinth.models.hub import load_model
+from plinth.models.hub import load_decoder
 from plinth.run import MODEL_STAGES, find_model, tree_sha256
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.precision import DTYPES
@@ -74,7 +74,7 @@ def evaluate_model(
     config = config or EvaluationConfig()
     started = time.perf_counter()
     folder = find_model(model)
-    weights, tokenizer = load_model(folder, DTYPES[config.dtype]).eval(), Tokenizer.load(folder)
+    weights, tokenizer = load_decoder(folder, DTYPES[config.dtype]).eval(), Tokenizer.load(folder)
     style = config.style or model_style(folder, tokenizer)
     result: dict[str, Any] = {"model": str(folder), "likelihood": {}, "questions": {}, "questions_by_kind": {}, "samples": []}
     result["protocol"] = {"style": style, "dtype": config.dtype, "seed": config.seed, "model_sha256": tree_sha256(folder)}

@@ -17,7 +17,7 @@ from plinth.inference.grammar_constraint import GrammarCompiler, GrammarConstrai
 from plinth.inference.runners import Weights, make_runner
 from plinth.inference.sampling import SamplingParams
 from plinth.inference.verdict import why_invalid
-from plinth.models.hub import load_model
+from plinth.models.hub import load_decoder
 from plinth.run import find_model
 from plinth.tokenizer.chat import Message, render
 from plinth.tokenizer.encode import Tokenizer
@@ -201,7 +201,7 @@ class TextEngine:
         """
         folder = find_model(Path(path))
         tokenizer = Tokenizer.load(folder)
-        runner = make_runner(load_model(folder, dtype=torch.float32).to(device).eval(), weights)
+        runner = make_runner(load_decoder(folder, dtype=torch.float32).to(device).eval(), weights)
         return cls(Engine(runner, max_batch=max_batch, max_seq_len=max_seq_len, eos_ids=end_ids(tokenizer)), tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:

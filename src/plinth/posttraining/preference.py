@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from plinth.config import UserError, write_atomic
-from plinth.models.hub import load_model
+from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
 from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
@@ -116,7 +116,7 @@ def train_dpo(
     pad_id = tokenizer.pad_id or 0
 
     def prepare(config: DpoConfig) -> Job:
-        model = load_model(source)
+        model = load_decoder(source)
         pairs, rejected = read_pairs(pairs_file, tokenizer, model.config.max_seq_len)
         if rejected:
             warn(f"{pairs_file}: {len(rejected)} lines rejected ({'; '.join(rejected[:3])})")

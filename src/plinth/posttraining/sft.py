@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from plinth.config import UserError
-from plinth.models.hub import load_model
+from plinth.models.hub import load_decoder
 from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, read_messages, render
@@ -74,7 +74,7 @@ def train_sft(
         warn(f"{messages}: {rejects.describe()}")
 
     def prepare(config: SftConfig) -> Job:
-        model = load_model(source)
+        model = load_decoder(source)
         limit = config.max_seq_len or model.config.max_seq_len
         examples = render_examples(tokenizer, conversations, limit)
         rounds = 1 if config.join_turns == 1 else JOIN_ROUNDS

@@ -16,7 +16,7 @@ import torch
 from plinth import __version__
 from plinth.config import UserError, save_json
 from plinth.models.gguf import WeightFormat, check_gguf, gguf_library, write_gguf
-from plinth.models.hub import SIDECAR, WEIGHTS, load_model, save_model
+from plinth.models.hub import SIDECAR, WEIGHTS, load_decoder, save_model
 from plinth.models.transformer import Transformer
 from plinth.run import file_sha256, find_model, publish_dir
 from plinth.tokenizer.encode import Tokenizer
@@ -67,7 +67,7 @@ def export_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already. Name a new folder with --out.")
     source = find_model(run)
-    model, tokenizer = load_model(source), Tokenizer.load(source)
+    model, tokenizer = load_decoder(source), Tokenizer.load(source)
     write = {"hf": _write_hf, "gguf": _write_gguf}[format]
     report: dict[str, Any] = {"skipped": "not asked for"}
     with publish_dir(out) as folder:
