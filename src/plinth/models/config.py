@@ -12,7 +12,7 @@ EXTRAS = ("logit_softcap", "activation", "residual_scalars", "value_embeddings")
 FAMILY = (  # ... and those by which the published families differ
     "norm", "norm_offset", "post_norms", "qk_norm", "qkv_bias", "out_bias", "mlp_bias", "position", "rope_scaling", "sliding_window",
     "window_layers", "local_rope_theta", "attention_softcap", "query_scale", "embed_multiplier", "num_experts", "num_active_experts",
-    "expert_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob", "dense_layers",
+    "expert_intermediate_size", "shared_expert_intermediate_size", "shared_expert_gate", "norm_topk_prob", "dense_layers",
 )  # fmt: skip
 GATED = ("swiglu", "geglu")
 HIDDEN_ACTS = {"swiglu": "silu", "relu2": "relu2", "geglu": "gelu_pytorch_tanh", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -136,17 +136,19 @@ class DecoderConfig:
     """factor on the token embeddings where they enter the first block (Gemma: sqrt(hidden_size))"""
     num_experts: int = 0
     """feed-forward layers a block of which each token takes some; 0 for one feed-forward layer that all take"""
-    num_active_experts: int = 0
+    num_active_experts: int = 2
     """experts that a token takes"""
     expert_intermediate_size: int | None = None
     """width of an expert (default: intermediate_size)"""
     shared_expert_intermediate_size: int = 0
     """width of a feed-forward layer that all tokens take beside their experts; 0 for none"""
+    shared_expert_gate: bool = False
+    """multiply what the shared expert gives by the sigmoid of a learnt product with its input (Qwen2-MoE)"""
     norm_topk_prob: bool = True
     """let the weights of a token's experts sum to 1"""
-    router_aux_loss: float = 0.0
+    router_aux_loss: float = 0.01
     """factor on the load-balancing loss in training"""
-    router_z_loss: float = 0.0
+    router_z_loss: float = 0.001
     """factor on the squared log-sum of the router's scores in training"""
     dense_layers: tuple[int, ...] = ()
     """blocks, counted from 0, that have one feed-forward layer of intermediate_size in place of experts"""
@@ -216,6 +218,11 @@ class DecoderConfig:
     def has_experts(self, layer: int) -> bool:
         """Return whether the feed-forward layer of a block, counted from 0, is a mixture of experts."""
         return self.num_experts > 0 and layer not in self.dense_layers
+
+    @property
+    def expert_size(self) -> int:
+        """Width of an expert."""
+        return self.expert_intermediate_size or self.intermediate_size
 
     @property
     def score_scale(self) -> float:
@@ -342,8 +349,7 @@ def _check_experts(config: DecoderConfig) -> None:
         if getattr(config, name) < 0:
             raise UserError(f"{name}={getattr(config, name)} must not be negative.")
     if config.num_experts == 0:
-        given = [name for name in ("num_active_experts", "expert_intermediate_size", "shared_expert_intermediate_size", "dense_layers",
-                                   "router_aux_loss", "router_z_loss") if getattr(config, name)]  # fmt: skip
+        given = [name for name in ("expert_intermediate_size", "shared_expert_intermediate_size", "dense_layers") if getattr(config, name)]
         if given:
             raise UserError(f"{given[0]}={getattr(config, given[0])} has no meaning without experts. Set num_experts, or leave it out.")
         return
@@ -353,5 +359,7 @@ def _check_experts(config: DecoderConfig) -> None:
         raise UserError(f"expert_intermediate_size={config.expert_intermediate_size} must be at least 1.")
     if any(not 0 <= layer < config.num_layers for layer in config.dense_layers):
         raise UserError(f"dense_layers={config.dense_layers} names blocks beyond 0 to num_layers - 1 = {config.num_layers - 1}.")
+    if config.shared_expert_gate and not config.shared_expert_intermediate_size:
+        raise UserError("shared_expert_gate=True needs a shared expert. Set shared_expert_intermediate_size, or leave the gate out.")
     if not config.is_gated or config.mlp_bias:
         raise UserError("experts are gated layers without biases. Use activation=swiglu or geglu and mlp_bias=False.")
