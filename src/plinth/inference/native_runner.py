@@ -7,6 +7,7 @@ terms in one order, and attention takes the blocks of a sequence in order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from plinth.config import UserError
 from plinth.inference.runner import BLOCK_TOKENS, Rows, check_same_shape
 from plinth.models.config import DecoderConfig
+from plinth.models.kv_cache import untouched_zeros
 from plinth.models.transformer import Transformer
 from plinth.ops import decoder, kernels
-from plinth.ops.matrix import PackedMatrix, gathered, pack_bf16
+from plinth.ops.matrix import PackedMatrix, Stretch, most_packed_bytes, pack_bf16
 from plinth.ops.quantise import pack_int4, pack_int8
 from plinth.ops.rope import rope_table
 
@@ -63,14 +65,13 @@ class NativeRunner:
     def reload(self, model: Transformer) -> None:
         """Pack the weights of a model of the same shape anew; the cache's content, which belongs to the old ones, is stale then."""
         check_same_shape(model, self.config)
-        pack, pack_ends, config = PACK[self.weights], PACK_ENDS[self.weights], self.config
+        config = self.config
         cos, sin = rope_table(torch.arange(config.max_seq_len), config.head_dim, config.rope_theta)
         self._tables = (cos.contiguous(), sin.contiguous())
-        layers = [_pack_layer(layer, pack) for layer in model.layers]
-        ends = [pack_ends(matrix) for matrix in (model.output_weight, *(() if model.head is None else (model.embed.weight,)))]
-        moved = gathered([*(matrix for matrices, _ in layers for matrix in matrices), *ends])
-        self._layers = [([next(moved) for _ in matrices], norms) for matrices, norms in layers]
-        self._head, *untied = moved
+        ends = [model.output_weight, *(() if model.head is None else (model.embed.weight,))]
+        place = Stretch(most_packed_bytes([*(matrix for layer in model.layers for matrix in _matrices(layer)), *ends])).place
+        self._layers = [_pack_layer(layer, partial(PACK[self.weights], place=place)) for layer in model.layers]
+        self._head, *untied = [PACK_ENDS[self.weights](matrix, place) for matrix in ends]
         self._embed = untied[0] if untied else self._head
         self._final_norm = _scales(model.final_norm.weight)
         self._link()
@@ -102,7 +103,7 @@ class NativeRunner:
         """Make the cache, num_blocks blocks; what an earlier one held is lost."""
         config = self.config
         shape = (config.num_layers, num_blocks, config.num_kv_heads * BLOCK_TOKENS * config.head_dim)
-        self._keys, self._values = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
+        self._keys, self._values = (untouched_zeros(shape, torch.bfloat16) for _ in range(2))
         self._link()
 
     def forward(self, rows: Rows) -> torch.Tensor:
@@ -148,10 +149,13 @@ class NativeRunner:
 
 
 def _pack_layer(layer, pack) -> tuple[list[PackedMatrix], list[torch.Tensor | None]]:
-    attention, mlp = layer.attention, layer.mlp
-    matrices = [attention.qkv.weight, attention.out.weight, interleaved(mlp.gate_up.weight), mlp.down.weight]
-    norms = [layer.attention_norm, layer.mlp_norm, attention.q_norm, attention.k_norm]
-    return [pack(matrix) for matrix in matrices], [_scales(norm.weight) for norm in norms]
+    qkv, out, gate_up, down = _matrices(layer)
+    norms = [layer.attention_norm, layer.mlp_norm, layer.attention.q_norm, layer.attention.k_norm]
+    return [pack(qkv), pack(out), pack(interleaved(gate_up)), pack(down)], [_scales(norm.weight) for norm in norms]
+
+
+def _matrices(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return layer.attention.qkv.weight, layer.attention.out.weight, layer.mlp.gate_up.weight, layer.mlp.down.weight
 
 
 def interleaved(gate_up_2FD: torch.Tensor) -> torch.Tensor:

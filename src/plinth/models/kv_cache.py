@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,15 @@ class View:
     """0 where row r of group a may look, -inf elsewhere"""
 
 
+def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return zeros that on a CPU take memory only where they are used: the system gives zeroed pages, torch would write them all."""
+    count = math.prod(shape)
+    if torch.device(device).type != "cpu" or not count or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # the tensor keeps it alive
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+
+
 class PagedCache:
     """Static tensors `keys` and `values` of shape (num_layers, K, num_blocks, block_tokens, E).
 
@@ -43,8 +54,7 @@ class PagedCache:
         self.block_tokens = block_tokens
         self.max_seq_len = -(-(max_seq_len or config.max_seq_len) // block_tokens) * block_tokens
         shape = (config.num_layers, config.num_kv_heads, num_blocks, block_tokens, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (untouched_zeros(shape, dtype, device) for _ in range(2))
         cos, sin = rope_table(torch.arange(self.max_seq_len), config.head_dim, config.rope_theta, config.attention_multiplier**0.5)
         self.cos_SE, self.sin_SE = cos.to(device, dtype), sin.to(device, dtype)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -62,44 +63,54 @@ class PackedMatrix:
         )  # fmt: skip
 
 
-def pack_bf16(weight_FD: torch.Tensor) -> PackedMatrix:
+Place = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""(shape, dtype) → memory for a tensor, beginning at a multiple of 64 bytes, as torch's own allocations on the CPU do."""
+
+
+def own_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory of its own."""
+    memory = torch.empty(shape, dtype=dtype)
+    assert memory.data_ptr() % 64 == 0
+    return memory
+
+
+def pack_bf16(weight_FD: torch.Tensor, place: Place = own_memory) -> PackedMatrix:
     """Round a weight to bf16 and lay it out in panels: (panels, steps, 2 halves, 16 pairs of inputs, 16 outputs, 2)."""
     outputs, inputs = weight_FD.shape
-    padded = F.pad(weight_FD.detach().bfloat16(), (0, -inputs % STEP, 0, -outputs % PANEL))
+    padding = (0, -inputs % STEP, 0, -outputs % PANEL)
+    padded = F.pad(weight_FD.detach(), padding) if any(padding) else weight_FD.detach()
     tiles = padded.view(-1, 2, 16, padded.shape[1] // STEP, 16, 2).permute(0, 3, 1, 4, 2, 5)
-    return PackedMatrix("bf16", outputs, inputs, aligned_copy(tiles))
+    return PackedMatrix("bf16", outputs, inputs, place(tiles.shape, torch.bfloat16).copy_(tiles))
 
 
 def aligned_copy(values: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous copy whose memory begins at a multiple of 64 bytes, as torch's own allocations on the CPU do."""
-    copy = torch.empty(values.shape, dtype=values.dtype).copy_(values)
-    assert copy.data_ptr() % 64 == 0
-    return copy
+    """Return a contiguous copy in memory of its own."""
+    return own_memory(values.shape, values.dtype).copy_(values)
 
 
-def gathered(matrices: Sequence[PackedMatrix]) -> Iterator[PackedMatrix]:
-    """Yield the matrices moved to one stretch of memory, in this order, in huge pages where the system gives them.
+class Stretch:
+    """One stretch of memory for matrices, one behind the other, in huge pages where the system gives them.
 
-    Reading a stream, a core waits for the address of every new page; huge ones are few.
+    Reading a stream, a core waits for the address of every new page; huge ones are few. Weights are packed right into it: a page that
+    is touched for the first time costs more than the copying. What is asked for and not used takes no memory.
     """
-    tensors = [t for matrix in matrices for t in (matrix.values, matrix.scales) if t is not None]
-    memory = mmap.mmap(-1, sum(_whole_lines(t) for t in tensors) + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    room = torch.frombuffer(memory, dtype=torch.uint8)
-    at = -room.data_ptr() % HUGE_PAGE
 
-    def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        nonlocal at
-        if tensor is None:
-            return None
-        place = room[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        at += _whole_lines(tensor)
-        return place.copy_(tensor)
+    def __init__(self, most_bytes: int):
+        self._map = mmap.mmap(-1, most_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(AttributeError, OSError):  # a kernel without them
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._room = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._at = -self._room.data_ptr() % HUGE_PAGE
 
-    for matrix in matrices:
-        yield replace(matrix, values=moved(matrix.values), scales=moved(matrix.scales))
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return the next place for a tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        place = self._room[self._at : self._at + size]
+        assert place.nbytes == size, "the stretch is full"
+        self._at += -(-size // 64) * 64
+        return place.view(dtype).view(shape)
 
 
-def _whole_lines(tensor: torch.Tensor) -> int:
-    return -(-tensor.nbytes // 64) * 64
+def most_packed_bytes(weights: Sequence[torch.Tensor]) -> int:
+    """Return a bound on what weights take packed in any format, for a Stretch."""
+    return sum(2 * (len(weight) + 64) * (weight.shape[1] + 128) + 256 for weight in weights)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from plinth.ops import kernels
-from plinth.ops.matrix import FORMATS, PANEL, PackedMatrix, aligned_copy
+from plinth.ops.matrix import FORMATS, PANEL, PackedMatrix, Place, aligned_copy, own_memory
 
 GROUP = 64  # inputs that share a scale: what one instruction of the matrix unit adds up
 BITS = {"int8": 8, "int4": 4}
@@ -100,25 +100,25 @@ def pack(weight: Quantised) -> PackedMatrix:
     return PackedMatrix(weight.format, weight.outputs, weight.inputs, aligned_copy(tiles), aligned_copy(scales), GROUP)
 
 
-def pack_quantised(weight_FD: torch.Tensor, format: str) -> PackedMatrix:
+def pack_quantised(weight_FD: torch.Tensor, format: str, place: Place = own_memory) -> PackedMatrix:
     """Round a weight (outputs, inputs) to 'int8' or 'int4' and lay it out, in one pass by our kernel."""
     weight_FD = weight_FD.detach().float().contiguous()
     outputs, inputs = weight_FD.shape
     halves, groups = -(-outputs // PANEL) * 2, -(-inputs // GROUP)
-    values = torch.empty(halves, groups, 128 * BITS[format], dtype=torch.uint8)
-    scales = torch.empty(halves, groups, 16, dtype=torch.bfloat16)
+    values = place((halves, groups, 128 * BITS[format]), torch.uint8)
+    scales = place((halves, groups, 16), torch.bfloat16)
     kernels.call("quantised_pack", weight_FD, outputs, inputs, FORMATS[format], values, scales)
     return PackedMatrix(format, outputs, inputs, values, scales, GROUP)
 
 
-def pack_int8(weight_FD: torch.Tensor) -> PackedMatrix:
+def pack_int8(weight_FD: torch.Tensor, place: Place = own_memory) -> PackedMatrix:
     """Round a weight to int8 and lay it out in panels."""
-    return pack_quantised(weight_FD, "int8")
+    return pack_quantised(weight_FD, "int8", place)
 
 
-def pack_int4(weight_FD: torch.Tensor) -> PackedMatrix:
+def pack_int4(weight_FD: torch.Tensor, place: Place = own_memory) -> PackedMatrix:
     """Round a weight to sixteen levels and lay it out in panels."""
-    return pack_quantised(weight_FD, "int4")
+    return pack_quantised(weight_FD, "int4", place)
 
 
 def multiply(x_ND: torch.Tensor, weight: PackedMatrix, panels: tuple[int, int] | None = None) -> torch.Tensor:
