@@ -10,6 +10,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from counts_tables import counts_table, memory_table, slide_audit
+
 from structured_tables import strategy_table, structured_tables
 
 ROOT = Path(__file__).parent.parent
@@ -366,6 +368,11 @@ def main() -> int:
         "<!-- end of structured output -->",
         structured_tables(load("structured_output")),
     )
+    counts = docs / "counts.md"
+    text = counts.read_text()
+    for name, table in (("counts", counts_table), ("training memory", memory_table), ("slide audit", slide_audit)):
+        text = put(text, f"<!-- {name}: written by benchmarks/tables.py -->", f"<!-- end of {name} -->", table())
+    pages[counts] = text
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))
     for page, current in pages.items():

@@ -29,6 +29,7 @@ VERBS = {
     "samples": ("plinth.cli.samples", "right answers against the number of answers drawn, and what they cost"),
     "watch": ("plinth.cli.watch", "a run or a build as it goes, in the terminal or in the browser"),
     "report": ("plinth.cli.report", "report.html of a build"),
+    "params": ("plinth.cli.params", "parameters, operations, cache and memory of a model, from its config.json"),
     "export": ("plinth.cli.export", "a folder that vLLM, transformers or llama.cpp serve, compared with them"),
     "generate": ("plinth.cli.generate", "text from a model"),
     "chat": ("plinth.cli.chat", "talk to a model in the terminal"),
