@@ -14,7 +14,7 @@ from torch import nn
 
 from plinth import __version__
 from plinth.config import UserError, read_json, save_json
-from plinth.models.formats import decoder
+from plinth.models.formats import decoder, encoder
 from plinth.models.formats.layout import Format
 from plinth.models.formats.tensors import InMemory, fill, publish
 from plinth.models.tensor_file import TensorFiles, save_tensors
@@ -27,6 +27,7 @@ SIDECAR = "plinth.json"
 
 FORMATS: dict[str, Format] = {
     "decoder": decoder.FORMAT,
+    "encoder": encoder.FORMAT,
 }
 
 

@@ -76,6 +76,12 @@ class Tokenizer:
             ids.extend(encoding.ids for encoding in encodings)
         return ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text, as `encode` does, and of each the stretch (first, end) of characters of the text that it stands for."""
+        ids = self.encode(text)  # with its errors
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return ids, encoding.offsets
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD. Special tokens are left out or spelled."""
         if not self.is_byte_level:
