@@ -21,6 +21,8 @@ from plinth.tokenizer.encode import Tokenizer
 from plinth.training.parallel import is_leader
 
 FAMILIES: dict[str, tuple[str, str]] = {  # family → module whose main takes the other arguments, and a gloss
+    "bert": ("plinth.cli.pretrain_bert", "an encoder, hidden tokens"),
+    "electra": ("plinth.cli.pretrain_electra", "an encoder, replaced tokens"),
 }
 
 
@@ -116,14 +118,14 @@ def absolute_paths(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"out": call["out"].absolute(), "shards": folders, "tokenizer_dir": call["tokenizer_dir"].absolute()}
 
 
-def show_run(run, as_json: bool) -> None:
-    """Print a finished training run."""
+def show_run(run, as_json: bool, next_verb: str = "generate {run} --prompt '...'") -> None:
+    """Print a finished training run, and the verb that comes next, with its arguments."""
     summary = {"path": str(run.path), "model": str(run.model_dir), **(run.summary or {})}
 
     def render(console) -> None:
         console.print(
             f"{run.path}: {summary['steps']:,} steps in {summary['time_s']:.0f} s, training loss {summary['loss_nats']:.3f}. "
-            f"Next: plinth generate {run.path} --prompt '...'",
+            f"Next: plinth {next_verb.format(run=run.path)}",
             markup=False,
         )
 
