@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from plinth.config import UserError, from_dict, to_dict
+from plinth.recipes.stages import length_stages
 from plinth.scaling.budget import parse_budget
 from plinth.scaling.candidates import decoder_config, shapes
 from plinth.scaling.corpus import CorpusStats
@@ -16,6 +17,7 @@ from plinth.scaling.plan import Plan, PlanConfig, compare, load_plan, make_plan,
 from plinth.scaling.show import print_plan
 from plinth.scaling.timing import body_params, step_cost
 from plinth.training.optim import OptimizerConfig
+from plinth.training.schedule import BatchSchedule, Stage
 
 
 def test_time_budget_is_kept_and_used(corpus, probe):
@@ -248,3 +250,15 @@ def test_drawn_plan_holds_the_decision(corpus, probe):
         "sft",
     ):
         assert wanted in text
+
+
+def test_short_sequences_come_first_with_as_many_tokens_an_update(corpus, probe):
+    plan = make_plan("4m", corpus, probe)
+    schedule = BatchSchedule([Stage(*stage) for stage in length_stages(plan)], plan.steps)
+    shapes_seen = [schedule.rows(step) for step in (0, plan.steps // 3, plan.steps // 2, plan.steps - 1)]
+    assert [rows.seq_len for rows in shapes_seen] == [plan.seq_len // 4] * 2 + [plan.seq_len] * 2
+    assert {rows.seq_len * rows.num_rows for rows in shapes_seen} == {plan.tokens_per_step}
+    assert length_stages(make_plan("4m", corpus, probe, PlanConfig(short_share=0.0))) is None
+    assert length_stages(dataclasses.replace(plan, seq_len=250)) is None
+    with pytest.raises(UserError, match="short_share=1 must lie between"):
+        PlanConfig(short_share=1.0)

@@ -13,6 +13,7 @@ from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
 from plinth.training.telemetry import TelemetryConfig
 
+SHORTER = 4  # how many times shorter the sequences at the start are
 FACTS_PER_FUNCTION = 2.1  # kinds of fact that a function of the standard library has on average
 
 
@@ -35,8 +36,17 @@ def pretrain_config(plan: Plan, seed: int, telemetry: TelemetryConfig | None = N
         seq_len=plan.seq_len,
         sequences_per_step=plan.tokens_per_step // plan.seq_len,
         micro_batch_size=plan.micro_batch_size,
+        stages=length_stages(plan),
         matmul_flops_per_s=plan.probe.matmul_flops_per_s[plan.dtype],
     )
+
+
+def length_stages(plan: Plan) -> tuple[tuple[float, int, int], ...] | None:
+    """Return short sequences first, then whole ones, as many tokens an update in both; None where there are only whole ones."""
+    share, short = plan.config.short_share, plan.seq_len // SHORTER
+    if not share or plan.seq_len % SHORTER:
+        return None
+    return (share, short, plan.tokens_per_step // short), (1.0 - share, plan.seq_len, plan.tokens_per_step // plan.seq_len)
 
 
 def sft_config(plan: Plan, seed: int, telemetry: TelemetryConfig | None = None, speed: float = 1.0, join_turns: int = 1) -> SftConfig:

@@ -35,9 +35,12 @@ def plan_sources(plan: Plan, law: ChinchillaLaw) -> dict[str, str]:
         "steps": "tokens / tokens_per_step",
         "epochs": f"tokens over the {plan.corpus.text_bytes:,} bytes of this text",
         "seq_len": "rule by model size: 256 below 20 M parameters, 512 below 100 M, then 1024",
+        "short_share": "the option's value; a gain at equal time at both sizes of docs/ablations.md"
+        if options.short_share
+        else "none asked for",
         "tokens_per_step": f"{STEP_LAW.name} ({STEP_LAW.source}); less for a thousand updates, more to make Muon cheap",
         "lr": f"{STEP_LAW.name} ({STEP_LAW.source}), at most {STEP_LAW.max_lr:g}",
-        "muon_lr": "the option's value, not tuned for this run",
+        "muon_lr": "the option's value; at both sizes of docs/ablations.md better than twice as much",
         "muon_gain": f"a token under Muon counts {options.muon_gain:g} times (ratio of record times of modded-nanogpt, 31.4 to 24.9 min)",
         "optimizer": f"rule: Muon costs 5 x width / tokens_per_step = {muon:.2f} {rule} {MAX_MUON_SHARE:g} of a step",
         "adam_beta2": "longer memory at small batches (Porian et al. 2024, arXiv:2406.19146)",

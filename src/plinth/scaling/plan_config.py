@@ -24,11 +24,13 @@ class PlanConfig:
     """training context, tokens"""
     tokens_per_step: int | None = None
     """tokens an update, a multiple of seq_len"""
+    short_share: float = 0.4
+    """share of the tokens, at the start, in sequences of a quarter of seq_len, as many tokens an update; 0 = all of one length"""
     optimizer: Literal["adamw", "muon"] | None = None
     """optimizer of the matrices of the blocks"""
     lr: float | None = None
     """peak learning rate of AdamW"""
-    muon_lr: float = 0.02
+    muon_lr: float = 0.01
     """peak learning rate of Muon where it is used"""
     weight_decay: float = 0.1
     """decoupled weight decay"""
@@ -85,6 +87,8 @@ class PlanConfig:
         for name in ("overhead_share", "warmup_share", "decay_share", "tolerance", "price_per_hour"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name):g} must not be negative.")
+        if not 0 <= self.short_share < 1:
+            raise UserError(f"short_share={self.short_share:g} must lie between 0 and 1, 1 excluded. Use 0 for one length of sequences.")
         if self.overhead_share >= 1:
             raise UserError(f"overhead_share={self.overhead_share:g} leaves no time to train; use less than 1.")
         if self.warmup_share + self.decay_share > 1:

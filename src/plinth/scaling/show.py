@@ -38,12 +38,13 @@ def _facts(plan: Plan) -> Table:
     spread = f"laws: {min(bpbs):.2f} to {max(bpbs):.2f} bits a byte"
     shape = f"{plan.num_params / 1e6:.2f} M parameters: {model.num_layers} layers x {model.hidden_size}, vocabulary {plan.vocab_size:,}"
     rate = f"{plan.muon_lr:g} (Muon), {plan.lr:g} (AdamW)" if plan.optimizer == "muon" else f"{plan.lr:g} (AdamW)"
+    short = f" (a quarter of it for the first {plan.config.short_share:.0%})" if plan.config.short_share else ""
     price = f"{predicted.total_cost:.2f}" if plan.config.price_per_hour else "no price given (price_per_hour)"
     rows = [
         ("machine", f"{plan.probe.cpu}, {plan.probe.cores} cores, {plan.probe.memory_bytes / 1e9:.1f} GB, {plan.dtype}"),
         ("text", f"{plan.corpus.text_bytes / 1e6:.1f} MB in {plan.corpus.documents:,} documents"),
         ("model", shape),
-        ("data", f"{plan.tokens / 1e6:.2f} M tokens, {plan.epochs:.2f} epochs, context {plan.seq_len}"),
+        ("data", f"{plan.tokens / 1e6:.2f} M tokens, {plan.epochs:.2f} epochs, context {plan.seq_len}{short}"),
         ("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens; warm-up {plan.warmup_steps}, decay {plan.decay_steps}"),
         ("learning rate", rate),
         ("predicted loss", f"{predicted.bpb:.3f} bits a byte, {predicted.loss_nats:.3f} nats a token ({spread})"),

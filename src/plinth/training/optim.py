@@ -32,7 +32,7 @@ class OptimizerConfig:
     pretraining where 5 hidden_size / tokens_per_step is above 0.47)"""
     lr: float = 0.004
     """peak learning rate of AdamW"""
-    muon_lr: float = 0.02
+    muon_lr: float = 0.01
     """peak learning rate of Muon, as the root mean square of a square matrix's singular values moved a step"""
     beta1: float = 0.9
     """decay of AdamW's first moment"""
@@ -44,7 +44,7 @@ class OptimizerConfig:
     """decay of Muon's momentum (Nesterov)"""
     weight_decay: float = 0.1
     """decay of hidden matrices, relative to the learning rate"""
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: int = 3
     """iterations that orthogonalise Muon's update"""
     polynomials: Literal["newton-schulz", "polar-express"] = "newton-schulz"
     """polynomials of these iterations"""
