@@ -21,6 +21,7 @@ def test_nothing_is_drawn_and_nothing_kept():
 def test_the_library_of_symbols_is_not_imported():
     code = (
         "import sys\nfrom plinth.models.config import DecoderConfig\nfrom plinth.models.meta import on_meta\n"
-        "from plinth.models.transformer import Transformer\non_meta(lambda: Transformer(DecoderConfig()))\nassert 'sympy' not in sys.modules"
+        "from plinth.models.transformer import Transformer\non_meta(lambda: Transformer(DecoderConfig()))\n"
+        "assert 'sympy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
