@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
     if "search" in command.tools:
         tools.append(search_tool(SearchIndex.open(command.corpus or command.run)))
     engine = load_engine(command.run, command.weights)
-    if engine.tokenizer.assistant_id is None:
-        raise UserError(f"{command.run} has no chat tokens, so it cannot answer. Name a model that was finetuned on conversations.")
+    if not engine.tokenizer.can_chat:
+        raise UserError(f"{command.run} has neither chat tokens nor a chat template. Name a model that was finetuned on conversations.")
     choice = "required" if command.call else "auto"
     result = run_agent(engine, command.question, tools, limits, params, choice=choice, on_step=_tell)
     plain = {"model": str(command.run), **asdict(result)}

@@ -115,8 +115,10 @@ def main(argv: list[str]) -> int:
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     params = SamplingParams(**{name: getattr(command, name) for name in names})
     engine = load_engine(command.run, command.weights)
-    if engine.tokenizer.assistant_id is None:
-        raise UserError(f"{command.run} has no chat tokens, so it cannot chat. Use `plinth generate` to continue a text.")
+    if not engine.tokenizer.can_chat:
+        raise UserError(
+            f"{command.run} has neither chat tokens nor a chat template, so it cannot chat. Use `plinth generate` to continue a text."
+        )
     conversation = Conversation(engine, params, command.system, command.summarise)
     interactive = sys.stdin.isatty() and not command.json
     if interactive:

@@ -159,10 +159,10 @@ def model_name(path: Path) -> str:
 
 
 def speaks_chat(model_dir: Path, text_engine: TextEngine) -> bool:
-    """Whether the model was tuned to answer: its run is not a pretraining run, and its tokenizer has the headers."""
+    """Whether the model was tuned to answer: its run is not a pretraining run, and its tokenizer has the headers or a template."""
     provenance = model_dir.parent / "provenance.json"
     stage = read_json(provenance).get("stage") if model_dir.name == "model" and provenance.exists() else None
-    return stage != "pretrain" and text_engine.tokenizer.assistant_id is not None
+    return stage != "pretrain" and text_engine.tokenizer.can_chat
 
 
 def announce(config: ServeConfig, facts: dict[str, Any], is_open: bool) -> None:

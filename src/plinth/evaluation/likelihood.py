@@ -133,7 +133,7 @@ def document_sums(
 ) -> DocumentSums:
     """Return negative log-likelihood, tokens, bytes and characters of each document."""
     nll_nats = np.zeros(len(documents))
-    prefix_id = tokenizer.end_of_text_id or 0
+    prefix_id = tokenizer.start_id or 0
     windows = [window for i, ids in enumerate(documents) for window in document_windows(i, ids, prefix_id, seq_len, stride)]
     with Progress(len(windows), "held-out likelihood", "windows") as progress:
         for batch in window_batches(windows, batch_tokens):

@@ -167,7 +167,7 @@ def score_questions(
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     if style == "few_shot":
         chosen = fitting_shots(choose_shots(shots, asked, seed), asked, tokenizer, limit - 1 - max_tokens)
-        prefix = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]  # every document begins behind it
+        prefix = [] if tokenizer.start_id is None else [tokenizer.start_id]  # every document begins behind it
         prompts = [prefix + ids for ids in tokenizer.encode_batch([few_shot_prompt(chosen, question["question"]) for question in asked])]
         protocol |= {"num_shots": len(chosen), "shots": [shot.fact_id for shot in chosen], "prompt": few_shot_prompt(chosen, "{question}")}
         params = replace(params, stop=("\n",))

@@ -130,10 +130,10 @@ def _facts_digest(facts: Path) -> Any:
 
 
 def model_style(folder: Path, tokenizer: Tokenizer) -> Style:
-    """Return how a model wants to be asked: in plain text after pretraining alone or without chat tokens, else as a chat."""
+    """Return how a model wants to be asked: in plain text after pretraining alone or without chat tokens and template, else as a chat."""
     provenance = folder.parent / "provenance.json"
     stage = read_json(provenance).get("stage") if folder.name == "model" and provenance.exists() else None
-    return "few_shot" if stage == "pretrain" or tokenizer.assistant_id is None else "chat"
+    return "few_shot" if stage == "pretrain" or not tokenizer.can_chat else "chat"
 
 
 def evaluate_build(build: Path, config: EvaluationConfig | None = None) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _prompts(text: TextEngine, asked: Sequence[Question], style: Style, shots: S
         return [text.render([{"role": "user", "content": question["question"]}]) for question in asked], ()
     limit = text.engine.max_seq_len - 1 - max_tokens
     chosen = fitting_shots(choose_shots(shots, asked, seed), asked, text.tokenizer, limit)
-    prefix = [] if text.tokenizer.end_of_text_id is None else [text.tokenizer.end_of_text_id]
+    prefix = [] if text.tokenizer.start_id is None else [text.tokenizer.start_id]
     encoded = text.tokenizer.encode_batch([few_shot_prompt(chosen, question["question"]) for question in asked])
     return [prefix + ids for ids in encoded], ("\n",)
 

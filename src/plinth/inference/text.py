@@ -197,7 +197,7 @@ class TextEngine:
     ) -> TextEngine:
         """Load a run, a build or a model folder; see plinth.inference.runners for its weights.
 
-        Completions end at <|endoftext|> and, where the tokenizer has it, at <|end|>.
+        Completions end at <|endoftext|> and, where the tokenizer has it, at <|end|>; of a published model at what its own files name.
         """
         folder = find_model(Path(path))
         tokenizer = Tokenizer.load(folder)
@@ -205,11 +205,11 @@ class TextEngine:
         return cls(Engine(runner, max_batch=max_batch, max_seq_len=max_seq_len, eos_ids=end_ids(tokenizer)), tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt; an empty text becomes <|endoftext|>, behind which every document begins."""
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not tokens and isinstance(prompt, str) and self.tokenizer.end_of_text_id is not None:
-            return [self.tokenizer.end_of_text_id]
-        return tokens
+        """Return the ids of a prompt: a text with what its tokenizer puts before one; an empty one as what a document begins behind."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        tokens = self.tokenizer.prefix_ids + self.tokenizer.encode(prompt)
+        return tokens if tokens or self.tokenizer.start_id is None else [self.tokenizer.start_id]
 
     def complete(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, grammar: Grammars = None
@@ -307,5 +307,5 @@ def each_of(grammar: Grammars, count: int) -> list[Grammar | None]:
 
 
 def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids that end a completion: <|endoftext|> and <|end|>, where the tokenizer has them."""
-    return tuple(i for i in (tokenizer.end_of_text_id, tokenizer.end_id) if i is not None)
+    """Return the ids that end a completion: <|endoftext|> and <|end|>, and what a published model's own files name."""
+    return tokenizer.end_ids

@@ -38,10 +38,10 @@ class TokenizerFiles(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def end_of_text_id(self) -> int | None: ...
+    def start_id(self) -> int | None: ...
 
     @property
-    def end_id(self) -> int | None: ...
+    def end_ids(self) -> tuple[int, ...]: ...
 
     @property
     def pad_id(self) -> int | None: ...
@@ -80,8 +80,7 @@ def _special_ids(tokenizer: TokenizerFiles | None) -> dict[str, Any]:
     """Return the ids that generation stops at, pads with and starts documents with: both ends, of a document and of a message."""
     if tokenizer is None:
         return {}
-    ends = [i for i in (tokenizer.end_of_text_id, tokenizer.end_id) if i is not None]
-    ids = {"bos_token_id": tokenizer.end_of_text_id, "eos_token_id": ends or None, "pad_token_id": tokenizer.pad_id}
+    ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": list(tokenizer.end_ids) or None, "pad_token_id": tokenizer.pad_id}
     return {name: value for name, value in ids.items() if value is not None}
 
 

@@ -69,6 +69,8 @@ def train_sft(
     """
     source = find_model(model_run)
     tokenizer = Tokenizer.load(source)
+    if config.join_turns > 1 and not tokenizer.is_ours:
+        raise UserError(f"join_turns={config.join_turns} joins conversations in our own form; {source} has a chat template. Use 1.")
     conversations, rejects = read_messages(messages)
     if rejects.count:
         warn(f"{messages}: {rejects.describe()}")

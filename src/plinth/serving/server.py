@@ -77,13 +77,15 @@ class Server:
             raise bad_request(f"{param} is empty, and this model has no token that starts a text. Give one.", param=param)
         return prompts
 
-    async def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Return the tokens of a conversation, up to where the answer starts. Raises ApiError."""
+    async def render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, answering: bool = True
+    ) -> list[int]:
+        """Return the tokens of a conversation, with `answering` up to where the answer starts. Raises ApiError."""
         size = sum(len(message["content"]) for message in messages) + (len(json.dumps(tools)) if tools else 0)
         self.check_length((message["content"] for message in messages), "messages")
 
         def tokens() -> list[int]:
-            return render(self.tokenizer, messages, add_generation_prompt=True, tools=tools or None).tokens
+            return render(self.tokenizer, messages, add_generation_prompt=answering, tools=tools or None).tokens
 
         return await self.aside(size, tokens, "messages")
 

@@ -66,7 +66,12 @@ def add_tokens(app: FastAPI, server: Server) -> None:
         """Return the tokenizer's settings: its special tokens and its chat template."""
         config = server.tokenizer.config
         known = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return {**config, **known, "chat_template": config.get("chat_template", CHAT_TEMPLATE), "vocab_size": server.tokenizer.vocab_size}
+        return {
+            **config,
+            **known,
+            "chat_template": server.tokenizer.chat_template() or CHAT_TEMPLATE,
+            "vocab_size": server.tokenizer.vocab_size,
+        }
 
 
 async def request_tokens(server: Server, body: TokenizeRequest) -> list[int]:
@@ -79,5 +84,4 @@ async def request_tokens(server: Server, body: TokenizeRequest) -> list[int]:
             raise bad_request(f"prompt has {len(text)} characters; at most {MAX_TEXT_CHARACTERS} are taken.", param="prompt")
         return await server.aside(len(text), lambda: server.tokenizer.encode(text), "prompt")
     messages = plain_messages(body.messages or [])
-    tokens = await server.render(messages)
-    return tokens if body.add_generation_prompt is not False else tokens[:-1]
+    return await server.render(messages, answering=body.add_generation_prompt is not False)

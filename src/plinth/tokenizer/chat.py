@@ -10,6 +10,7 @@ from typing import Any
 
 from plinth.config import UserError, nearest
 from plinth.tokenizer.encode import ASSISTANT, END, SYSTEM, USER, Tokenizer
+from plinth.tokenizer.published_template import render_published
 from plinth.tokenizer.tool_format import (
     RESPONSE_END,
     RESPONSE_START,
@@ -62,9 +63,16 @@ def render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt:
     """Return the tokens of a conversation: a header token, the text, <|end|>, turn by turn.
 
     With `add_generation_prompt` the assistant's header follows, ready for its answer. `tools` are described in the system's turn.
-    A special token written in a text stays text. Raises UserError for an empty list, an unknown role, malformed tools or calls, or
-    a tokenizer that lacks the header tokens.
+    A special token written in a text stays text. A tokenizer that another project published is rendered by its own chat template.
+    Raises UserError for an empty list, an unknown role, malformed tools or calls, a conversation that such a template refuses, or a
+    tokenizer that has neither header tokens nor a template.
     """
+    if not tokenizer.is_ours and tokenizer.chat_template() is not None:
+        check_messages(messages)
+        if tools:
+            check_tools(tools)
+        masked = not add_generation_prompt and any(message["role"] == "assistant" for message in messages)
+        return Rendered(*render_published(tokenizer, for_template(messages), add_generation_prompt, tools, masked=masked))
     turns = to_turns(messages, tools)
     end_id = _required_id(tokenizer, END)
     tokens: list[int] = []
@@ -110,7 +118,7 @@ def for_template(messages: list[Message]) -> list[Message]:
 def _required_id(tokenizer: Tokenizer, name: str) -> int:
     token_id = tokenizer.special_id(name)
     if token_id is None:
-        raise UserError(f"this tokenizer has no special token {name}, so it cannot render messages. Use one that Plinth trained.")
+        raise UserError(f"this tokenizer has no special token {name}, and no chat template. Use one that has either.")
     return token_id
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,8 @@ from plinth.config import UserError, read_json, write_atomic
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # fields of tokenizer_config.json
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")  # what published chat models end an answer with
 BATCH_CHARACTERS = 1 << 20  # encoded at a time: an encoding holds strings and offsets, some hundred bytes a token
 
 
@@ -28,6 +31,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None):
         """Wrap a `tokenizers.Tokenizer`; `config` is what tokenizer_config.json holds and is kept as it is."""
         self.config = dict(config or {})
+        self.generation_ends: tuple[int, ...] = ()
+        """ids that the model's generation_config.json ends a text at"""
         self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -44,12 +49,16 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception for a malformed file
             raise UserError(f"{file} is not a tokenizer: {error}. Copy or train it again.") from None
-        config_file = Path(path) / "tokenizer_config.json"
-        config = read_json(config_file) if config_file.is_file() else {}
+        config = _read_object(Path(path) / "tokenizer_config.json")
         template = Path(path) / "chat_template.jinja"
         if "chat_template" not in config and template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
-        return cls(backend, config)
+        for name, token in _read_object(Path(path) / "special_tokens_map.json").items():
+            config.setdefault(name, token)  # older folders name their special tokens there only
+        tokenizer = cls(backend, config)
+        ends = _read_object(Path(path) / "generation_config.json").get("eos_token_id")
+        tokenizer.generation_ends = tuple(i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int))
+        return tokenizer
 
     def save(self, path: Path | str) -> None:
         """Write the two files into `path`, which is made when it is absent."""
@@ -112,13 +121,105 @@ class Tokenizer:
         """The hash of tokenizer.json as `save` writes it: two tokenizers that share it give the same ids."""
         return hashlib.sha256(self._backend.to_str().encode("utf-8")).hexdigest()
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token that is spelled so, special or not."""
+        return self._backend.token_to_id(token)
+
+    @cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """The special tokens that tokenizer_config.json names, such as bos_token, as chat templates are given them."""
+        named = {name: self.config.get(name) for name in NAMED}
+        spelled = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+        return {name: token for name, token in spelled.items() if isinstance(token, str)}
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.named_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+    @cached_property
+    def is_ours(self) -> bool:
+        """Whether Plinth trained it, so that its conversations are rendered by `plinth.tokenizer.chat` itself."""
+        return [self._backend.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
+
+    def chat_template(self, *, with_tools: bool = False) -> str | None:
+        """Return the chat template; where several are published, the one for conversations with tools, or the default one."""
+        found = self.config.get("chat_template")
+        if isinstance(found, list):
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = (named.get("tool_use") if with_tools else None) or named.get("default")
+        return found if isinstance(found, str) else None
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether conversations can be rendered: by our header tokens, or by a template that was published with it."""
+        return self.assistant_id is not None or self.chat_template() is not None
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """What finds the special tokens in a text, the longest first, with the blanks that some take along; None without any."""
+        spelled = []
+        for token in self._backend.get_added_tokens_decoder().values():
+            if token.special:
+                left, right = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
+                spelled.append((len(token.content), left + re.escape(token.content) + right))
+        return re.compile("|".join(pattern for _, pattern in sorted(spelled, reverse=True))) if spelled else None
+
+    def encode_parts(self, texts: Sequence[str]) -> list[list[tuple[int, int, int]]]:
+        """Return (id, first character, one past the last) of the tokens of texts that follow each other between special tokens.
+
+        A blank that a tokenizer puts before a text's first word it puts before the first of them only.
+        """
+        first = self._backend.encode_batch(list(texts[:1]), add_special_tokens=False)
+        rest = self._inner_backend.encode_batch(list(texts[1:]), add_special_tokens=False)
+        return [[(i, *span) for i, span in zip(encoding.ids, encoding.offsets)] for encoding in [*first, *rest]]
+
+    @cached_property
+    def _inner_backend(self) -> tokenizers.Tokenizer:
+        """The backend for a text that is not the first, which gets no blank where its pre-tokenizer says "first"."""
+        parts = json.loads(self._backend.to_str())
+        before = parts.get("pre_tokenizer") or {}
+        found = [part for part in [before, *before.get("pretokenizers", [])] if part.get("prepend_scheme") == "first"]
+        if not found:
+            return self._backend
+        for part in found:
+            part["prepend_scheme"] = "never"
+        backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """The ids that a text alone begins with: what the tokenizer puts before one, such as <s>; none for ours."""
+        added = self.config.get("add_bos_token")
+        bos = self._named_id("bos_token")
+        if isinstance(added, bool) and bos is not None:
+            return [bos] if added else []
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        count = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
+        return encoding.ids[:count]
+
+    @property
+    def start_id(self) -> int | None:
+        """The id behind which a document begins: what the tokenizer puts before a text, else <|endoftext|>."""
+        return self.prefix_ids[-1] if self.prefix_ids else self.end_of_text_id
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a completion: of a document and of a message, by name and by the model's generation_config.json."""
+        turn_ends = [self.special_id(token) for token in TURN_ENDS]
+        ids = [self.end_of_text_id, self.end_id, self._named_id("eos_token"), *turn_ends, *self.generation_ends]
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
     @property
     def end_of_text_id(self) -> int | None:
-        return self.special_id(END_OF_TEXT)
+        """The id that ends a document: <|endoftext|>, else what tokenizer_config.json names as the end."""
+        found = self.special_id(END_OF_TEXT)
+        return self._named_id("eos_token") if found is None else found
 
     @property
     def pad_id(self) -> int | None:
-        return self.special_id(PAD)
+        found = self.special_id(PAD)
+        return self._named_id("pad_token") if found is None else found
 
     @property
     def system_id(self) -> int | None:
@@ -151,6 +252,14 @@ class Tokenizer:
         for token_id, token in self._backend.get_added_tokens_decoder().items():
             table[token_id] = token.content.encode("utf-8")  # an added token is spelled as it is
         return table
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return what a JSON file beside the tokenizer holds, nothing when it is absent. Raises UserError when it is malformed."""
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object. Copy it again.")
+    return values
 
 
 def byte_alphabet() -> dict[str, int]:
