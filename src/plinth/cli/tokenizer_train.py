@@ -1,4 +1,4 @@
-"""`plinth tokenizer train`: a byte-level BPE tokenizer from a corpus."""
+"""`plinth tokenizer train`: a byte-level BPE tokenizer from a corpus, or the one of residues, which needs none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,7 @@ from plinth.cli.output import emit
 from plinth.config import UserError, save_json
 from plinth.run import Progress, publish_dir, tree_sha256
 from plinth.tokenizer.encode import Tokenizer
+from plinth.tokenizer.residues import num_unknown, residue_tokenizer
 from plinth.tokenizer.train import TokenizerConfig, train_tokenizer
 
 MEASURED_BYTES = 2_000_000  # of text, on which bytes per token is measured
@@ -22,12 +23,14 @@ MEASURED_BYTES = 2_000_000  # of text, on which bytes per token is measured
 
 @dataclass(frozen=True)
 class Options:
-    """Train a byte-level BPE tokenizer and save it in Hugging Face's format."""
+    """Train a byte-level BPE tokenizer, or make one of residues, and save it in Hugging Face's format."""
 
     source: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """a corpus folder that `plinth data curate` wrote, or text files and folders"""
+    """a corpus folder that `plinth data curate` wrote, or text files and folders; with --residues what is measured, if anything"""
     out: Path
     """folder to write"""
+    residues: Literal["protein", "nucleotide"] | None = None
+    """a token a residue instead of merges; the vocabulary is the alphabet"""
     vocab_size: int = TokenizerConfig.vocab_size
     """number of entries: 6 special tokens, 256 bytes, the rest merges"""
     json: bool = False
@@ -37,25 +40,29 @@ class Options:
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth tokenizer train", args=argv)
     TokenizerConfig(options.vocab_size)
-    if not options.source:
+    if not options.source and options.residues is None:
         raise UserError("no text named. Pass a corpus folder, or text files and folders.")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(f"{options.out} already exists. Pass --out with the name of a new folder.")
     started = time.monotonic()
-    texts, measured, parents = read_texts(options.source)
-    with Progress(len(texts), "reading for merges", "document") as progress:
-        tokenizer = train_tokenizer(_watched(texts, progress), options.vocab_size)
+    texts, measured, parents = read_texts(options.source) if options.source else ([], [], [])
+    if options.residues is not None:
+        tokenizer = residue_tokenizer(options.residues)
+    else:
+        with Progress(len(texts), "reading for merges", "document") as progress:
+            tokenizer = train_tokenizer(_watched(texts, progress), options.vocab_size)
     sample = _head(measured, MEASURED_BYTES)
     result = {
         "path": str(options.out),
         "vocab_size": tokenizer.vocab_size,
-        "vocab_size_asked": options.vocab_size,
+        "vocab_size_asked": options.vocab_size if options.residues is None else tokenizer.vocab_size,
         "sha256": tokenizer.sha256,
         "documents": len(texts),
         "text_bytes": _num_bytes(texts),
         "bytes_per_token": round(_num_bytes(sample) / max(1, sum(map(len, tokenizer.encode_batch(sample)))), 4),
         "measured_on": "held-out documents" if measured is not texts else "training documents",
         "parents": parents,
+        **({} if options.residues is None else {"residues": options.residues, "unknown": num_unknown(tokenizer, sample)}),
         "time_s": round(time.monotonic() - started, 3),
     }
     with publish_dir(options.out) as folder:
@@ -112,7 +119,11 @@ def show(console: Console, result: dict, tokenizer: Tokenizer, sample: list[str]
     console.print(f"{result['path']}: {result['vocab_size']:,} entries from {result['documents']:,} documents in {result['time_s']:.1f} s")
     if result["vocab_size"] < result["vocab_size_asked"]:
         console.print(f"The text holds no more merges; {result['vocab_size_asked']:,} were asked for.")
+    if not sample:
+        return
     console.print(f"{result['bytes_per_token']:.2f} bytes a token on {result['measured_on']}")
+    if result.get("unknown"):
+        console.print(f"{result['unknown']:,} characters of it are no {result['residues']} codes")
     line = next((line.strip() for text in sample for line in text.splitlines() if line.strip()), "")[:72]
     pieces = [tokenizer.token_bytes(i).decode("utf-8", errors="replace") for i in tokenizer.encode(line)]
     console.print("for instance: " + "|".join(pieces), markup=False, highlight=False)

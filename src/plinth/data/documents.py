@@ -11,7 +11,7 @@ SCHEMA = pa.schema(
     [
         pa.field("text", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),  # path, with :line or :row where a file holds many documents
-        pa.field("kind", pa.string(), nullable=False),  # code, docs, reference, text, or the user's own word
+        pa.field("kind", pa.string(), nullable=False),  # code, docs, reference, text, protein, nucleotide, or the user's own word
         pa.field("licence", pa.string()),
         pa.field("url", pa.string()),
         pa.field("group", pa.string()),  # documents cut from one original; they are held out together or not at all

@@ -23,8 +23,10 @@ import pyarrow.parquet as pq
 
 from plinth.data.documents import Document
 from plinth.data.extract import html_to_text
+from plinth.data.fasta import SUFFIXES as FASTA_SUFFIXES
+from plinth.data.fasta import looks_like_fasta, read_fasta
 
-MAX_FILE_BYTES = 1 << 30  # of one file held in memory whole; .jsonl and .parquet are streamed and may be longer
+MAX_FILE_BYTES = 1 << 30  # of one file held in memory whole; .jsonl, .parquet and FASTA are streamed and may be longer
 HEAD_BYTES = 1 << 16
 TEXT_FIELDS = ("text", "content", "body", "document", "raw_content", "article", "passage")
 CODE_SUFFIXES = frozenset(
@@ -36,6 +38,7 @@ SUFFIXES = {
     **dict.fromkeys(CODE_SUFFIXES, "code"),
     **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
     **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys(FASTA_SUFFIXES, "fasta"),
     ".json": "json",
     ".parquet": "parquet",
     ".gz": "gzip",
@@ -93,9 +96,9 @@ def read_file(path: Path, name: str, text_fields: tuple[str, ...], malformed: Ma
                     inner_format = detect(inner, head)
                     if inner_format in ("gzip", "parquet"):
                         raise Rejected(f"{inner_format} inside gzip; decompress it first")
-                    yield from _parse(inner_format, stream, inner, name, text_fields, malformed)
+                    yield from _parse(inner_format, stream, head, inner, name, text_fields, malformed)
             else:
-                yield from _parse(file_format, raw, path.name, name, text_fields, malformed)
+                yield from _parse(file_format, raw, head, path.name, name, text_fields, malformed)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise Rejected(f"damaged gzip file ({error})") from None
     except OSError as error:
@@ -103,7 +106,7 @@ def read_file(path: Path, name: str, text_fields: tuple[str, ...], malformed: Ma
 
 
 def detect(name: str, head: bytes) -> str:
-    """Return text, code, html, jsonl, json, csv, parquet or gzip for a file's name and first bytes.
+    """Return text, code, html, jsonl, json, csv, fasta, parquet or gzip for a file's name and first bytes.
 
     Raises Rejected for an empty file, a binary file and a known format that holds no plain text.
     """
@@ -132,6 +135,8 @@ def _sniff(head: bytes) -> str:
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if re.match(rb"(?i)<!doctype html|<html[\s>]", start):
         return "html"
+    if looks_like_fasta(start):
+        return "fasta"
     first_line = start.split(b"\n", 1)[0].strip()
     if first_line.startswith(b"{"):
         try:
@@ -143,12 +148,14 @@ def _sniff(head: bytes) -> str:
 
 
 def _parse(
-    file_format: str, stream: BinaryIO, filename: str, name: str, text_fields: tuple[str, ...], malformed: Malformed
+    file_format: str, stream: BinaryIO, head: bytes, filename: str, name: str, text_fields: tuple[str, ...], malformed: Malformed
 ) -> Iterator[Document]:
     if file_format == "jsonl":
         yield from _records(_jsonl_objects(stream, malformed), name, text_fields, malformed, "line")
     elif file_format == "parquet":
         yield from _records(_parquet_rows(stream), name, text_fields, malformed, "row")
+    elif file_format == "fasta":
+        yield from _sequences(read_fasta(stream, name, os.path.splitext(filename)[1], head, malformed), malformed)
     elif file_format == "json":
         yield from _parse_json(stream, name, text_fields, malformed)
     elif file_format == "csv":
@@ -160,6 +167,16 @@ def _parse(
         if not text.strip():
             raise Rejected("no text in it")
         yield Document(text, name, "code" if file_format == "code" else "text")
+
+
+def _sequences(documents: Iterator[Document], malformed: Malformed) -> Iterator[Document]:
+    """Pass sequences on; raises Rejected when a file has none that can be used."""
+    number = 0
+    for document in documents:
+        number += 1
+        yield document
+    if number == 0:
+        raise Rejected(f"no usable sequence; {malformed.first[0]}" if malformed.first else "no record, which begins with >")
 
 
 def _read_whole(stream: BinaryIO) -> bytes:

@@ -46,7 +46,8 @@ class Limits:
 
 PROSE = Limits(20, None, None, 0.4, 0.02, 0.3, 0.3, 12.0)
 CODE = Limits(30, 150, 0.45, 0.3, 0.02, 0.5, 0.5, 14.0)
-LIMITS = {"code": CODE, "text": PROSE, "docs": PROSE, "reference": PROSE}
+SEQUENCE = Limits(10, None, None, 0.4, 0.02, 0.3, 0.3, 12.0)  # of residues: one line, one word
+LIMITS = {"code": CODE, "text": PROSE, "docs": PROSE, "reference": PROSE, "protein": SEQUENCE, "nucleotide": SEQUENCE}
 
 
 class Measures:

@@ -21,7 +21,7 @@ from plinth.data.stdlib import stdlib_documents
 from plinth.run import Progress
 
 STDLIB = "stdlib"
-READABLE = ".txt .md .rst .html .py .jsonl .json .parquet .csv .tsv, each also as .gz"
+READABLE = ".txt .md .rst .html .py .jsonl .json .parquet .csv .tsv .fasta, each also as .gz"
 
 
 @dataclasses.dataclass(frozen=True)
