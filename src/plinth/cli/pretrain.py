@@ -23,6 +23,7 @@ from plinth.training.parallel import is_leader
 FAMILIES: dict[str, tuple[str, str]] = {  # family → module whose main takes the other arguments, and a gloss
     "bert": ("plinth.cli.pretrain_bert", "an encoder, hidden tokens"),
     "electra": ("plinth.cli.pretrain_electra", "an encoder, replaced tokens"),
+    "awd-lstm": ("plinth.cli.pretrain_awd_lstm", "next token by a recurrent model, from shards"),
 }
 
 

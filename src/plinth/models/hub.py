@@ -14,7 +14,7 @@ from torch import nn
 
 from plinth import __version__
 from plinth.config import UserError, read_json, save_json
-from plinth.models.formats import decoder, encoder
+from plinth.models.formats import decoder, encoder, recurrent
 from plinth.models.formats.layout import Format
 from plinth.models.formats.tensors import InMemory, fill, publish
 from plinth.models.tensor_file import TensorFiles, save_tensors
@@ -28,6 +28,8 @@ SIDECAR = "plinth.json"
 FORMATS: dict[str, Format] = {
     "decoder": decoder.FORMAT,
     "encoder": encoder.FORMAT,
+    "awd-lstm": recurrent.AWD_LSTM,
+    "recurrent seq2seq": recurrent.SEQ2SEQ,
 }
 
 

@@ -57,6 +57,11 @@ class RecurrentSeq2SeqConfig:
             raise UserError(f"dropout={self.dropout} must be at least 0 and less than 1.")
 
     @property
+    def vocab_size(self) -> int:
+        """Number of token ids that both sides have: as many as a tokenizer of both may use."""
+        return min(self.source_vocab_size, self.target_vocab_size)
+
+    @property
     def memory_size(self) -> int:
         """Width of the encoder's output at each place."""
         return self.hidden_size * (2 if self.bidirectional else 1)

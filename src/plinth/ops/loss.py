@@ -12,6 +12,7 @@ from plinth.ops.softcap import softcap, softcapped_cross_entropy
 from plinth.ops.vocab_parallel import spread_cross_entropy
 
 CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread: 4 MB in bf16
+BIAS_BLOCK = 32  # columns that a matrix with a bias beside it is filled up to
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -108,6 +109,19 @@ def linear_cross_entropy(
         sums = collected(weight_VD) if weight_VD.requires_grad and torch.is_grad_enabled() else None
         return _KernelCrossEntropy.apply(hidden_ND, weight_VD, targets_N, sums)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
+
+
+def biased_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross-entropy in nats under softmax(hidden · weightᵀ + bias), as `linear_cross_entropy` does without a bias.
+
+    The bias goes in as one more column of the matrix, which a one in the hidden state reads; it costs a copy of the matrix. The columns
+    are filled up to whole blocks, which our kernels need.
+    """
+    width = -(-(hidden_ND.shape[1] + 1) // BIAS_BLOCK) * BIAS_BLOCK
+    fill = width - hidden_ND.shape[1] - 1
+    ones_N1, zeros_NC = hidden_ND.new_ones(len(hidden_ND), 1), hidden_ND.new_zeros(len(hidden_ND), fill)
+    wide_VC = torch.cat([weight_VD, bias_V[:, None], weight_VD.new_zeros(len(weight_VD), fill)], 1)
+    return linear_cross_entropy(torch.cat([hidden_ND, ones_N1, zeros_NC], 1), wide_VC, targets_N)
 
 
 def token_log_probs(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, cap: float | None = None) -> torch.Tensor:
