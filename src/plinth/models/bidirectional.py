@@ -105,6 +105,10 @@ class MultiHeadAttention(nn.Module):
     def weights(self, x_BTD: torch.Tensor, context_BSD=None, mask=None, bias=None, *, causal: bool = False) -> torch.Tensor:
         """Return the attention weights, fp32 (B, H, T, S), by plain softmax: the slow twin of what `forward` reads with."""
         query, key, _ = self.project(x_BTD, context_BSD)
+        return self.shares(query, key, mask, bias, causal=causal)
+
+    def shares(self, query: torch.Tensor, key: torch.Tensor, mask=None, bias=None, *, causal: bool = False) -> torch.Tensor:
+        """Return what `weights` returns, of queries and keys that `project` gave."""
         scores = self.scale * (query.float() @ key.float().transpose(-1, -2))
         shown = _shown(mask, bias, causal, query, key)
         if shown is not None:

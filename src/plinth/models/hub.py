@@ -14,7 +14,7 @@ from torch import nn
 
 from plinth import __version__
 from plinth.config import UserError, read_json, save_json
-from plinth.models.formats import decoder, encoder, recurrent
+from plinth.models.formats import decoder, encoder, encoder_decoder, recurrent
 from plinth.models.formats.layout import Format
 from plinth.models.formats.tensors import InMemory, fill, publish
 from plinth.models.tensor_file import TensorFiles, save_tensors
@@ -24,10 +24,12 @@ from plinth.run import file_sha256, publish_dir
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SIDECAR = "plinth.json"
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # of config.json, in generation_config.json too
 
 FORMATS: dict[str, Format] = {
     "decoder": decoder.FORMAT,
     "encoder": encoder.FORMAT,
+    "encoder-decoder": encoder_decoder.FORMAT,
     "awd-lstm": recurrent.AWD_LSTM,
     "recurrent seq2seq": recurrent.SEQ2SEQ,
 }
@@ -69,9 +71,11 @@ def save_model(model: nn.Module, tokenizer: TokenizerFiles | None, out_dir: Path
     with publish_dir(out_dir) as folder:
         save_tensors(publish(format, model, dtype), folder / WEIGHTS, {"format": "pt"})
         special = _special_ids(tokenizer)
-        save_json(folder / "config.json", format.write_config(model.config) | {"dtype": str(dtype).removeprefix("torch.")} | special)
+        values = format.write_config(model.config) | {"dtype": str(dtype).removeprefix("torch.")} | special
+        save_json(folder / "config.json", values)
         if format.generates:
-            save_json(folder / "generation_config.json", special | {"max_length": model.config.max_seq_len})
+            own = {name: values[name] for name in GENERATION_IDS if name in values}
+            save_json(folder / "generation_config.json", own | {"max_length": model.config.max_seq_len})
         if tokenizer is not None:
             tokenizer.save(folder)
         names = sorted(file.name for file in folder.iterdir())
