@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from plinth.serving.limits import Limits
 from plinth.tokenizer.chat import render
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What does shutil.copyfile do?"}]
@@ -104,3 +105,42 @@ def test_the_clients_stream_helper(client):
     whole = client.chat.completions.create(model="tiny", messages=MESSAGES, seed=4, max_tokens=12)
     assert final.choices[0].message.content == whole.choices[0].message.content
     assert final.choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def long_talk(exchanges: int) -> list[dict]:
+    said = [{"role": "system", "content": "Be brief."}]
+    for i in range(exchanges):
+        said += [{"role": "user", "content": f"Question {i} about files?"}, {"role": "assistant", "content": f"Answer {i}."}]
+    return [*said, {"role": "user", "content": "And now?"}]
+
+
+def test_a_conversation_that_is_too_long_is_refused_or_shortened_and_says_so(client, make_text_engine):
+    import openai
+
+    talk = long_talk(12)
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.chat.completions.create(model="tiny", messages=talk, temperature=0, max_tokens=16)
+    fields = dict(model="tiny", temperature=0, max_tokens=16, extra_body={"truncation": "auto"})
+    raw = client.chat.completions.with_raw_response.create(messages=talk, **fields)
+    answer, dropped = raw.parse(), raw.parse().dropped_messages
+    assert dropped % 2 == 0 and 0 < dropped < len(talk) - 2 and raw.headers["x-plinth-dropped-messages"] == str(dropped)
+    kept = [talk[0], *talk[1 + dropped :]]
+    tokens = render(make_text_engine().tokenizer, kept, add_generation_prompt=True).tokens
+    assert answer.usage.prompt_tokens == len(tokens) <= 128 - 16
+    same = client.chat.completions.create(messages=kept, **fields)
+    assert same.choices[0].message.content == answer.choices[0].message.content and not hasattr(same, "dropped_messages")
+    chunks = list(client.chat.completions.create(messages=talk, stream=True, **fields))
+    assert {chunk.dropped_messages for chunk in chunks} == {dropped}
+
+
+def test_a_server_that_drops_the_oldest_still_refuses_an_exchange_that_does_not_fit(make_text_engine, start):
+    import openai
+
+    with start(make_text_engine(), limits=Limits(context_policy="drop-oldest")) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        fields = dict(model="tiny", temperature=0, max_tokens=16)
+        assert client.chat.completions.create(messages=long_talk(12), **fields).dropped_messages > 0
+        with pytest.raises(openai.BadRequestError, match="context"):
+            client.chat.completions.create(messages=long_talk(12), extra_body={"truncation": "disabled"}, **fields)
+        with pytest.raises(openai.BadRequestError, match="the last message has"):
+            client.chat.completions.create(messages=[{"role": "user", "content": "file " * 200}], **fields)

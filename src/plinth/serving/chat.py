@@ -36,7 +36,11 @@ async def converse(server: Server, request: ChatRequest, record: RequestRecord) 
     server.check_model(request.model)
     request.check()
     server.batcher.check_size(request.num_sequences)
-    prompt = await server.render(plain_messages(request.messages), request.offered_tools)
+    messages, dropped = plain_messages(request.messages), 0
+    if (request.truncation or server.truncation) == "auto":
+        window = await server.fitting(messages, request.limit, request.offered_tools)
+        messages, dropped = window.messages, len(window.dropped)
+    prompt = await server.render(messages, request.offered_tools)
     record.prompt_tokens = len(prompt)
     max_tokens = fit_context(len(prompt), request.limit, server.engine.max_seq_len)
     params = request.sampling(max_tokens, request.num_alternatives, server.vocab_size)
@@ -45,13 +49,14 @@ async def converse(server: Server, request: ChatRequest, record: RequestRecord) 
     works = [Work(prompt, one, structure.constraint() if structure else None) for one in params]
     ticket = server.batcher.submit(works, record)
     envelope = Envelope.chat(server.model_name, bool(request.stream))
-    headers = headers_of(structure)
+    headers = headers_of(structure) | ({"X-Plinth-Dropped-Messages": str(dropped)} if dropped else {})
     if request.stream:
         record.streamed = True
-        return EventStream(ticket, chat_chunks(ticket, envelope, request, server, structure), headers)
+        return EventStream(ticket, chat_chunks(ticket, envelope, request, server, structure, dropped), headers)
     gathered = await gather(ticket)
     choices = [await wire_choice(server, request, index, choice, structure) for index, choice in enumerate(gathered)]
-    more = {} if request.prompt_logprobs is None else {"prompt_logprobs": scores}
+    more: dict[str, Any] = {} if request.prompt_logprobs is None else {"prompt_logprobs": scores}
+    more |= {"dropped_messages": dropped} if dropped else {}
     return JSONResponse(envelope.wrap(choices, usage=record.usage(), **more), headers=headers)
 
 
@@ -75,10 +80,10 @@ async def verdict(structure: Structure | None, text: str, reason: str | None) ->
 
 
 async def chat_chunks(
-    ticket: Ticket, envelope: Envelope, request: ChatRequest, server: Server, structure: Structure | None
+    ticket: Ticket, envelope: Envelope, request: ChatRequest, server: Server, structure: Structure | None, dropped: int = 0
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of a streamed chat: the role, then text and calls, then the reason of the end."""
-    more: dict[str, Any] = {"usage": None} if request.includes_usage else {}
+    more: dict[str, Any] = ({"usage": None} if request.includes_usage else {}) | ({"dropped_messages": dropped} if dropped else {})
     logprobs = ChatLogprobs(server.tokenizer)
     turns = [Turn(request.tool_names) for _ in range(ticket.size)]
 

@@ -44,6 +44,7 @@ class ChatRequest(SamplingRequest):
     tools: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
 
     def check(self) -> None:
         """Also check the fields that depend on one another."""

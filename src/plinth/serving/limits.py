@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -31,6 +32,8 @@ class Limits:
     """seconds that an answer may take; longer ones get 504, and what was streamed until then stays"""
     max_buffered_pieces: int = 4096
     """pieces of text kept for a client that does not read; then its request is given up"""
+    context_policy: Literal["refuse", "drop-oldest"] = "refuse"
+    """conversations that no longer fit the context: refuse, or drop the oldest exchanges and say so in the answer"""
 
     def check(self) -> None:
         """Raise UserError for a number that is out of range."""

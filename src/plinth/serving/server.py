@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from plinth.config import UserError
+from plinth.inference.memory import Window, fit_window
 from plinth.inference.text import TextEngine
 from plinth.serving.batcher import Batcher
 from plinth.serving.errors import ApiError, bad_request
@@ -33,6 +34,11 @@ class Server:
         self.batcher = Batcher(text_engine, limits, self.metrics)
         self.grammars = Grammars(text_engine)
         self.created = int(time.time())
+
+    @property
+    def truncation(self) -> str:
+        """What happens to conversations that do not fit where a request does not say, in the words of its field."""
+        return "auto" if self.limits.context_policy == "drop-oldest" else "disabled"
 
     @property
     def vocab_size(self) -> int:
@@ -88,6 +94,24 @@ class Server:
             return render(self.tokenizer, messages, add_generation_prompt=answering, tools=tools or None).tokens
 
         return await self.aside(size, tokens, "messages")
+
+    async def fitting(self, messages: list[dict[str, Any]], answer_tokens: int | None, tools: list[dict[str, Any]] | None) -> Window:
+        """Return what of a conversation fits the context behind room for the answer (None: a quarter of the context).
+
+        Raises ApiError when the system's messages and the last exchange alone do not fit.
+        """
+        limit = self.engine.max_seq_len
+        self.check_length((message["content"] for message in messages), "messages")
+
+        def count(kept: list[dict[str, Any]]) -> int:
+            return len(render(self.tokenizer, kept, add_generation_prompt=True, tools=tools or None).tokens)
+
+        room = limit - min(limit - 1, limit // 4 if answer_tokens is None else answer_tokens)
+        size = sum(len(message["content"]) for message in messages)
+        try:
+            return await self.aside(size, lambda: fit_window(messages, room, count), "messages")
+        except ApiError as error:
+            raise ApiError(400, error.message, param="messages", code="context_length_exceeded") from None
 
     async def structure(self, request: SamplingRequest, max_tokens: int) -> Structure | None:
         """Return what the answers to a request must be, None for any text. Raises ApiError (400)."""
