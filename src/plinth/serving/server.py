@@ -111,7 +111,7 @@ class Server:
         try:
             return await self.aside(size, lambda: fit_window(messages, room, count), "messages")
         except ApiError as error:
-            raise ApiError(400, error.message, param="messages", code="context_length_exceeded") from None
+            raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
 
     async def structure(self, request: SamplingRequest, max_tokens: int) -> Structure | None:
         """Return what the answers to a request must be, None for any text. Raises ApiError (400)."""
