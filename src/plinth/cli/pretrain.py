@@ -24,6 +24,7 @@ FAMILIES: dict[str, tuple[str, str]] = {  # family → module whose main takes t
     "bert": ("plinth.cli.pretrain_bert", "an encoder, hidden tokens"),
     "electra": ("plinth.cli.pretrain_electra", "an encoder, replaced tokens"),
     "awd-lstm": ("plinth.cli.pretrain_awd_lstm", "next token by a recurrent model, from shards"),
+    "clip": ("plinth.cli.pretrain_clip", "a text and a vision tower, from images with captions"),
 }
 
 

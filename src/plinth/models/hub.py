@@ -14,7 +14,7 @@ from torch import nn
 
 from plinth import __version__
 from plinth.config import UserError, read_json, save_json
-from plinth.models.formats import decoder, encoder, encoder_decoder, recurrent
+from plinth.models.formats import clip, decoder, encoder, encoder_decoder, recurrent
 from plinth.models.formats.layout import Format
 from plinth.models.formats.tensors import InMemory, fill, publish
 from plinth.models.tensor_file import TensorFiles, save_tensors
@@ -32,6 +32,7 @@ FORMATS: dict[str, Format] = {
     "encoder-decoder": encoder_decoder.FORMAT,
     "awd-lstm": recurrent.AWD_LSTM,
     "recurrent seq2seq": recurrent.SEQ2SEQ,
+    "clip": clip.FORMAT,
 }
 
 

@@ -37,6 +37,8 @@ class Entry:
     def shape(self) -> tuple[int, ...]:
         """Return our tensor's shape."""
         shapes = [(*shape[:-2], shape[-1], shape[-2]) if self.transpose and len(shape) > 1 else tuple(shape) for shape in self.shapes]
+        if self.join == "cat" and not shapes[0]:
+            return ()  # a single number
         if self.join == "cat":
             return (sum(shape[0] for shape in shapes), *shapes[0][1:])
         count = self._group_count
@@ -49,6 +51,8 @@ class Entry:
     def parts(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return views of our tensor, one a published tensor, in its order and with its shape: read them to publish, fill them to load."""
         assert tuple(tensor.shape) == self.shape, f"{self.name} is {tuple(tensor.shape)}, its entry says {self.shape}"
+        if not tensor.dim():
+            return [tensor]
         groups = [tensor] if self.join == "cat" else list(tensor.unbind(0))
         size = len(self.published) // len(groups)
         views: list[torch.Tensor] = []
@@ -85,6 +89,8 @@ class Format:
     """configuration → every tensor of the model's state_dict"""
     ignored: tuple[str, ...] = ()
     """patterns (re.fullmatch) of published tensors that may be there and are dropped, such as rotary frequencies"""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(pattern, what stands in its place) by re.sub: how names that other releases wrote become the published ones of the layout"""
     aliases: Callable[[Any], dict[str, str]] = no_aliases
     """configuration → published name: published name that it must equal where it is present, such as a tied head"""
     used_by: str = "plinth"

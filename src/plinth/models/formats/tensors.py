@@ -45,6 +45,28 @@ class InMemory:
         return self.tensors[name]
 
 
+class Renamed:
+    """Published tensors whose names are spelled as a format's layout has them."""
+
+    def __init__(self, source: Source, format: Format):
+        self._source, self._names = source, {}
+        for name in source.shapes():
+            spelled = name
+            for pattern, other in format.renamed:
+                spelled = re.sub(pattern, other, spelled)
+            self._names[spelled] = name
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes = self._source.shapes()
+        return {spelled: shapes[name] for spelled, name in self._names.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(self._names[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._source.read(self._names[name])
+
+
 def publish(format: Format, model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the weights under their published names, fused ones split; those that need no change are views, not copies."""
     tensors, state = {}, model.state_dict()
@@ -115,6 +137,8 @@ def fill(format: Format, config: Any, source: Source, dtype: torch.dtype, where:
 
     Raises UserError as `check` does, and for a tensor that config.json says is constant and is not.
     """
+    if format.renamed:
+        source = Renamed(source, format)
     entries, absent = check(format, config, source, where)
     model = on_meta(lambda: format.build(config)).to(dtype)
     if absent:  # their values are drawn with the model's own recipe, always the same ones
