@@ -38,15 +38,14 @@ def fit_window(
     """
     start = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     system, said = messages[:start], messages[start:]
-    begins = [i for i, message in enumerate(said) if message["role"] == "user" and i] or [len(said)]
-    for cut in (0, *begins):
+    num_tokens = 0
+    for cut in (0, *(i for i, message in enumerate(said) if message["role"] == "user" and i)):
         kept = system + said[cut:]
         num_tokens = count_tokens(kept)
-        if num_tokens <= max_tokens and (cut < len(said) or not said):
+        if num_tokens <= max_tokens:
             window = Window(kept, said[:cut], num_tokens)
             return _with_summary(window, len(system), max_tokens, count_tokens, summarise) if cut and summarise else window
-    last = count_tokens(system + said[begins[-1] :]) if begins[-1] < len(said) else count_tokens(messages)
-    raise UserError(f"the last message has {last} tokens with the system message; the context has room for {max_tokens}. Shorten it.")
+    raise UserError(f"the last message has {num_tokens} tokens with the system message; the context has room for {max_tokens}. Shorten it.")
 
 
 def _with_summary(window: Window, place: int, max_tokens: int, count_tokens, summarise) -> Window:
