@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from plinth.config import UserError
+from plinth.data.buckets import LengthBuckets, padded_width
 from plinth.data.loader import TokenLoader
 from plinth.data.masking import MaskingConfig, mask_tokens
 from plinth.data.rows import IGNORE
 from plinth.data.shards import open_split, read_manifest
-from plinth.posttraining.batches import LengthBuckets, padded_width
 from plinth.tokenizer.encoder_tokens import EncoderTokens
 
 Rows = Literal["stream", "document"]

@@ -83,7 +83,7 @@ def with_encoder_tokens(tokenizer: Tokenizer) -> Tokenizer:
         special_tokens=[(name, backend.token_to_id(name)) for name in (cls, sep)],
     )
     config = {name: value for name, value in tokenizer.config.items() if name != "chat_template"}
-    return Tokenizer(backend, config | names)
+    return Tokenizer(backend, config | names | {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]})
 
 
 def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -1,0 +1,64 @@
+"""`plinth predict`: labels, tags or answers from a finetuned encoder, and how right they are where the data says so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from plinth.cli.output import emit, say
+from plinth.config import write_atomic
+from plinth.data.labelled import read_examples
+from plinth.evaluation.predictions import predict, score_predictions
+from plinth.inference.encoding import TextEncoder
+from plinth.inference.labelling import AnswerOptions, check_task
+
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """Predict labels, tags or answers with a finetuned encoder; where the data has the right ones, score them.
+
+    The data are as `plinth finetune` takes them; the labels may be left out.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """run or model folder of a finetuned encoder"""
+    data: Annotated[Path, tyro.conf.Positional]
+    """examples, with the right labels or without"""
+    out: Path | None = None
+    """write the predictions to this file, one JSON object a line (default: print the first ones)"""
+    truncate: bool = False
+    """classify: cut texts that are longer than the model at their end (default: they are an error)"""
+    answers: Annotated[AnswerOptions, tyro.conf.arg(name="")] = field(default_factory=AnswerOptions)
+    """how answers are chosen"""
+    json: bool = False
+    """answer with one JSON object on standard output"""
+
+
+def main(argv: list[str]) -> int:
+    options = tyro.cli(Options, prog="plinth predict", args=argv)
+    encoder = TextEncoder.load(options.run)
+    task = check_task(encoder)
+    examples, rejects = read_examples(options.data, task, labelled=False)
+    if rejects.count:
+        say(f"{options.data}: {rejects.describe()}")
+    found = [asdict(one) for one in predict(encoder, task, examples, truncate=options.truncate, answers=options.answers)]
+    scores = {name: score.to_dict() for name, score in score_predictions(task, examples, found).items()}
+    if options.out is not None:
+        write_atomic(options.out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found))
+    result: dict[str, Any] = {"task": task, "examples": len(examples), "scores": scores}
+    result |= {"predictions": found} if options.out is None else {"out": str(options.out)}
+
+    def render(console) -> None:
+        for one in found[:SHOWN] if options.out is None else []:
+            console.print(one.get("label") or " ".join(one.get("tags", [])) or one.get("text") or "(no answer)", markup=False)
+        for name, score in scores.items():
+            console.print(f"{name} {score['value']:.3f} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}], n={score['n']}", markup=False)
+
+    emit(result, options.json, render)
+    return 0

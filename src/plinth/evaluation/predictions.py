@@ -1,0 +1,33 @@
+"""Predictions of a finetuned encoder on examples, and their scores where the examples have the right labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from plinth.evaluation.labelled import score_answers, score_labels, score_tags
+from plinth.evaluation.statistics import Score
+from plinth.inference.encoding import TextEncoder
+from plinth.inference.labelling import AnswerOptions, classify_texts, find_answers, tag_words
+
+
+def predict(
+    encoder: TextEncoder, task: str, examples: Sequence[Any], *, truncate: bool = False, answers: AnswerOptions | None = None
+) -> list[Any]:
+    """Return a Label, Tags or Found for each example."""
+    if task == "classify":
+        return list(classify_texts(encoder, examples, truncate))
+    return list(tag_words(encoder, examples)) if task == "tag" else list(find_answers(encoder, examples, answers))
+
+
+def score_predictions(task: str, examples: Sequence[Any], found: Sequence[dict[str, Any]]) -> dict[str, Score]:
+    """Return the scores over the examples that have a right label; none when no example has."""
+    name = {"classify": "label", "tag": "tags", "answer": "answers"}[task]
+    known = [i for i, example in enumerate(examples) if getattr(example, name) is not None]
+    if not known:
+        return {}
+    if task == "classify":
+        return score_labels([found[i]["label"] for i in known], [examples[i].label for i in known])
+    if task == "tag":
+        return score_tags([found[i]["tags"] for i in known], [examples[i].tags for i in known])
+    return score_answers([found[i]["text"] for i in known], [[answer.text for answer in examples[i].answers] for i in known])
