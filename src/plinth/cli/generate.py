@@ -109,6 +109,7 @@ def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, An
     if grammar is not None and command.search.answers_each > 1:
         raise UserError("--beams and --best-of take no grammar. Draw single answers under it.")
     engine = load_engine(command.run, command.weights, max_batch=min(64, len(prompts) * command.search.answers_each))
+    refuse_without_engine(engine, command, grammar)
     speculate(engine, command.speculate, command.draft_tokens, command.weights)
     keep_answers(engine, command.run, command.answer_cache, command.min_likeness)
     if grammar is not None:
@@ -143,6 +144,21 @@ def _answer(engine, command: GenerateCommand, prompts: tuple[str, ...], params, 
     else:
         found = choose_best(engine, encoded, params, search)
     return [completion for completion, _ in found], [more for _, more in found]
+
+
+def refuse_without_engine(engine, command: GenerateCommand, grammar) -> None:
+    """Raise UserError for an option that needs the paged engine, where the model does not run on it."""
+    from plinth.inference.step_text import StepText
+
+    if not isinstance(engine, StepText):
+        return
+    asked = {
+        "--chat": command.chat, "--best-of": command.search.best_of, "--speculate": command.speculate,
+        "--answer-cache": command.answer_cache, "a grammar": grammar,
+    }  # fmt: skip
+    for name, value in asked.items():
+        if value not in (None, False):
+            raise UserError(f"{command.run} holds a recurrent model, and {name} needs a decoder. Leave it out, or name a decoder.")
 
 
 def read_grammar(command: GenerateCommand):
@@ -185,9 +201,12 @@ def compile_grammar(engine, grammar) -> tuple[str, ...]:
 
 
 def load_engine(run: Path, weights: Literal["fp32", "bf16", "int8", "int4"] | None, max_batch: int = 1):
-    """Load a run for generation."""
+    """Load a run for generation: a decoder on the engine, a recurrent language model token by token."""
+    from plinth.inference.step_text import StepText, goes_by_steps
     from plinth.inference.text import TextEngine
 
+    if goes_by_steps(run):
+        return StepText.load(run, weights)
     return TextEngine.load(run, weights, max_batch=max_batch)
 
 

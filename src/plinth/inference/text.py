@@ -14,6 +14,7 @@ from plinth.config import UserError
 from plinth.inference.engine import Engine, Event, each_params
 from plinth.inference.grammar import Grammar
 from plinth.inference.grammar_constraint import GrammarCompiler, GrammarConstraint
+from plinth.inference.request import Completion
 from plinth.inference.runners import Weights, make_runner
 from plinth.inference.sampling import SamplingParams
 from plinth.inference.verdict import why_invalid
@@ -205,11 +206,8 @@ class TextEngine:
         return cls(Engine(runner, max_batch=max_batch, max_seq_len=max_seq_len, eos_ids=end_ids(tokenizer)), tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt: a text with what its tokenizer puts before one; an empty one as what a document begins behind."""
-        if not isinstance(prompt, str):
-            return list(prompt)
-        tokens = self.tokenizer.prefix_ids + self.tokenizer.encode(prompt)
-        return tokens if tokens or self.tokenizer.start_id is None else [self.tokenizer.start_id]
+        """Return the ids of a prompt, as `prompt_ids` does."""
+        return prompt_ids(self.tokenizer, prompt)
 
     def complete(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, grammar: Grammars = None
@@ -295,6 +293,28 @@ class TextEngine:
         """Yield the answer to a conversation as it grows."""
         params = params or SamplingParams()
         return self.stream(self.render(messages, tools), replace(params, stop_token_ids=self._chat_ends(params)), grammar)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Return the ids of a prompt: a text with what its tokenizer puts before one; an empty one as what a document begins behind."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    tokens = tokenizer.prefix_ids + tokenizer.encode(prompt)
+    return tokens if tokens or tokenizer.start_id is None else [tokenizer.start_id]
+
+
+def assemble(tokenizer: Tokenizer, completion: Completion, stop: Sequence[str] = ()) -> TextCompletion:
+    """Return a finished completion as text, cut at the first of its stop strings."""
+    answer = _Answer(TextAssembler(tokenizer, stop))
+    count = len(completion.tokens)
+    for i, parts in enumerate(zip(completion.tokens, completion.logprobs, completion.top_logprobs)):
+        ended = completion.finish_reason if i == count - 1 and completion.finish_reason == "length" else None
+        answer.push(Event(0, *parts, ended), tokenizer)
+        if answer.finish_reason is not None:
+            break
+    if answer.finish_reason is None:
+        answer.push(Event(0, -1, 0.0, [], "stop"), tokenizer)
+    return answer.finished(completion.prompt_tokens)
 
 
 def each_of(grammar: Grammars, count: int) -> list[Grammar | None]:
