@@ -1,17 +1,17 @@
-"""Causal self-attention with grouped queries, QK-norm and rotary positions."""
+"""Causal self-attention of a decoder: grouped queries, and what of norms, rotation, window and caps its configuration asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import PagedCache, View
-from plinth.models.mlp import Linear, RMSNorm
-from plinth.ops.attention import plain_qk_norm_rope_attention, qk_norm_rope_attention
+from plinth.models.mlp import Linear
+from plinth.models.norm import normalisation
+from plinth.ops.attention import attend, attention_probabilities, qk_norm_rope_attention
 from plinth.ops.linear import linear_rows
 from plinth.ops.rope import apply_rope
 
@@ -48,28 +48,55 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int = 0):
         super().__init__()
         self.config = config
+        self.slides = config.slides(layer)
         heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = Linear(config.hidden_size, heads * config.head_dim)
-        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.learnable_norm)
+        self.qkv = Linear(config.hidden_size, heads * config.head_dim, config.qkv_bias)
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, config.out_bias)
+        self.q_norm = normalisation(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = normalisation(config, config.head_dim) if config.qk_norm else None
         self.value_embed = ValueEmbedding(config) if config.has_value_embedding(layer) else None
+        self.is_fused = is_fused(config)
 
-    def forward(self, x_BTD: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, mask_B1TT=None, tokens_BT=None) -> torch.Tensor:
-        """Attend causally within each sequence, or where the mask says; returns (B, T, D). A value embedding needs the tokens.
+    def forward(self, x_BTD: torch.Tensor, cos_TE, sin_TE, mask=None, tokens_BT=None) -> torch.Tensor:
+        """Attend causally within each sequence, or where the mask, (T, T) or (B, 1, T, T), says; returns (B, T, D).
 
+        Without rotary positions cos and sin are None. A value embedding needs the tokens.
         Under tensor parallelism the projection gives this rank's heads only: its width says how many.
         """
-        config = self.config
-        qkv = self.qkv(x_BTD).unflatten(-1, (-1, config.head_dim))
-        if self.value_embed is not None:
-            qkv = self._with_embedded_values(qkv, self.value_embed(tokens_BT, x_BTD))
+        config, qkv = self.config, self._project(x_BTD, tokens_BT)
         kv_heads = qkv.shape[-2] * config.num_kv_heads // (config.num_heads + 2 * config.num_kv_heads)
-        shape = {"num_heads": qkv.shape[-2] - 2 * kv_heads, "num_kv_heads": kv_heads, "eps": config.norm_eps}
-        if config.learnable_norm or mask_B1TT is not None or x_BTD.device.type != "cpu":
-            scales = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
-            return self.out(plain_qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape, **scales, mask_B1TT=mask_B1TT))
-        return self.out(qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape))
+        if self.is_fused and mask is None and x_BTD.device.type == "cpu":
+            shape = {"num_heads": qkv.shape[-2] - 2 * kv_heads, "num_kv_heads": kv_heads, "eps": config.norm_eps}
+            return self.out(qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape))
+        q, k, v = (x.transpose(1, 2) for x in self._placed(qkv, kv_heads, cos_TE, sin_TE))
+        y = attend(q, k, v, scale=config.score_scale, cap=config.attention_softcap, mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def weights(self, x_BTD: torch.Tensor, cos_TE, sin_TE, mask=None) -> torch.Tensor:
+        """Return what each query of `forward` gives each key, fp32 (B, H, T, T), by plain softmax."""
+        config, length = self.config, x_BTD.shape[1]
+        q, k, _ = (x.transpose(1, 2) for x in self._placed(self._project(x_BTD), config.num_kv_heads, cos_TE, sin_TE))
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        return attention_probabilities(q, k, scale=config.score_scale, cap=config.attention_softcap, mask=mask)
+
+    def _project(self, x_BTD: torch.Tensor, tokens_BT=None) -> torch.Tensor:
+        """Return queries, keys and values, (B, T, H + 2 K, E), neither normalised nor rotated; with tokens, values have their embedding."""
+        qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.config.head_dim))
+        if self.value_embed is None or tokens_BT is None:
+            return qkv
+        return self._with_embedded_values(qkv, self.value_embed(tokens_BT, x_BTD))
+
+    def _placed(self, qkv: torch.Tensor, kv_heads: int, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Split heads (..., H + 2 K, E); normalise and rotate queries and keys as the configuration says. cos and sin lack the heads."""
+        q, k, v = qkv.split((qkv.shape[-2] - 2 * kv_heads, kv_heads, kv_heads), dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if cos is not None:
+            cos, sin = cos[..., None, :], sin[..., None, :]
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return q, k, v
 
     def _with_embedded_values(self, qkv: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         """Return the heads (..., H + 2 K, E) with `added` (..., K, E) on the values, so that every way to attend takes them as they are."""
@@ -83,26 +110,32 @@ class Attention(nn.Module):
         belongs to one sequence and one head alone.
         """
         config = self.config
-        qkv = linear_rows(x_ND, self.qkv.weight).unflatten(-1, (-1, config.head_dim))
-        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
+        qkv = self.qkv.forward_rows(x_ND).unflatten(-1, (-1, config.head_dim))
+        q, k, v = self._placed(qkv, config.num_kv_heads, cos_NE, sin_NE)
         if self.value_embed is not None:
             v = v + self.value_embed.forward_rows(tokens_N, x_ND)
-        cos, sin = cos_NE[:, None], sin_NE[:, None]
-        q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
         cache.write(layer, places_N, k, v)
         parts = [self._attend(q[view.rows], *cache.read(layer, view), view) for view in views]
         padding = x_ND.shape[0] - sum(part.shape[0] for part in parts)
         if padding:
             parts.append(x_ND.new_zeros(padding, config.num_heads * config.head_dim))
-        return linear_rows(parts[0] if len(parts) == 1 else torch.cat(parts), self.out.weight)
+        return self.out.forward_rows(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _attend(self, q_NHE, keys_AKWE, values_AKWE, view: View) -> torch.Tensor:
         """Return (N, H * E); the queries that share a key head are stacked as rows of one product."""
-        K, E, R = self.config.num_kv_heads, self.config.head_dim, view.rows_per_group
-        groups = self.config.num_heads // K
+        config = self.config
+        K, E, R = config.num_kv_heads, config.head_dim, view.rows_per_group
+        groups = config.num_heads // K
         q = q_NHE.view(-1, R, K, groups, E).permute(0, 2, 3, 1, 4).flatten(2, 3)  # A K (groups R) E
-        mask = view.mask_A1RW if groups == 1 else view.mask_A1RW.repeat(1, 1, groups, 1)
+        mask = view.mask(self.slides)
+        mask = mask if groups == 1 else mask.repeat(1, 1, groups, 1)
         if q.shape[0] * K == 1:  # a lone product may be split over threads and add in another order: never let it be lone
             q, keys_AKWE, values_AKWE = (x.expand(2, -1, -1, -1) for x in (q, keys_AKWE, values_AKWE))
-        y = F.scaled_dot_product_attention(q, keys_AKWE, values_AKWE, attn_mask=mask)[: mask.shape[0]]
+        y = attend(q, keys_AKWE, values_AKWE, scale=config.score_scale, cap=config.attention_softcap, mask=mask)[: mask.shape[0]]
         return y.unflatten(2, (groups, R)).permute(0, 3, 1, 2, 4).reshape(-1, K * groups * E)
+
+
+def is_fused(config: DecoderConfig) -> bool:
+    """Return whether the operation of `ops.attention` that normalises, rotates and attends at once does what a decoder asks for."""
+    plain_norm = config.qk_norm and config.norm == "rms" and not config.learnable_norm
+    return plain_norm and config.position == "rope" and config.attention_softcap is None and config.query_scale is None

@@ -18,6 +18,21 @@ def _layer_matrix_params(config: DecoderConfig) -> int:
     return attention + config.num_mlp_matrices * config.hidden_size * config.intermediate_size
 
 
+def _layer_bias_params(config: DecoderConfig) -> int:
+    """Parameters of one block's biases."""
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.qkv_bias
+    up = (config.num_mlp_matrices - 1) * config.intermediate_size * config.mlp_bias
+    return qkv + up + config.hidden_size * (config.out_bias + config.mlp_bias)
+
+
+def _norm_params(config: DecoderConfig) -> int:
+    """Parameters of all normalisations: two a block, as many more with post-norms, those of heads, and the last one."""
+    if not config.learnable_norm:
+        return 0
+    layer = 2 * config.hidden_size * (1 + config.post_norms) + 2 * config.head_dim * config.qk_norm
+    return (config.num_layers * layer + config.hidden_size) * (2 if config.norm == "layer" else 1)
+
+
 def _value_gate_params(config: DecoderConfig) -> int:
     """Parameters of the gates of all value embeddings."""
     return config.num_value_embeddings * config.value_gate_channels * config.num_kv_heads
@@ -26,15 +41,16 @@ def _value_gate_params(config: DecoderConfig) -> int:
 def count_params(config: DecoderConfig) -> dict[str, int]:
     """Return {total, embedding, non_embedding, matrix}.
 
-    `embedding` is the token matrix, the head's where that is one of its own, and the tables of value embeddings. `matrix` is the
-    blocks' matrices (what Muon trains).
+    `embedding` is the token matrix, the head's where that is one of its own, and the tables of learnt places and of value embeddings.
+    `matrix` is the blocks' matrices (what Muon trains).
     """
     matrix = config.num_layers * _layer_matrix_params(config)
-    norms = (config.num_layers * 2 * (config.hidden_size + config.head_dim) + config.hidden_size) * config.learnable_norm
     scalars = 2 * config.num_layers * config.residual_scalars
-    body = matrix + norms + scalars + _value_gate_params(config)
+    body = matrix + config.num_layers * _layer_bias_params(config) + _norm_params(config) + scalars + _value_gate_params(config)
     tables = config.num_value_embeddings * config.kv_dim
     embedding = config.vocab_size * (config.hidden_size * (1 if config.tie_embeddings else 2) + tables)
+    if config.position == "learned":
+        embedding += config.max_seq_len * config.hidden_size
     return {"total": body + embedding, "embedding": embedding, "non_embedding": body, "matrix": matrix}
 
 

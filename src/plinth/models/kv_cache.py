@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from plinth.models.config import DecoderConfig
-from plinth.ops.rope import rope_table
+from plinth.models.rope import has_own_rotation, rotation
 
 SMALLEST_WINDOW = 64
 
@@ -25,6 +25,12 @@ class View:
     """int64 (A * window / block_tokens,): the blocks that hold each group's positions, in order"""
     mask_A1RW: torch.Tensor
     """0 where row r of group a may look, -inf elsewhere"""
+    window_mask_A1RW: torch.Tensor | None = None
+    """the same for blocks with a sliding window; None where it shows all that comes before"""
+
+    def mask(self, slides: bool) -> torch.Tensor:
+        """Return the mask of a block with a sliding window, or of one without."""
+        return self.window_mask_A1RW if slides and self.window_mask_A1RW is not None else self.mask_A1RW
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -55,21 +61,38 @@ class PagedCache:
         self.max_seq_len = -(-(max_seq_len or config.max_seq_len) // block_tokens) * block_tokens
         shape = (config.num_layers, config.num_kv_heads, num_blocks, block_tokens, config.head_dim)
         self.keys, self.values = (untouched_zeros(shape, dtype, device) for _ in range(2))
-        cos, sin = rope_table(torch.arange(self.max_seq_len), config.head_dim, config.rope_theta, config.attention_multiplier**0.5)
-        self.cos_SE, self.sin_SE = cos.to(device, dtype), sin.to(device, dtype)
+        self.sliding_window = config.sliding_window
+        self._rotations = {}
+        for local in (False, True)[: 1 + has_own_rotation(config)] if config.position == "rope" else ():
+            table = rotation(config, torch.arange(self.max_seq_len), local=local)
+            self._rotations[local] = tuple(x.to(device, dtype) for x in table)
 
     @property
     def bytes(self) -> int:
         """Memory that keys and values take when every position is used."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
+    def rotation(self, positions_N: torch.Tensor, *, local: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return cos and sin of positions, (N, E) each, `local` those of blocks with a window; None where nothing is rotated."""
+        if not self._rotations:
+            return None, None
+        cos_SE, sin_SE = self._rotations[local and True in self._rotations]
+        return cos_SE[positions_N], sin_SE[positions_N]
+
     def view(self, rows: slice, blocks_AC: torch.Tensor, positions_AR: torch.Tensor) -> View:
         """Make a view ready once for all layers; C blocks are the window of each group."""
         window = blocks_AC.shape[1] * self.block_tokens
-        future_ARW = torch.arange(window, device=positions_AR.device) > positions_AR[..., None]
-        mask_ARW = torch.zeros(future_ARW.shape, dtype=self.keys.dtype, device=self.keys.device)
-        mask_ARW.masked_fill_(future_ARW, -torch.inf)
-        return View(rows, positions_AR.shape[1], blocks_AC.flatten(), mask_ARW[:, None])
+        places_W, positions_AR1 = torch.arange(window, device=positions_AR.device), positions_AR[..., None]
+        hidden_ARW = places_W > positions_AR1
+        masks = [self._mask(hidden_ARW)]
+        if self.sliding_window is not None and self.sliding_window < window:
+            masks.append(self._mask(hidden_ARW | (places_W <= positions_AR1 - self.sliding_window)))
+        return View(rows, positions_AR.shape[1], blocks_AC.flatten(), *masks)
+
+    def _mask(self, hidden_ARW: torch.Tensor) -> torch.Tensor:
+        """Return what is added to scores, (A, 1, R, W)."""
+        mask_ARW = torch.zeros(hidden_ARW.shape, dtype=self.keys.dtype, device=self.keys.device)
+        return mask_ARW.masked_fill_(hidden_ARW, -torch.inf)[:, None]
 
     def write(self, layer: int, places_N: torch.Tensor, k_NKE: torch.Tensor, v_NKE: torch.Tensor) -> None:
         """Store the keys and values of N rows; a place is block * block_tokens + offset."""

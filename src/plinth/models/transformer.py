@@ -7,30 +7,34 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from plinth.config import UserError
 from plinth.models.attention import Attention
 from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import PagedCache, View
-from plinth.models.mlp import RMSNorm, feed_forward
+from plinth.models.mlp import feed_forward
+from plinth.models.norm import normalisation
+from plinth.models.rope import has_own_rotation, rotation
 from plinth.ops import kernels
 from plinth.ops.linear import linear_rows
 from plinth.ops.norm import add_rms_norm
-from plinth.ops.rope import rope_table
-from plinth.ops.segments import positions_in_segments, segment_mask
+from plinth.ops.segments import positions_in_segments, segment_mask, window_mask
 from plinth.ops.softcap import softcap
 
 # What a parameter's name ends with; of the others, those of one dimension start at 1, and the matrices are drawn.
-START_AT_ZERO = ("attention.out.weight", "mlp.down.weight", "x0_lambda", "value_embed.table.weight", "value_embed.gate.weight")
+START_AT_ZERO = ("attention.out.weight", "mlp.down.weight", "x0_lambda", "value_embed.table.weight", "value_embed.gate.weight", ".bias")
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward layer."""
+    """Pre-norm attention and feed-forward layer; with post-norms, what each gives is normalised too before it is added."""
 
     def __init__(self, config: DecoderConfig, layer: int = 0):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
+        self.attention_norm = normalisation(config, config.hidden_size)
         self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
-        self.mlp = feed_forward(config)
+        self.post_attention_norm = normalisation(config, config.hidden_size) if config.post_norms else None
+        self.mlp_norm = normalisation(config, config.hidden_size)
+        self.mlp = feed_forward(config, layer)
+        self.post_mlp_norm = normalisation(config, config.hidden_size) if config.post_norms else None
 
     def forward(self, x, delta, cos, sin, mask=None, tokens=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the residual stream and what is still to be added to it; return the same two. A value embedding needs the tokens.
@@ -38,8 +42,21 @@ class Block(nn.Module):
         Handing on the sum unfinished lets each sum fuse with the normalisation that follows it.
         """
         x, normed = self.attention_norm.add(x, delta)
-        x, normed = self.mlp_norm.add(x, self.attention(normed, cos, sin, mask, tokens))
-        return x, self.mlp(normed)
+        x, normed = self.mlp_norm.add(x, self._after_attention(self.attention(normed, cos, sin, mask, tokens)))
+        return x, self._after_mlp(self.mlp(normed))
+
+    def forward_rows(self, x, delta, cos, sin, places, tokens, cache: PagedCache, layer: int, views) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what `forward` does for rows of a ragged batch, against the cache; see `Transformer.forward_rows`."""
+        x, normed = self.attention_norm.add(x, delta)
+        attended = self.attention.forward_rows(normed, cos, sin, places, tokens, cache, layer, views)
+        x, normed = self.mlp_norm.add(x, self._after_attention(attended))
+        return x, self._after_mlp(self.mlp.forward_rows(normed))
+
+    def _after_attention(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta if self.post_attention_norm is None else self.post_attention_norm(delta)
+
+    def _after_mlp(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta if self.post_mlp_norm is None else self.post_mlp_norm(delta)
 
 
 class Transformer(nn.Module):
@@ -49,8 +66,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embed = nn.Embedding(config.max_seq_len, config.hidden_size) if config.position == "learned" else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, config.learnable_norm)
+        self.final_norm = normalisation(config, config.hidden_size)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.resid_lambda = nn.Parameter(torch.ones(config.num_layers)) if config.residual_scalars else None
         self.x0_lambda = nn.Parameter(torch.zeros(config.num_layers)) if config.residual_scalars else None
@@ -72,9 +90,9 @@ class Transformer(nn.Module):
         if name.endswith(START_AT_ZERO):
             parameter.zero_()
         elif parameter.dim() < 2:
-            parameter.fill_(1.0)
+            parameter.fill_(1.0 - self.config.norm_offset if name.endswith("norm.weight") else 1.0)
         else:
-            deviation = self.embed_deviation if name == "embed.weight" else parameter.shape[1] ** -0.5
+            deviation = self.embed_deviation if name.endswith("embed.weight") else parameter.shape[1] ** -0.5
             parameter.normal_(0.0, deviation, generator=generator)
 
     @property
@@ -86,13 +104,12 @@ class Transformer(nn.Module):
         """The head's matrix, shape (V, D)."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(self, positions: torch.Tensor, *, local: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin for positions, shape (*positions.shape, E), in the model's dtype, or in fp32 for our kernels and on a GPU.
 
-        Both fuse the products with it, so that fp32 costs nothing.
+        Both fuse the products with it, so that fp32 costs nothing. `local` gives those of blocks with a sliding window.
         """
-        config = self.config
-        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, config.attention_multiplier**0.5)
+        cos, sin = rotation(self.config, positions, local=local)
         fused = positions.device.type != "cpu" or kernels.usable(self.embed.weight)
         dtype = torch.float32 if fused else self.embed.weight.dtype
         return cos.to(dtype), sin.to(dtype)
@@ -102,15 +119,54 @@ class Transformer(nn.Module):
 
         With segments, attention keeps to each and positions restart in it, as if each stood alone.
         """
-        positions, mask = torch.arange(tokens_BT.shape[1], device=tokens_BT.device), None
-        if segments_BT is not None:
-            positions, mask = positions_in_segments(segments_BT), segment_mask(segments_BT)
-        cos, sin = self.rotation(positions)
-        x, delta = self.embed(tokens_BT), None
+        positions, views = self._views(tokens_BT, segments_BT)
+        x, delta = self._embedded(tokens_BT, positions), None
         first = self._first(x)
         for i, layer in enumerate(self.layers):
-            x, delta = layer(*self._mixed(i, x, delta, first), cos, sin, mask, tokens_BT)
+            x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT)
         return self._output(self.final_norm.add(x, delta)[1])
+
+    @torch.no_grad()
+    def attention_weights(self, tokens_T: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return under "self" what each token of one text gives each before it, by plain softmax, fp32 (L, H, T, T)."""
+        tokens_BT = tokens_T[None]
+        positions, views = self._views(tokens_BT)
+        x, delta = self._embedded(tokens_BT, positions), None
+        first, weights = self._first(x), []
+        for i, layer in enumerate(self.layers):
+            x, delta = self._mixed(i, x, delta, first)
+            view = views[self.config.slides(i)]
+            weights.append(layer.attention.weights(layer.attention_norm.add(x, delta)[1], *view)[0])
+            x, delta = layer(x, delta, *view, tokens_BT)
+        return {"self": torch.stack(weights)}
+
+    def _views(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[bool, tuple]]:
+        """Return the tokens' positions, and for blocks without a window and with it (cos, sin, mask); a mask of None is causal."""
+        config, length = self.config, tokens_BT.shape[1]
+        positions, mask = torch.arange(length, device=tokens_BT.device), None
+        if segments_BT is not None:
+            positions, mask = positions_in_segments(segments_BT), segment_mask(segments_BT)
+        rotates = config.position == "rope"
+        if not rotates and length > config.max_seq_len:
+            raise UserError(f"a text of {length} tokens is longer than the max_seq_len={config.max_seq_len} places learnt. Cut it.")
+        views: dict[bool, tuple] = {False: (*(self.rotation(positions) if rotates else (None, None)), mask)}
+        if config.sliding_window is not None:
+            if config.sliding_window < length:
+                near = window_mask(length, config.sliding_window, tokens_BT.device)
+                mask = near if mask is None else mask & near
+            local = self.rotation(positions, local=True) if has_own_rotation(config) else views[False][:2]
+            views[True] = (*local, mask)
+        return positions, views
+
+    def _embedded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return what enters the first block: token embeddings times their factor, with the places' own where they are learnt.
+
+        The factor is rounded to the weights' type first, as in Gemma.
+        """
+        x = self.embed(tokens)
+        if self.config.embed_multiplier != 1.0:
+            x = x * torch.tensor(self.config.embed_multiplier, dtype=x.dtype)
+        return x if self.position_embed is None else x + self.position_embed(positions)
 
     def _first(self, embedded: torch.Tensor) -> torch.Tensor | None:
         """Return the normalised embedding that `_mixed` adds to the residual stream; None without residual scalars."""
@@ -138,11 +194,7 @@ class Transformer(nn.Module):
         for i in range(config.num_layers):
             parts[f"layers.{i}.attention.qkv.weight"] = tuple(n * config.head_dim for n in heads)
             parts[f"layers.{i}.attention.out.weight"] = (config.hidden_size,)
-            if config.activation == "swiglu":
-                parts[f"layers.{i}.mlp.gate_up.weight"] = (config.intermediate_size,) * 2
-            else:
-                parts[f"layers.{i}.mlp.up.weight"] = (config.intermediate_size,)
-            parts[f"layers.{i}.mlp.down.weight"] = (config.hidden_size,)
+            parts |= {f"layers.{i}.mlp.{name}": rows for name, rows in self.layers[i].mlp.matrix_parts().items()}
         return parts
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -161,15 +213,14 @@ class Transformer(nn.Module):
         cache. Those of all rows are written before any row attends, so the rows of one prompt may come in one call.
         Views tell which rows attend how, in order from row 0; rows behind the last one are padding.
         """
-        cos_NE, sin_NE = cache.cos_SE[positions_N], cache.sin_SE[positions_N]
-        x, delta = self.embed(tokens_N), None
+        config = self.config
+        rotations = {local: cache.rotation(positions_N, local=local) for local in {config.slides(i) for i in range(config.num_layers)}}
+        # Rows that only fill a chunk may stand behind the last place that is learnt.
+        x, delta = self._embedded(tokens_N, positions_N.clamp_max(config.max_seq_len - 1)), None
         first = self._first(x)
         for i, layer in enumerate(self.layers):
             x, delta = self._mixed(i, x, delta, first)
-            x, normed = layer.attention_norm.add(x, delta)
-            delta = layer.attention.forward_rows(normed, cos_NE, sin_NE, places_N, tokens_N, cache, i, views)
-            x, normed = layer.mlp_norm.add(x, delta)
-            delta = layer.mlp.forward_rows(normed)
+            x, delta = layer.forward_rows(x, delta, *rotations[config.slides(i)], places_N, tokens_N, cache, i, views)
         return self._output(self.final_norm.add(x, delta)[1])
 
     @torch.no_grad()

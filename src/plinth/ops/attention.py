@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from plinth.ops import kernels
 from plinth.ops.norm import inverse_rms, rms_norm, rms_norm_backward
 from plinth.ops.rope import apply_rope
+from plinth.ops.softcap import softcap
 
 
 def swap_halves(x: torch.Tensor) -> torch.Tensor:
@@ -102,6 +103,35 @@ def _sum_heads(x: torch.Tensor, num_kv_heads: int, batch: int) -> torch.Tensor:
     return grouped[:, 0] if grouped.shape[1] == 1 else grouped.sum(1)
 
 
+def attention_probabilities(q_BHTE, k_BKSE, *, scale: float, cap: float | None = None, mask=None) -> torch.Tensor:
+    """Return the share of its attention that each query gives each key, fp32 (B, H, T, S), by plain products.
+
+    The keys of K heads serve H queries' heads in groups. With a cap the scores are bounded by `ops.softcap` before the mask, which is
+    True where a query may look, or is added to the scores.
+    """
+    k_BHSE = k_BKSE.repeat_interleave(q_BHTE.shape[1] // k_BKSE.shape[1], 1)
+    scores = (q_BHTE @ k_BHSE.transpose(-1, -2)).float() * scale
+    scores = scores if cap is None else softcap(scores, cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    return scores.softmax(-1)
+
+
+def attend(q_BHTE, k_BKSE, v_BKSE, *, scale: float, cap: float | None = None, mask=None) -> torch.Tensor:
+    """Return what the queries read of the values, (B, H, T, E): by PyTorch's attention, or with a cap by plain products.
+
+    Without a mask each query sees the keys up to its own place; with one, what `attention_probabilities` says.
+    """
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1]
+        )
+    if mask is None:
+        mask = torch.ones(q_BHTE.shape[2], k_BKSE.shape[2], dtype=torch.bool, device=q_BHTE.device).tril()
+    weights = attention_probabilities(q_BHTE, k_BKSE, scale=scale, cap=cap, mask=mask).to(v_BKSE.dtype)
+    return weights @ v_BKSE.repeat_interleave(q_BHTE.shape[1] // v_BKSE.shape[1], 1)
+
+
 def qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, eps: float):
     """Normalise and rotate queries and keys, attend causally; returns (B, T, H·E).
 
@@ -125,8 +155,5 @@ def plain_qk_norm_rope_attention(
     cos, sin = cos_TE[..., None, :], sin_TE[..., None, :]
     q = apply_rope(rms_norm(q, q_weight, eps), cos, sin)
     k = apply_rope(rms_norm(k, k_weight, eps), cos, sin)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask_B1TT, is_causal=mask_B1TT is None,
-        enable_gqa=num_heads != num_kv_heads,
-    )  # fmt: skip
-    return y.transpose(1, 2).flatten(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attend(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask_B1TT).transpose(1, 2).flatten(2)

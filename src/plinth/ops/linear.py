@@ -138,11 +138,12 @@ def takes_rows(x: torch.Tensor, weight_FD: torch.Tensor) -> bool:
     return not (rows % 32 or weight_FD.shape[0] % 32 or weight_FD.shape[1] % 32) and kernels.usable(x, weight_FD)
 
 
-def linear(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
-    """Return x · weightᵀ, shape (..., F).  The slow twin is torch.nn.functional.linear."""
+def linear(x: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x · weightᵀ + bias, shape (..., F).  The slow twin is torch.nn.functional.linear."""
     if torch.is_grad_enabled() and takes_rows(x, weight_FD):
-        return _KernelLinear.apply(x, weight_FD, collected(weight_FD) if weight_FD.requires_grad else None)
-    return F.linear(x, weight_FD)
+        y = _KernelLinear.apply(x, weight_FD, collected(weight_FD) if weight_FD.requires_grad else None)
+        return y if bias_F is None else y + bias_F
+    return F.linear(x, weight_FD, bias_F)
 
 
 def pad_rows(count: int) -> int:
@@ -150,8 +151,10 @@ def pad_rows(count: int) -> int:
     return -(-count // ROW_TILE) * ROW_TILE
 
 
-def linear_rows(x_ND: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
-    """Return x · weightᵀ, (N, F), each row bit for bit as in any other company; N is a multiple of ROW_TILE."""
+def linear_rows(x_ND: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x · weightᵀ + bias, (N, F), each row bit for bit as in any other company; N is a multiple of ROW_TILE."""
+    if bias_F is not None:
+        return linear_rows(x_ND, weight_FD) + bias_F
     num_rows = x_ND.shape[0]
     if num_rows == ROW_TILE:
         return F.linear(x_ND, weight_FD)

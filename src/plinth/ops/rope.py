@@ -12,7 +12,16 @@ def rope_table(positions: torch.Tensor, head_dim: int, theta: float, scale: floa
     Both are multiplied by `scale`: rotated queries and keys grow by it, and their products by its square.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; half-split pairing as in GPT-NeoX.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    return rotation_table(positions, rope_frequencies(head_dim, theta, positions.device), scale)
+
+
+def rope_frequencies(head_dim: int, theta: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return the angle a position of each pair of a head's channels, fp32 (head_dim / 2,), falling."""
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+
+
+def rotation_table(positions: torch.Tensor, frequency: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `rope_table` returns, for frequencies of any kind."""
     angle = positions.float()[..., None] * frequency
     cos, sin = angle.cos() * scale, angle.sin() * scale
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

@@ -17,3 +17,8 @@ def segment_mask(segments_BT: torch.Tensor) -> torch.Tensor:
     """Return a mask that is True where a query may look: at its own segment, up to itself; bool, shape (B, 1, T, T)."""
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     return same_BTT.tril_()[:, None]
+
+
+def window_mask(length: int, window: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return a mask that is True where a query may look: at itself and the `window` - 1 positions before; bool, shape (T, T)."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
