@@ -17,7 +17,7 @@ from torch import nn
 
 from plinth.models.bidirectional import BiasedLinear, LayerNorm, MultiHeadAttention, key_mask
 from plinth.models.encoder_decoder_config import EncoderDecoderConfig
-from plinth.models.mlp import RMSNorm
+from plinth.models.norm import RMSNorm
 from plinth.ops.dropout import dropout
 
 Drop = Callable[[torch.Tensor], torch.Tensor]
