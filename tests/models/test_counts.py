@@ -13,8 +13,10 @@ from plinth.models.cost import forward_flops_per_token, kv_bytes_per_token
 from plinth.models.counts.describe import CostQuestion, describe, stored_params
 from plinth.models.counts.families import COUNTED, count
 from plinth.models.counts.memory import OPTIMIZERS, adapter_params, state_bytes
-from plinth.models.hub import save_model
+from plinth.models.hub import format_of, save_model
 from plinth.models.presets import PRESETS
+from plinth.models.recurrent import AwdLstmConfig
+from plinth.models.recurrent_seq2seq import RecurrentSeq2SeqConfig
 from plinth.models.transformer import Transformer
 
 # transformers 5 ties these heads whatever config.json says; their makers released them untied.
@@ -86,12 +88,18 @@ VARIANTS = [
     {"model_type": "bart", "d_model": 48, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
      "decoder_attention_heads": 2, "encoder_ffn_dim": 80, "decoder_ffn_dim": 90, "vocab_size": 131, "max_position_embeddings": 40,
      "architectures": ["BartForConditionalGeneration"]},
+    {"model_type": "marian", "d_model": 48, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+     "decoder_attention_heads": 2, "encoder_ffn_dim": 80, "decoder_ffn_dim": 90, "vocab_size": 131, "max_position_embeddings": 40,
+     "pad_token_id": 1, "decoder_start_token_id": 1, "architectures": ["MarianMTModel"]},
     {"model_type": "vit", **TOWER, "architectures": ["ViTForImageClassification"], "id2label": {0: "a", 1: "b", 2: "c"}},
     {"model_type": "clip", "projection_dim": 24, "text_config": {**SMALL, "projection_dim": 24},
      "vision_config": {**TOWER, "projection_dim": 24}, "architectures": ["CLIPModel"]},
     {"model_type": "llava", "text_config": {"model_type": "llama", **SMALL}, "vision_config": {"model_type": "clip_vision_model", **TOWER},
      "image_token_index": 5, "tie_word_embeddings": False, "architectures": ["LlavaForConditionalGeneration"]},
 ]  # fmt: skip
+
+
+OURS = ("plinth", "plinth_awd_lstm", "plinth_recurrent_seq2seq")
 
 
 def golden() -> dict[str, int]:
@@ -113,7 +121,7 @@ def test_presets_have_the_size_of_the_released_weights():
 
 @pytest.mark.oracle
 def test_small_models_of_every_family_have_the_count_that_transformers_gives():
-    assert {values["model_type"] for values in VARIANTS} | {"plinth", "mt5", "xlm-roberta"} == set(COUNTED)
+    assert {values["model_type"] for values in VARIANTS} | {"mt5", "xlm-roberta", *OURS} == set(COUNTED)
     found = [(values["model_type"], values.get("architectures"), count(values).total) for values in VARIANTS]
     assert found == [(values["model_type"], values.get("architectures"), transformers_count(values)) for values in VARIANTS]
 
@@ -174,6 +182,40 @@ def test_the_default_decoder_costs_what_its_own_cost_model_says():
     assert ledger.total == sum(p.numel() for p in Transformer(config).parameters())
     assert ledger.forward_flops(100, attention="causal") == 100 * forward_flops_per_token(config, 100)
     assert ledger.kv_per_token * 4 == kv_bytes_per_token(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AwdLstmConfig(vocab_size=31, embedding_size=6, hidden_size=10),
+        AwdLstmConfig(vocab_size=31, embedding_size=6, hidden_size=10, num_layers=1, tie_embeddings=False),
+        *(RecurrentSeq2SeqConfig(source_vocab_size=31, target_vocab_size=23, embedding_size=6, hidden_size=10, **more) for more in (
+            {"attention": "none", "cell": "lstm", "num_layers": 2, "bidirectional": False, "repeat_context": False},
+            {"attention": "none", "bidirectional": False},
+            {"attention": "additive"},
+            {"attention": "multiplicative", "cell": "lstm", "num_layers": 2, "input_feeding": True},
+            {"attention": "multiplicative", "score": "dot", "bidirectional": False},
+        )),
+    ],
+)  # fmt: skip
+def test_recurrent_models_of_ours_are_counted(config):
+    format = format_of(config)
+    model = format.build(config)
+    ledger = count(format.write_config(config))
+    assert ledger.total == sum(p.numel() for p in model.parameters())
+    scored = {id(model.embed.weight), *(id(p) for name, p in model.named_parameters() if "score" in name or "embed" in name)}
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in scored)
+    tied = model.embed.weight.numel() if getattr(config, "tie_embeddings", False) else 0
+    assert ledger.matmul == matrices + tied
+
+
+def test_the_courses_translation_models_have_its_parameters():
+    shape = {"model_type": "plinth_recurrent_seq2seq", "source_vocab_size": 7853, "target_vocab_size": 5893, "embedding_size": 256,
+             "hidden_size": 512, "num_hidden_layers": 1, "bidirectional": False}  # fmt: skip
+    lstm = {**shape, "cell": "lstm", "attention": "none", "repeat_context": False, "num_hidden_layers": 2}
+    gru = {**shape, "cell": "gru", "attention": "none"}
+    attention = {**shape, "cell": "gru", "attention": "additive", "bidirectional": True}
+    assert [count(each).total for each in (lstm, gru, attention)] == [13_898_501, 14_219_781, 20_518_405]
 
 
 def test_options_that_only_plinth_reads_are_counted():

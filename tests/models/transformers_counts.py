@@ -22,7 +22,8 @@ def transformers_count(values: dict) -> int:
         else:
             model = transformers.AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    fixed = "embed_positions" if config.model_type == "marian" else None  # sinusoids that are stored as a parameter that is not trained
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if fixed is None or fixed not in name)
 
 
 def main() -> None:

@@ -262,6 +262,8 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     "mt5-small": _t5("mt5", 8, 512, 6, 64, 1024, 250112, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "bart-base": _bart(6, 768, 12, 50265),
     "bart-large": _bart(12, 1024, 16, 50265),
+    "opus-mt-en-de": {**_bart(6, 512, 8, 58101), "model_type": "marian", "architectures": ["MarianMTModel"],
+                      "max_position_embeddings": 512, "pad_token_id": 58100, "decoder_start_token_id": 58100, "eos_token_id": 0},
     # Text and image
     "vit-base-patch16": {"model_type": "vit", "architectures": ["ViTModel"], "num_hidden_layers": 12, "hidden_size": 768,
                          "num_attention_heads": 12, "intermediate_size": 3072, "patch_size": 16, "image_size": 224},

@@ -224,17 +224,43 @@ def t5(values: Values) -> Ledger:
     return Ledger(tuple(pieces), pair_of_stacks(source, target), (Stream("source"), Stream("target")), vocab_size=vocab_size)
 
 
-def bart(values: Values) -> Ledger:
-    """Count BART: learnt positions (two more than the context), biases throughout, norms after each sum."""
-    hidden, vocab_size, longest = need(values, "d_model", "vocab_size", "max_position_embeddings")
+def sided(values: Values) -> list[Widths]:
+    """Return the sizes of an encoder's and a decoder's stack under BART's names."""
+    (hidden,) = need(values, "d_model")
     sizes = []
     for side in ("encoder", "decoder"):
         layers, heads, inner = need(values, f"{side}_layers", f"{side}_attention_heads", f"{side}_ffn_dim")
         sizes.append(Widths(layers, hidden, heads, heads, hidden // heads, inner))
-    pieces = [lookup("token embedding", vocab_size, hidden, stream="source")]
+    return sizes
+
+
+def post_norm_stacks(sizes: list[Widths], extra: list[Piece]) -> list[Piece]:
+    """Return an encoder's and a decoder's blocks with biases and a norm after each sum, and `extra` pieces on each side."""
+    pieces = []
     for stream, size, num_norms in (("source", sizes[0], 2), ("target", sizes[1], 3)):
-        stack = [lookup("position embedding", longest + 2, hidden), *norms("norms", hidden, num_norms * size.layers + 1, bias=True)]
+        stack = [*extra, *norms("norms", size.hidden_size, num_norms * size.layers, bias=True)]
         pieces += on_stream(stack + attention(size, bias=True) + feed_forward(size, gated=False, bias=True), stream)
-    pieces += cross_attention(sizes[1], bias=True)
+    return pieces + cross_attention(sizes[1], bias=True)
+
+
+def bart(values: Values) -> Ledger:
+    """Count BART: learnt positions (two more than the context), biases throughout, norms after each sum and on the embedding."""
+    hidden, vocab_size, longest = need(values, "d_model", "vocab_size", "max_position_embeddings")
+    sizes = sided(values)
+    extra = [lookup("position embedding", longest + 2, hidden), *norms("embedding norm", hidden, bias=True)]
+    pieces = [lookup("token embedding", vocab_size, hidden, stream="source"), *post_norm_stacks(sizes, extra)]
     pieces += head(vocab_size, hidden, tied=either(values, "tie_word_embeddings", True), stream="target")
     return Ledger(tuple(pieces), pair_of_stacks(*sizes), (Stream("source"), Stream("target")), longest, vocab_size)
+
+
+def marian(values: Values) -> Ledger:
+    """Count Marian, the Transformer of 2017: one embedding for all, or one a side. Its sinusoidal positions are fixed: no parameters."""
+    hidden, vocab_size = need(values, "d_model", "vocab_size")
+    shared = either(values, "share_encoder_decoder_embeddings", True)
+    targets = vocab_size if shared else either(values, "decoder_vocab_size", vocab_size)
+    sizes = sided(values)
+    pieces = [lookup("token embedding", vocab_size, hidden, stream="source")]
+    pieces += [] if shared else [lookup("target embedding", targets, hidden, stream="target")]
+    pieces += post_norm_stacks(sizes, []) + head(targets, hidden, tied=either(values, "tie_word_embeddings", True), stream="target")
+    longest = either(values, "max_position_embeddings", 1024)
+    return Ledger(tuple(pieces), pair_of_stacks(*sizes), (Stream("source"), Stream("target")), longest, targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from plinth.config import UserError, nearest
-from plinth.models.counts import decoders, encoders, images
+from plinth.models.counts import decoders, encoders, images, recurrent
 from plinth.models.counts.blocks import Values
 from plinth.models.counts.ledger import Ledger
 
@@ -31,6 +31,7 @@ COUNTED: Mapping[str, Callable[[Values], Ledger]] = {
     "granite": decoders.llama,
     "llama": decoders.llama,
     "llava": lambda values: images.llava(values, count),
+    "marian": encoders.marian,
     "mistral": decoders.mistral,
     "mixtral": decoders.mixtral,
     "modernbert": encoders.modernbert,
@@ -43,6 +44,8 @@ COUNTED: Mapping[str, Callable[[Values], Ledger]] = {
     "phi": decoders.phi,
     "phi3": decoders.phi3,
     "plinth": decoders.plinth,
+    "plinth_awd_lstm": recurrent.awd_lstm,
+    "plinth_recurrent_seq2seq": recurrent.seq2seq,
     "qwen2": decoders.qwen2,
     "qwen2_moe": decoders.qwen2_moe,
     "qwen3": decoders.qwen3,
