@@ -14,7 +14,8 @@ from plinth.config import UserError, read_json
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import export_tensors, load_model, save_model
 from plinth.models.transformer import Transformer
-from plinth.recipes.exporting import CHECK_TEXTS, ask, check_rows, export_model, logit_differences
+from plinth.recipes.exporting import export_model
+from plinth.recipes.parity import CHECK_TEXTS, ask, check_rows, logit_differences
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.gguf import CONTROL, NORMAL, UNUSED, gguf_vocabulary
 from plinth.tokenizer.train import SPLIT_PATTERN, train_tokenizer
@@ -167,7 +168,7 @@ def test_differences_of_equal_logits_are_none(tokenizer):
     model, rows = random_model(TINY), check_rows(tokenizer, 128)
     assert len(rows) == 2 and {len(row) for row in rows} == {128}
     with torch.no_grad():
-        logits = model.logits(model(torch.tensor(rows)))
+        logits = model.logits(model(torch.tensor(rows))).numpy()
     same = logit_differences(model, rows, logits)
     assert same["max_logit_difference"] == 0 and same["kl_nats"] == 0 and same["same_best_token"] == 1
     shifted = logit_differences(model, rows, logits + 3.0)  # the same distribution
@@ -224,7 +225,9 @@ def test_the_record_is_what_llama_cpp_gives(tokenizer, tmp_path):
         folder = save(config, tokenizer, tmp_path / name)
         file = export_model(folder, tmp_path / f"{name} out", format="gguf", weights="f32", check=False).file
         rows = check_rows(tokenizer, config.max_seq_len)
-        answer = ask("llama_cpp", {"path": str(file), "rows": rows, "texts": CHECK_TEXTS, "logits": str(tmp_path / "l.npy")}, python)
+        np.savez(tmp_path / "rows.npz", input_ids=rows)
+        question = {"path": str(file), "inputs": str(tmp_path / "rows.npz"), "output": "logits", "texts": CHECK_TEXTS}
+        answer = ask("llama_cpp", question | {"answer": str(tmp_path / "l.npy")}, python)
         found |= {"ids": answer["ids"], "version": answer["version"]}
         found["logits"][name] = np.round(np.load(tmp_path / "l.npy")[:, ::32, ::60], 6).tolist()
     if not GOLDEN.exists():

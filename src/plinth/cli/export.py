@@ -12,6 +12,7 @@ from rich.console import Console
 
 from plinth.cli.output import emit
 from plinth.recipes.exporting import Exported, export_model
+from plinth.recipes.parity import describe_parity
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,7 @@ def main(argv: list[str]) -> int:
 def describe(done: Exported) -> list[str]:
     """Return what was written, how it compares, and the commands that serve it."""
     lines = [f"{done.file}: {done.size_bytes / 1e6:,.1f} MB", *done.notes]
-    check = done.check
-    if "skipped" in check:
-        lines.append(f"not compared with {check['program']}: {check['skipped']}.")
-    else:
-        lines.append(
-            f"compared with {check['program']} {check['version']} on {check['tokens']} tokens: logits at most "
-            f"{check['max_logit_difference']:.2g} apart, KL {check['kl_nats']:.2g} nats a token, same best token "
-            f"{check['same_best_token']:.1%}; its tokenizer agrees."
-        )
+    lines.append(describe_parity(done.check))
     is_gguf = done.file.suffix == ".gguf"
     lines.append(f"Serve it: llama-server -m {done.file} --jinja" if is_gguf else f"Serve it: vllm serve {done.path} --dtype bfloat16")
     return lines

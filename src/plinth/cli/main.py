@@ -34,6 +34,7 @@ VERBS = {
     "watch": ("plinth.cli.watch", "a run or a build as it goes, in the terminal or in the browser"),
     "report": ("plinth.cli.report", "report.html of a build"),
     "params": ("plinth.cli.params", "parameters, operations, cache and memory of a model, from its config.json"),
+    "import": ("plinth.cli.import_model", "a published model, from a folder or the hub, checked and compared with transformers"),
     "export": ("plinth.cli.export", "a folder that vLLM, transformers or llama.cpp serve, compared with them"),
     "generate": ("plinth.cli.generate", "text from a model"),
     "chat": ("plinth.cli.chat", "talk to a model in the terminal"),

@@ -1,7 +1,8 @@
-"""Logits of an exported model by the program that it was exported for: a script for a process, or an environment, of its own.
+"""Answers of a model by another program that reads it: a script for a process, or an environment, of its own.
 
-`python export_oracles.py` reads {"program", "path", "rows", "texts"} on standard input and writes {"logits": file, "ids"} or {"missing"}
-on standard output. It imports nothing of Plinth: a peer may want libraries of other ages, and may crash without taking the export along.
+`python export_oracles.py` reads {"program", "path", "inputs": file, "output", "texts", "answer": file} on standard input, writes the
+answer to its file and {"version", "ids"} or {"missing"} to standard output. It imports nothing of Plinth: a peer may want libraries of
+other ages, and may crash without taking the export along.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
+Answer = tuple[np.ndarray, list[list[int]]]
 
-def llama_cpp_answers(path: str, rows: list[list[int]], texts: list[str]) -> tuple[np.ndarray, list[list[int]]]:
+
+def llama_cpp_answers(path: str, inputs: dict[str, np.ndarray], output: str, texts: list[str]) -> Answer:
     """Return the logits (rows, T, V) of token rows of equal length, and the ids of texts, by llama.cpp with an fp32 cache."""
+    rows = inputs["input_ids"].tolist()
     lib: Any = importlib.import_module("llama_cpp.llama_cpp")
     silent = lib.llama_log_callback(lambda level, text, data: None)
     lib.llama_log_set(silent, ctypes.c_void_p(0))
@@ -52,13 +56,16 @@ def _llama_tokens(lib: Any, vocab: Any, text: bytes) -> list[int]:
     return list(room[: lib.llama_tokenize(vocab, text, len(text), room, len(room), False, False)])
 
 
-def transformers_answers(path: str, rows: list[list[int]], texts: list[str]) -> tuple[np.ndarray, list[list[int]]]:
-    """Return the logits (rows, T, V) in fp32 arithmetic, and the ids of texts, by transformers."""
+def transformers_answers(path: str, inputs: dict[str, np.ndarray], output: str, texts: list[str]) -> Answer:
+    """Return a field of the model's answer in fp32 arithmetic, and the ids of texts, by transformers."""
     torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    config = transformers.AutoConfig.from_pretrained(path)
+    names = [name for name in config.architectures or [] if hasattr(transformers, name)]
+    kind = getattr(transformers, names[0] if names else "AutoModelForCausalLM")
+    model = kind.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = model(torch.tensor(rows)).logits
+        logits = getattr(model(**{name: torch.from_numpy(array) for name, array in inputs.items()}), output)
     if not texts:
         return logits.numpy(), []
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -75,8 +82,10 @@ def main() -> int:
     except ImportError as error:
         print(json.dumps({"missing": str(error)}))
         return 0
-    logits, ids = ANSWERS[question["program"]](question["path"], question["rows"], question["texts"])
-    np.save(question["logits"], logits.astype(np.float32))
+    with np.load(question["inputs"]) as file:
+        inputs = dict(file)
+    answer, ids = ANSWERS[question["program"]](question["path"], inputs, question["output"], question["texts"])
+    np.save(question["answer"], answer.astype(np.float32))
     print(json.dumps({"version": version, "ids": ids}))
     return 0
 

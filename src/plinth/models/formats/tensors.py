@@ -88,6 +88,10 @@ def check(format: Format, config: Any, source: Source, where: str) -> tuple[list
     Raises UserError that lists every published tensor which is missing, of another shape or type, or without a place; `where` begins
     its text.
     """
+    return _checked(format, config, Renamed(source, format), where)
+
+
+def _checked(format: Format, config: Any, source: Source, where: str) -> tuple[list[Entry], list[str]]:
     entries, left = format.layout(config), dict(source.shapes())
     present, absent, lacking, wrong = [], [], [], []
     aliases = format.aliases(config)
@@ -137,9 +141,8 @@ def fill(format: Format, config: Any, source: Source, dtype: torch.dtype, where:
 
     Raises UserError as `check` does, and for a tensor that config.json says is constant and is not.
     """
-    if format.renamed:
-        source = Renamed(source, format)
-    entries, absent = check(format, config, source, where)
+    source = Renamed(source, format)
+    entries, absent = _checked(format, config, source, where)
     model = on_meta(lambda: format.build(config)).to(dtype)
     if absent:  # their values are drawn with the model's own recipe, always the same ones
         model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(0))  # type: ignore[operator]

@@ -1,0 +1,177 @@
+"""A model's numbers beside another program's on the same files: the largest difference, KL, and the tokens of hard texts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from plinth.config import UserError, read_json
+from plinth.models.hub import FORMATS, format_of
+from plinth.models.transformer import Transformer
+from plinth.tokenizer.encode import Tokenizer
+
+ORACLES = Path(__file__).with_name("export_oracles.py")
+CHECK_TOKENS, CHECK_ROWS = 128, 2
+Inputs = Mapping[str, torch.Tensor]
+
+# Texts on which programs that cut or merge otherwise disagree: clitics, digits, indentation, line ends, scripts, marks, half-known spaces.
+CHECK_TEXTS = (
+    "The cat doesn't know that I'LL be there at 12:45 on 2026-11-21; we'Ve 3 1415926535 reasons.",
+    "def f(x):\n    if x >= 10_000:\n\t\treturn {'a': [1, 2, 3]}  # note\r\n\r\n   \n    return None\n\n\n",
+    "naïve café Ångström ſ ǅ ʰ Ⅷ ½ ² ١٢٣ हिन्दी में ภาษาไทย עִבְרִית العَرَبِيَّة 東京へ行く 한국어 😀👩‍👩‍👧 e\u0301\u0308 \ufeff",
+    "  two  three   \u00a0\u2003\u3000x\u0085y\u2028z\t\t\x0b\x0c tail   ",
+    "x'Dx ''s '’t !!!\n???\r\n+= -> <<>> «q» _under_score__ $5.00 100% a/b\\c",
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a family is asked, by us and by transformers."""
+
+    inputs: Callable[[Any, Tokenizer | None], dict[str, torch.Tensor]]
+    """configuration and tokenizer → inputs, named as transformers' forward has them"""
+    ours: Callable[[nn.Module, Inputs], torch.Tensor]
+    """our answer to them, shape (rows, ..., V)"""
+    output: Callable[[Any], str]
+    """configuration → the field of transformers' answer to compare with"""
+
+
+def random_rows(vocab_size: int, max_seq_len: int) -> torch.Tensor:
+    """Return rows of drawn ids, always the same, shape (CHECK_ROWS, T)."""
+    shape = (CHECK_ROWS, min(CHECK_TOKENS, max_seq_len))
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def check_rows(tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
+    """Return token rows of equal length to compare logits on."""
+    ids = [i for text in CHECK_TEXTS for i in tokenizer.encode(text)]
+    length = min(CHECK_TOKENS, max_seq_len, len(ids) // CHECK_ROWS)
+    return [ids[row * length : (row + 1) * length] for row in range(CHECK_ROWS)]
+
+
+def _decoder_inputs(config: Any, tokenizer: Tokenizer | None) -> dict[str, torch.Tensor]:
+    if tokenizer is None or tokenizer.vocab_size > config.vocab_size:
+        return {"input_ids": random_rows(config.vocab_size, config.max_seq_len)}
+    return {"input_ids": torch.tensor(check_rows(tokenizer, config.max_seq_len))}
+
+
+def _decoder_logits(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    return model.logits(model(inputs["input_ids"]))  # type: ignore[operator]
+
+
+def _encoder_inputs(config: Any, tokenizer: Tokenizer | None) -> dict[str, torch.Tensor]:
+    rows = random_rows(config.vocab_size, config.max_seq_len)
+    mask = torch.ones_like(rows)
+    mask[1, rows.shape[1] // 2 :] = 0  # the second row is padded
+    return {"input_ids": torch.where(mask == 0, config.pad_id, rows), "attention_mask": mask}
+
+
+def _encoder_scores(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Return the head's scores, or the hidden states without one, zeros where the text is padded."""
+    mask = inputs["attention_mask"].bool()
+    hidden = model(inputs["input_ids"], mask)
+    answer = hidden if model.config.head == "none" else model.scores(hidden)  # type: ignore[operator, union-attr]
+    return answer[..., 0] if model.config.head == "answer" else answer  # type: ignore[union-attr]
+
+
+ENCODER_OUTPUTS = {"none": "last_hidden_state", "answer": "start_logits"}
+PROBES: dict[str, Probe] = {
+    "decoder": Probe(_decoder_inputs, _decoder_logits, lambda config: "logits"),
+    "encoder": Probe(_encoder_inputs, _encoder_scores, lambda config: ENCODER_OUTPUTS.get(config.head, "logits")),
+}
+
+
+def compare(
+    model: nn.Module, tokenizer: Tokenizer | None, path: Path, program: str = "transformers", python: Path | None = None
+) -> dict[str, Any]:
+    """Ask `program`, in a process of the interpreter `python` (None = this one), about the model at `path`, and compare with ours.
+
+    Returns {"version", "other_texts", ...} with what `differences` gives, or {"skipped": why}. "other_texts" are those of CHECK_TEXTS
+    that it cuts into other tokens. Raises UserError when the program fails on the model.
+    """
+    family = next(name for name, format in FORMATS.items() if format is format_of(model.config))
+    if family not in PROBES:
+        return {"skipped": f"nothing else reads the family {family} in this form"}
+    if program == "transformers" and read_json(path / "config.json")["model_type"].startswith("plinth"):
+        return {"skipped": "only Plinth reads this architecture"}
+    probe = PROBES[family]
+    inputs = probe.inputs(model.config, tokenizer)
+    with tempfile.TemporaryDirectory(prefix="plinth-parity-") as scratch:
+        given, found = Path(scratch) / "inputs.npz", Path(scratch) / "output.npy"
+        np.savez(given, **{name: tensor.numpy() for name, tensor in inputs.items()})
+        texts = CHECK_TEXTS if tokenizer is not None else ()
+        question = {"path": str(path), "inputs": str(given), "output": probe.output(model.config), "texts": texts, "answer": str(found)}
+        answer = ask(program, question, python)
+        if "missing" in answer:
+            return {"skipped": f"{program} is not installed ({answer['missing']})"}
+        theirs = np.load(found, mmap_mode="r")
+        other = [text for text, ids in zip(texts, answer["ids"]) if tokenizer is not None and ids != tokenizer.encode(text)]
+        return {"version": answer["version"], "other_texts": other, **differences(model, probe, inputs, theirs)}
+
+
+def ask(program: str, question: dict[str, Any], python: Path | None) -> dict[str, Any]:
+    """Run the script of oracles in a process of the interpreter `python`, None = this one."""
+    command = [str(python or sys.executable), str(ORACLES)]
+    done = subprocess.run(command, input=json.dumps({"program": program, **question}), capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{program} fails on the model: {reason}. Pass --no-check to write it all the same.")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def differences(model: nn.Module, probe: Probe, inputs: Inputs, theirs: np.ndarray) -> dict[str, float]:
+    """Compare answers (rows, ..., V) with the model's in fp32, a row at a time, where the input is not padding.
+
+    Returns the largest difference, the largest number of ours, KL(ours || theirs) in nats a place, its largest, the share of equal best
+    entries, and the count of places.
+    """
+    worst, scale, kl, same = [], [], [], []
+    mask = inputs.get("attention_mask")
+    for row in range(len(theirs)):
+        ours = probe.ours(model, {name: tensor[row : row + 1] for name, tensor in inputs.items()})[0].float()
+        other = torch.from_numpy(np.array(theirs[row], np.float32))
+        if mask is not None and ours.shape[:1] == mask.shape[1:]:
+            ours, other = ours[mask[row].bool()], other[mask[row].bool()]
+        ours, other = ours.reshape(-1, ours.shape[-1]).double(), other.reshape(-1, other.shape[-1]).double()
+        log_ours, log_theirs = ours.log_softmax(-1), other.log_softmax(-1)
+        kl.append((log_ours.exp() * (log_ours - log_theirs)).sum(-1))
+        worst.append((ours - other).abs().max())
+        scale.append(ours.abs().max())
+        same.append(ours.argmax(-1) == other.argmax(-1))
+    kl_all = torch.cat(kl)
+    return {
+        "max_logit_difference": float(max(worst)),
+        "scale": float(max(scale)),
+        "kl_nats": float(kl_all.mean()),
+        "kl_nats_max": float(kl_all.max()),
+        "same_best_token": float(torch.cat(same).float().mean()),
+        "tokens": int(kl_all.numel()),
+    }
+
+
+def logit_differences(model: Transformer, rows: list[list[int]], theirs: np.ndarray) -> dict[str, float]:
+    """Compare logits (rows, T, V) of token rows of equal length with a decoder's."""
+    return differences(model, PROBES["decoder"], {"input_ids": torch.tensor(rows)}, theirs)
+
+
+def describe_parity(check: Mapping[str, Any]) -> str:
+    """Return one line: how far the numbers of {"program", ...} and ours lie apart, or why they were not compared."""
+    if "skipped" in check:
+        return f"not compared with {check['program']}: {check['skipped']}."
+    return (
+        f"compared with {check['program']} {check['version']} on {check['tokens']} tokens: logits at most "
+        f"{check['max_logit_difference']:.2g} apart, KL {check['kl_nats']:.2g} nats a token, same best token "
+        f"{check['same_best_token']:.1%}; "
+        + (f"it cuts {len(check['other_texts'])} of {len(CHECK_TEXTS)} hard texts otherwise." if check["other_texts"] else "same tokens.")
+    )
