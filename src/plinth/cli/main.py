@@ -37,6 +37,7 @@ VERBS = {
     "import": ("plinth.cli.import_model", "a published model, from a folder or the hub, checked and compared with transformers"),
     "export": ("plinth.cli.export", "a folder that vLLM, transformers or llama.cpp serve, compared with them"),
     "generate": ("plinth.cli.generate", "text from a model"),
+    "translate": ("plinth.cli.translate", "text from one language to another, or a test set scored by BLEU and chrF"),
     "chat": ("plinth.cli.chat", "talk to a model in the terminal"),
     "search": ("plinth.cli.search", "the documents of a run that hold given words, with source and licence"),
     "agent": ("plinth.cli.agent", "a question answered with a calculator and a search of the run's documents"),

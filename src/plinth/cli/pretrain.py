@@ -23,6 +23,8 @@ from plinth.training.parallel import is_leader
 FAMILIES: dict[str, tuple[str, str]] = {  # family → module whose main takes the other arguments, and a gloss
     "bert": ("plinth.cli.pretrain_bert", "an encoder, hidden tokens"),
     "electra": ("plinth.cli.pretrain_electra", "an encoder, replaced tokens"),
+    "transformer": ("plinth.cli.pretrain_transformer", "the encoder-decoder of 2017, parallel text"),
+    "t5": ("plinth.cli.pretrain_t5", "T5, parallel text"),
     "awd-lstm": ("plinth.cli.pretrain_awd_lstm", "next token by a recurrent model, from shards"),
     "clip": ("plinth.cli.pretrain_clip", "a text and a vision tower, from images with captions"),
 }

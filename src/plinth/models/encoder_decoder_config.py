@@ -119,3 +119,17 @@ class EncoderDecoderConfig:
     @property
     def is_gated(self) -> bool:
         return self.activation in GATED
+
+
+def forward_flops(config: EncoderDecoderConfig, source_len: float, target_len: float) -> float:
+    """Return the operations of one forward pass of a pair, two a multiply-add, attention over all positions; norms are left out."""
+    D, W, F, S, T = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size, source_len, target_len
+    mlp = (3 if config.is_gated else 2) * D * F
+    encoder = config.num_layers * S * (2 * (4 * D * W + mlp) + 4 * W * S)
+    decoder = config.decoder_layers * (T * (2 * (6 * D * W + mlp) + 4 * W * (T + S)) + S * 2 * 2 * D * W)
+    return encoder + decoder + 2 * T * D * config.output_size
+
+
+def train_flops_per_target_token(config: EncoderDecoderConfig, source_len: float, target_len: float) -> float:
+    """Return the operations of a training step a counted token: three forward passes of a pair of mean lengths over its target's tokens."""
+    return 3 * forward_flops(config, source_len, target_len) / target_len
