@@ -33,6 +33,7 @@ VERBS = {
     "samples": ("plinth.cli.samples", "right answers against the number of answers drawn, and what they cost"),
     "watch": ("plinth.cli.watch", "a run or a build as it goes, in the terminal or in the browser"),
     "report": ("plinth.cli.report", "report.html of a build"),
+    "attend": ("plinth.cli.attend", "what a model looks at in a text, by layer and head, as one page"),
     "params": ("plinth.cli.params", "parameters, operations, cache and memory of a model, from its config.json"),
     "import": ("plinth.cli.import_model", "a published model, from a folder or the hub, checked and compared with transformers"),
     "export": ("plinth.cli.export", "a folder that vLLM, transformers or llama.cpp serve, compared with them"),
