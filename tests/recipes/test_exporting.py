@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from plinth.cli.main import main
 from plinth.config import UserError, read_json
-from plinth.models.config import DecoderConfig
+from plinth.models.config import DecoderConfig, RopeScaling
 from plinth.models.hub import export_tensors, load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.recipes.exporting import export_model
@@ -19,6 +20,7 @@ from plinth.recipes.parity import CHECK_TEXTS, ask, check_rows, logit_difference
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.gguf import CONTROL, NORMAL, UNUSED, gguf_vocabulary
 from plinth.tokenizer.train import SPLIT_PATTERN, train_tokenizer
+from tokenizer import published_folders as published
 
 TINY = DecoderConfig(
     vocab_size=420, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=96, max_seq_len=128
@@ -28,6 +30,14 @@ VARIANTS = {
     "multipliers, untied": dataclasses.replace(
         TINY, tie_embeddings=False, learnable_norm=True, output_multiplier=0.5, attention_multiplier=0.7, norm_eps=1e-5
     ),
+}
+LLAMA = dataclasses.replace(TINY, qk_norm=False, learnable_norm=True)
+SHAPES = {  # of llama.cpp's other architectures
+    "llama": LLAMA,
+    "llama, untied": dataclasses.replace(LLAMA, num_kv_heads=4, tie_embeddings=False, rope_theta=5e5),
+    "llama 3": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("llama3", factor=8.0, original_max_seq_len=32)),
+    "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", factor=4.0)),
+    "yarn": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("yarn", factor=4.0, original_max_seq_len=32)),
 }
 GOLDEN = Path(__file__).with_name("golden_llama_cpp.json")
 LLAMA_PYTHON = os.environ.get("PLINTH_LLAMA_PYTHON")  # an interpreter that has llama-cpp-python
@@ -79,16 +89,16 @@ def test_every_tensor_comes_back_from_gguf(weights, folder, tmp_path):
     found = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in read_gguf(done.file).tensors}
     wanted = export_tensors(model)
     assert len(found) == len(wanted)
-    for published, name in (
+    for theirs, name in (
         ("model.embed_tokens.weight", "token_embd.weight"),
         ("model.layers.1.self_attn.k_proj.weight", "blk.1.attn_k.weight"),
         ("model.layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight"),
         ("model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"),
         ("model.norm.weight", "output_norm.weight"),
     ):
-        bound = BOUNDS[weights] if wanted[published].dim() == 2 else 0.0
-        largest = wanted[published].abs().max()
-        assert (found[name] - wanted[published]).abs().max() <= bound * largest * 1.01
+        bound = BOUNDS[weights] if wanted[theirs].dim() == 2 else 0.0
+        largest = wanted[theirs].abs().max()
+        assert (found[name] - wanted[theirs]).abs().max() <= bound * largest * 1.01
 
 
 @needs_gguf
@@ -162,6 +172,98 @@ def test_rows_that_no_block_fits_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="intermediate_size=100 is not a multiple of 32"):
         export_model(odd, tmp_path / "out", format="gguf", weights="q8_0")
     assert not (tmp_path / "out").exists()
+
+
+@needs_gguf
+@pytest.mark.parametrize("name", SHAPES)
+def test_architectures_by_what_they_compute(name, tokenizer, tmp_path):
+    done = export_model(save(SHAPES[name], tokenizer, tmp_path / "tiny"), tmp_path / "out", format="gguf", weights="f32", check=False)
+    file = read_gguf(done.file)
+    kind = name.split()[0].strip(",") if name.startswith(("llama", "qwen2")) else "llama"
+    assert file.fields["general.architecture"].contents() == kind
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in file.tensors}
+    wanted = export_tensors(load_model(tmp_path / "tiny"))
+    key, ours = tensors["blk.1.attn_k.weight"], wanted["model.layers.1.self_attn.k_proj.weight"]
+    assert torch.equal(key[:4], ours[:4]) == (kind != "llama")
+    if kind == "llama":  # row 2i is channel i of the first half, row 2i + 1 that of the second
+        assert torch.equal(key[:2], ours[[0, 16]]) and torch.equal(key[32:34], ours[[32, 48]])
+    assert ("rope_freqs.weight" in tensors) == (name == "llama 3")
+    assert ("blk.0.attn_q.bias" in tensors) == (kind == "qwen2")
+
+
+@needs_gguf
+@pytest.mark.parametrize("option", [{"activation": "geglu"}, {"sliding_window": 9}, {"num_experts": 2, "num_active_experts": 1}])
+def test_what_no_architecture_of_ours_holds_is_refused(option, tokenizer, tmp_path):
+    folder = save(dataclasses.replace(LLAMA, **option), tokenizer, tmp_path / "odd")
+    with pytest.raises(UserError, match=f"{next(iter(option))}.*no place for these options.*--format hf"):
+        export_model(folder, tmp_path / "out", format="gguf")
+
+
+LLAMA_BPE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def write_llama_bpe(folder: Path) -> Path:
+    """Write Llama 3's kind of tokenizer: its cut, pieces that are tokens taken whole, a first token."""
+    parts = json.loads(published.byte_level(["<|begin|>", "<|end_of_text|>"]).to_str())
+    split = {"type": "Split", "pattern": {"Regex": LLAMA_BPE}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+    parts["model"]["ignore_merges"] = True
+    backend = published.begun(tokenizers.Tokenizer.from_str(json.dumps(parts)), "<|begin|>")
+    return published.write(backend, folder, bos_token="<|begin|>", eos_token="<|end_of_text|>")
+
+
+PUBLISHED = {
+    "headers": ("gpt2", "gpt-2", True),
+    "tools": ("gpt2", "gpt-2", False),
+    "brackets": ("llama", "default", True),
+    "turns": ("llama", "default", True),
+    "llama-bpe": ("gpt2", "llama-bpe", True),
+}
+
+
+def with_published_tokenizer(kind: str, folder: Path) -> Path:
+    save_model(random_model(LLAMA), None, folder)
+    (folder / "plinth.json").unlink()
+    return write_llama_bpe(folder) if kind == "llama-bpe" else published.KINDS[kind](folder)
+
+
+@needs_gguf
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_published_tokenizers_go_along(kind, tmp_path):
+    folder = with_published_tokenizer(kind, tmp_path / "tiny")
+    fields = read_gguf(export_model(folder, tmp_path / "out", format="gguf", check=False).file).fields
+    value = {name: field.contents() for name, field in fields.items()}
+    found = tuple(value[f"tokenizer.ggml.{name}"] for name in ("model", "pre", "add_bos_token"))
+    assert found == PUBLISHED[kind]
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.prefix_ids:
+        assert value["tokenizer.ggml.bos_token_id"] == tokenizer.prefix_ids[0]
+    assert value["tokenizer.ggml.eos_token_id"] == tokenizer.end_of_text_id
+    if kind == "brackets":
+        assert value["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6] and value["tokenizer.ggml.add_space_prefix"] is True
+
+
+@needs_gguf
+@needs_llama
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_llama_cpp_reads_published_tokenizers(kind, tmp_path):
+    python = None if LLAMA_PYTHON is None else Path(LLAMA_PYTHON)
+    folder = with_published_tokenizer(kind, tmp_path / "tiny")
+    check = export_model(folder, tmp_path / "out", format="gguf", weights="f32", python=python).check
+    assert check["other_texts"] == [] and check["max_logit_difference"] < 1e-4
+
+
+@needs_gguf
+@needs_llama
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SHAPES)
+def test_llama_cpp_computes_every_architecture(name, tokenizer, tmp_path):
+    python = None if LLAMA_PYTHON is None else Path(LLAMA_PYTHON)
+    folder = save(SHAPES[name], tokenizer, tmp_path / "tiny")
+    check = export_model(folder, tmp_path / "out", format="gguf", weights="f32", python=python).check
+    assert check["max_logit_difference"] < 1e-4 and check["same_best_token"] == 1
 
 
 def test_differences_of_equal_logits_are_none(tokenizer):

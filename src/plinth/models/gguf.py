@@ -1,4 +1,4 @@
-"""Models as GGUF, the one file that llama.cpp reads: architecture "qwen3", weights as they are or quantised."""
+"""Models as GGUF, the one file that llama.cpp reads: architectures qwen3, qwen2 and llama, weights as they are or quantised."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 
-from plinth import __version__
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
+from plinth.models.gguf_architecture import add_shape, architecture, frequency_factors, paired_rows
 from plinth.models.hub import export_tensors
 from plinth.models.transformer import Transformer
 
@@ -21,6 +21,18 @@ HEADS = ("token_embd.weight", "output.weight")  # read by every token's logits: 
 
 class Vocabulary(Protocol):
     """What the file needs of a tokenizer; `plinth.tokenizer.gguf.GgufVocabulary` has it."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def scores(self) -> list[float]: ...
+
+    @property
+    def blank_first(self) -> bool: ...
+
+    @property
+    def begins(self) -> bool: ...
 
     @property
     def tokens(self) -> list[str]: ...
@@ -51,11 +63,10 @@ def gguf_library() -> Any:
 
 
 def check_gguf(config: DecoderConfig, weights: str) -> None:
-    """Raise UserError for a decoder that architecture "qwen3" cannot hold, or rows that no whole block fits."""
+    """Raise UserError for a decoder that none of our architectures can hold, or rows that no whole block fits."""
     if weights not in get_args(WeightFormat):
         raise UserError(f"quantise={weights!r} is not one of {', '.join(get_args(WeightFormat))}.")
-    if config.extras:
-        raise UserError(f"{', '.join(config.extras)}: GGUF's qwen3 has no place for these options. Only Plinth reads this model.")
+    architecture(config)
     if weights not in ("q8_0", "q4_0"):
         return
     widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
@@ -72,15 +83,20 @@ def write_gguf(model: Transformer, vocabulary: Vocabulary, path: Path, *, weight
     """
     gguf = gguf_library()
     check_gguf(model.config, weights)
-    writer = gguf.GGUFWriter(path, "qwen3")
+    config, kind = model.config, architecture(model.config)
+    writer = gguf.GGUFWriter(path, kind)
     try:
-        _add_shape(writer, gguf, model.config, name, weights)
+        add_shape(writer, gguf, config, name, weights)
         _add_vocabulary(writer, vocabulary)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, model.config.num_layers)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_layers)
+        if (factors := frequency_factors(config)) is not None:
+            writer.add_tensor("rope_freqs.weight", factors.numpy())
         for published, tensor in export_tensors(model).items():
-            target = names.get_name(published, try_suffixes=(".weight",))
-            data, kind = encode_weights(tensor, "q8_0" if weights == "q4_0" and target in HEADS and not pure else weights)
-            writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
+            target = names.get_name(published, try_suffixes=(".weight", ".bias"))
+            if kind == "llama" and target.endswith(("attn_q.weight", "attn_k.weight")):
+                tensor = paired_rows(tensor, config.num_heads if "attn_q" in target else config.num_kv_heads)
+            data, kept = encode_weights(tensor, "q8_0" if weights == "q4_0" and target in HEADS and not pure else weights)
+            writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kept.upper()])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -100,42 +116,26 @@ def encode_weights(tensor: torch.Tensor, weights: str) -> tuple[np.ndarray, str]
     return gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType[weights.upper()]), weights
 
 
-def _add_shape(writer: Any, gguf: Any, config: DecoderConfig, name: str, weights: str) -> None:
-    published = config.to_hf()
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
-    writer.add_string("plinth.version", __version__)
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(published["rms_norm_eps"])  # that of weights with the multipliers folded in
-    writer.add_vocab_size(config.vocab_size)
-    kind = "ALL_F32" if weights == "f32" else f"MOSTLY_{weights.upper()}"
-    writer.add_file_type(gguf.LlamaFileType[kind])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.cut)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.blank_first)
     adders = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,
         "eot": writer.add_eot_token_id,
         "pad": writer.add_pad_token_id,
+        "unk": writer.add_unk_token_id,
     }
     for name, i in vocabulary.special.items():
         adders[name](i)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(vocabulary.begins)
     writer.add_add_eos_token(False)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)

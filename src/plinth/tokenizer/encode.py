@@ -194,9 +194,19 @@ class Tokenizer:
         bos = self._named_id("bos_token")
         if isinstance(added, bool) and bos is not None:
             return [bos] if added else []
+        return self._processor_prefix
+
+    @cached_property
+    def _processor_prefix(self) -> list[int]:
         encoding = self._backend.encode("a", add_special_tokens=True)
         count = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
         return encoding.ids[:count]
+
+    def special_ids_around(self) -> list[int]:
+        """Return the ids that the tokenizer puts around a text, before it and behind it; with add_bos_token, as that says."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        behind = [i for i, special in zip(encoding.ids, encoding.special_tokens_mask) if special]
+        return self.prefix_ids + behind[len(self._processor_prefix) :]
 
     @property
     def start_id(self) -> int | None:
