@@ -11,11 +11,26 @@ from plinth.ops.loss import CHUNK_ELEMENTS
 MAX_MUON_SHARE = 0.47  # the highest share at which docs/ablations.md has compared Muon with AdamW, in equal time; Muon won there
 
 
-def _layer_matrix_params(config: DecoderConfig) -> int:
-    """Parameters of one block's matrices: fused qkv, attention output, gate (which squared ReLU lacks) and up, down."""
-    heads = config.num_heads + 2 * config.num_kv_heads
-    attention = config.hidden_size * config.head_dim * (heads + config.num_heads)
-    return attention + config.num_mlp_matrices * config.hidden_size * config.intermediate_size
+def _num_expert_layers(config: DecoderConfig) -> int:
+    return sum(config.has_experts(i) for i in range(config.num_layers))
+
+
+def _matrix_params(config: DecoderConfig, experts: int | None = None) -> int:
+    """Parameters of the blocks' matrices: fused qkv, attention output, gate (where there is one), up and down.
+
+    Of a mixture of experts: the shared one, and all of the others or so many of them.
+    """
+    heads, routed = config.num_heads + 2 * config.num_kv_heads, _num_expert_layers(config)
+    attention = config.num_layers * config.head_dim * (heads + config.num_heads)
+    count = config.num_experts if experts is None else experts
+    widths = (config.num_layers - routed) * config.intermediate_size
+    widths += routed * (config.shared_expert_intermediate_size + (count * config.expert_size if routed else 0))
+    return config.hidden_size * (attention + config.num_mlp_matrices * widths)
+
+
+def _router_params(config: DecoderConfig) -> int:
+    """Parameters of all routers and of the gates of shared experts."""
+    return _num_expert_layers(config) * config.hidden_size * (config.num_experts + config.shared_expert_gate)
 
 
 def _layer_bias_params(config: DecoderConfig) -> int:
@@ -44,9 +59,10 @@ def count_params(config: DecoderConfig) -> dict[str, int]:
     `embedding` is the token matrix, the head's where that is one of its own, and the tables of learnt places and of value embeddings.
     `matrix` is the blocks' matrices (what Muon trains).
     """
-    matrix = config.num_layers * _layer_matrix_params(config)
+    matrix = _matrix_params(config)
     scalars = 2 * config.num_layers * config.residual_scalars
     body = matrix + config.num_layers * _layer_bias_params(config) + _norm_params(config) + scalars + _value_gate_params(config)
+    body += _router_params(config)
     tables = config.num_value_embeddings * config.kv_dim
     embedding = config.vocab_size * (config.hidden_size * (1 if config.tie_embeddings else 2) + tables)
     if config.position == "learned":
@@ -54,16 +70,23 @@ def count_params(config: DecoderConfig) -> dict[str, int]:
     return {"total": body + embedding, "embedding": embedding, "non_embedding": body, "matrix": matrix}
 
 
+def count_active_params(config: DecoderConfig) -> int:
+    """Return the parameters that a token uses: all but the experts that it does not take. Embedding and head count whole."""
+    return count_params(config)["total"] - _matrix_params(config) + _matrix_params(config, config.num_active_experts)
+
+
 def forward_flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool = True) -> int:
     """Return the operations of a forward pass a token, averaged over a sequence of `seq_len` tokens, the head included.
 
-    A multiply-add counts as 2. Matrices: 2 (block matrices + gates of value embeddings + V D). Attention: scores and weighted values are
+    A multiply-add counts as 2. Matrices: 2 (block matrices + gates of value embeddings + V D), of experts those that a token takes, and the
+    routers. Attention: scores and weighted values are
     4 H E a layer and attended position; a token attends to (seq_len + 1) / 2 positions on average, or to all with causal=False (the
     convention of PaLM, and what profilers count). Norms, rotary embedding, softmax and lookups are left out: they are no matrix products.
     Source: Kaplan et al. 2020, arXiv:2001.08361, table 1; Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     head = config.vocab_size * config.hidden_size
-    matrices = 2 * (config.num_layers * _layer_matrix_params(config) + _value_gate_params(config) + head)
+    blocks = _matrix_params(config, config.num_active_experts) + _router_params(config)
+    matrices = 2 * (blocks + _value_gate_params(config) + head)
     doubled_positions = seq_len + 1 if causal else 2 * seq_len
     return matrices + 2 * doubled_positions * config.num_layers * config.num_heads * config.head_dim
 
@@ -101,12 +124,13 @@ def decode_bytes_per_token(
 ) -> int:
     """Return the bytes read from memory for one generated token of each of `batch_size` sequences, rounded up.
 
-    Every weight once a step, shared by the batch (of a separate embedding matrix and of value embeddings one row a sequence), and the
-    keys and values of `context_tokens` positions. At small batches this, over the memory's bandwidth, is the least time of a token.
+    Every weight once a step, shared by the batch (of a separate embedding matrix and of value embeddings one row a sequence; of experts
+    as many as the batch takes at most), and the keys and values of `context_tokens` positions. At small batches this, over the memory's
+    bandwidth, is the least time of a token.
     """
-    counts = count_params(config)
+    unread = _matrix_params(config) - _matrix_params(config, min(config.num_experts, batch_size * config.num_active_experts))
     head = config.vocab_size * config.hidden_size
-    step = (counts["non_embedding"] + head) * weight_bytes
+    step = (count_params(config)["non_embedding"] - unread + head) * weight_bytes
     rows = (0 if config.tie_embeddings else config.hidden_size) + config.num_value_embeddings * config.kv_dim
     return -(-step // batch_size) + rows * weight_bytes + context_tokens * kv_bytes_per_token(config, cache_bytes)
 
@@ -178,8 +202,19 @@ def activation_bytes_per_token(config: DecoderConfig, seq_len: int, compute_byte
     head_vectors = 2 * (heads + kv_heads) + heads + (2 * heads if grouped else kv_heads)
     attention = head_vectors * config.head_dim + (heads + kv_heads) + heads * seq_len
     norm = config.hidden_size + 1
-    layer = 2 * norm + attention + (4 if config.activation == "swiglu" else 2) * config.intermediate_size
-    return (config.num_layers * layer + norm + _kept_by_extras(config) + config.residual_scalars) * compute_bytes
+    layers = config.num_layers * (2 * norm + attention) + _kept_by_feed_forward(config, 4 if config.activation == "swiglu" else 2)
+    return (layers + norm + _kept_by_extras(config) + config.residual_scalars) * compute_bytes
+
+
+def _kept_by_feed_forward(config: DecoderConfig, width: int) -> int:
+    """Elements a token that all feed-forward layers keep between their matrices, `width` a unit; of experts also the sorted rows.
+
+    What the router and the gate of a shared expert keep of their scores is left out.
+    """
+    routed = _num_expert_layers(config)
+    experts = config.num_active_experts * (2 * config.hidden_size + width * config.expert_size) if routed else 0
+    shared = width * config.shared_expert_intermediate_size + config.hidden_size * config.shared_expert_gate
+    return (config.num_layers - routed) * width * config.intermediate_size + routed * (experts + shared)
 
 
 def _kept_by_extras(config: DecoderConfig) -> int:
@@ -192,6 +227,6 @@ def _activation_bytes_with_kernels(config: DecoderConfig) -> int:
     heads = config.num_heads + 2 * config.num_kv_heads
     norm = 2 * config.hidden_size + 4
     attention = 2 * (heads + config.num_heads) * config.head_dim + 4 * config.num_heads
-    feed_forward = 2 * config.num_mlp_matrices * config.intermediate_size
+    feed_forward = 2 * _kept_by_feed_forward(config, config.num_mlp_matrices)
     extras = 2 * _kept_by_extras(config) + 4 * config.residual_scalars
-    return config.num_layers * (2 * norm + attention + feed_forward) + norm + extras
+    return config.num_layers * (2 * norm + attention) + feed_forward + norm + extras

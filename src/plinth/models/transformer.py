@@ -12,16 +12,21 @@ from plinth.models.attention import Attention
 from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import PagedCache, View
 from plinth.models.mlp import feed_forward
+from plinth.models.moe import MixtureOfExperts
 from plinth.models.norm import normalisation
 from plinth.models.rope import has_own_rotation, rotation
 from plinth.ops import kernels
 from plinth.ops.linear import linear_rows
+from plinth.ops.moe import Routing
 from plinth.ops.norm import add_rms_norm
 from plinth.ops.segments import positions_in_segments, segment_mask, window_mask
 from plinth.ops.softcap import softcap
 
 # What a parameter's name ends with; of the others, those of one dimension start at 1, and the matrices are drawn.
-START_AT_ZERO = ("attention.out.weight", "mlp.down.weight", "x0_lambda", "value_embed.table.weight", "value_embed.gate.weight", ".bias")
+START_AT_ZERO = (
+    "attention.out.weight", "mlp.down.weight", "mlp.shared.down.weight", "x0_lambda", "value_embed.table.weight", "value_embed.gate.weight",
+    ".bias",
+)  # fmt: skip
 
 
 class Block(nn.Module):
@@ -33,17 +38,19 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.post_attention_norm = normalisation(config, config.hidden_size) if config.post_norms else None
         self.mlp_norm = normalisation(config, config.hidden_size)
-        self.mlp = feed_forward(config, layer)
+        self.mlp = MixtureOfExperts(config) if config.has_experts(layer) else feed_forward(config, layer)
         self.post_mlp_norm = normalisation(config, config.hidden_size) if config.post_norms else None
 
-    def forward(self, x, delta, cos, sin, mask=None, tokens=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x, delta, cos, sin, mask=None, tokens=None, routings=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the residual stream and what is still to be added to it; return the same two. A value embedding needs the tokens.
 
-        Handing on the sum unfinished lets each sum fuse with the normalisation that follows it.
+        What a router decides is appended to `routings`. Handing on the sum unfinished lets each sum fuse with the normalisation that
+        follows it.
         """
         x, normed = self.attention_norm.add(x, delta)
         x, normed = self.mlp_norm.add(x, self._after_attention(self.attention(normed, cos, sin, mask, tokens)))
-        return x, self._after_mlp(self.mlp(normed))
+        given = (routings,) if isinstance(self.mlp, MixtureOfExperts) else ()
+        return x, self._after_mlp(self.mlp(normed, *given))
 
     def forward_rows(self, x, delta, cos, sin, places, tokens, cache: PagedCache, layer: int, views) -> tuple[torch.Tensor, torch.Tensor]:
         """Do what `forward` does for rows of a ragged batch, against the cache; see `Transformer.forward_rows`."""
@@ -114,8 +121,12 @@ class Transformer(nn.Module):
         dtype = torch.float32 if fused else self.embed.weight.dtype
         return cos.to(dtype), sin.to(dtype)
 
-    def forward(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None, routings: list[Routing] | None = None
+    ) -> torch.Tensor:
         """Return hidden states after the last norm, times the output multiplier, shape (B, T, D).
+
+        What the routers of experts decide is appended to `routings`, a block after the other.
 
         With segments, attention keeps to each and positions restart in it, as if each stood alone.
         """
@@ -123,7 +134,7 @@ class Transformer(nn.Module):
         x, delta = self._embedded(tokens_BT, positions), None
         first = self._first(x)
         for i, layer in enumerate(self.layers):
-            x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT)
+            x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT, routings)
         return self._output(self.final_norm.add(x, delta)[1])
 
     @torch.no_grad()

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from plinth.ops.loss import linear_cross_entropy
+from plinth.ops.moe import Routing
+from plinth.training.objectives_moe import add_router_losses
 
 ROW_STEP = 128  # the head runs on multiples of it: few shapes, so kernels and memory are used again
 
@@ -24,19 +26,21 @@ def select_rows(counted_N: torch.Tensor, count: int) -> torch.Tensor:
 def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]):
     """Return the next-token cross-entropy; the batch is (inputs (B, T), targets (B, T)), targets below 0 do not count.
 
-    A third tensor gives the segments (B, T) that attention keeps to.
+    A third tensor gives the segments (B, T) that attention keeps to. Where the model has experts, what keeps their load even is added.
     On a CPU the output head runs on counted positions only, but for the filling up to a multiple of ROW_STEP. On a GPU
     it runs on all: how many are counted is known there alone, and asking would make it idle.
     """
     inputs_BT, targets_BT, *segments_BT = batch
     cap = model.config.logit_softcap
-    hidden_ND = model(inputs_BT, *segments_BT).flatten(0, 1)
+    routings: list[Routing] = []
+    more = {"routings": routings} if model.config.num_experts else {}
+    hidden_ND = model(inputs_BT, *segments_BT, **more).flatten(0, 1)
     targets_N = targets_BT.flatten()
     counted_N = targets_N >= 0
-    if targets_N.device.type != "cpu":
-        return linear_cross_entropy(hidden_ND, model.output_weight, targets_N, cap), counted_N.sum(dtype=torch.float64), {}
-    count = int(counted_N.sum())
-    if padded_rows(count) < targets_N.numel():
+    on_cpu = targets_N.device.type == "cpu"
+    count = int(counted_N.sum()) if on_cpu else counted_N.sum(dtype=torch.float64)
+    if on_cpu and padded_rows(count) < targets_N.numel():
         rows = select_rows(counted_N, count)
         hidden_ND, targets_N = hidden_ND[rows], targets_N[rows]
-    return linear_cross_entropy(hidden_ND, model.output_weight, targets_N, cap), count, {}
+    loss = linear_cross_entropy(hidden_ND, model.output_weight, targets_N, cap)
+    return (loss, count, {}) if not routings else add_router_losses(loss, count, routings, counted_N, model.config)

@@ -7,6 +7,7 @@ from typing import Any
 
 from plinth.config import UserError
 from plinth.models.config import HIDDEN_ACTS, DecoderConfig
+from plinth.models.formats.experts import expert_names
 from plinth.models.formats.layout import Entry, Format
 from plinth.models.meta import on_meta
 from plinth.models.transformer import Transformer
@@ -66,14 +67,17 @@ def layout(config: DecoderConfig) -> list[Entry]:
             constant = fold_factor(config, name)[0]  # a norm that stands for 1 carries its factor
         shapes = tuple((count, *tensor.shape[1:]) for count in rows)
         factors = fold_factor(config, name) if config.has_multipliers else ()
-        entries.append(Entry(name, _published_names(name), shapes, factors=factors, constant=constant))
+        entries.append(Entry(name, _published_names(config, name), shapes, factors=factors, constant=constant))
     return entries
 
 
-def _published_names(name: str) -> tuple[str, ...]:
+def _published_names(config: DecoderConfig, name: str) -> tuple[str, ...]:
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]
     _, layer, rest = name.split(".", 2)
+    if rest.startswith("mlp.") and config.has_experts(int(layer)):
+        names = expert_names(config, rest.removeprefix("mlp."), "qwen3_moe")
+        return tuple(f"model.layers.{layer}.{published}" for published in names)
     return tuple(f"model.layers.{layer}.{published}" for published in LAYER_NAMES[rest])
 
 
@@ -89,11 +93,11 @@ def fold_factor(config: DecoderConfig, name: str) -> tuple[float, ...]:
         return (config.attention_multiplier,)
     if not config.tie_embeddings and name == "head.weight":
         return (config.output_multiplier,)
-    if name in ("embed.weight", "x0_lambda") or name.endswith(("attention.out.weight", "mlp.down.weight")):
-        return (stream,)
+    if name in ("embed.weight", "x0_lambda") or name.endswith(("attention.out.weight", "mlp.down.weight", "mlp.shared.down.weight")):
+        return (stream,) * len(_published_names(config, name))
     if name.endswith("attention.qkv.weight"):
         return (stream, stream, 1.0)
-    return (1.0,) * len(_published_names(name))
+    return (1.0,) * len(_published_names(config, name))
 
 
 def aliases(config: DecoderConfig) -> dict[str, str]:
