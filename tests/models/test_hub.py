@@ -265,3 +265,11 @@ def test_a_model_that_transformers_wrote_loads(tmp_path):
     model, tokens = load_model(tmp_path), torch.arange(30).view(1, 30)
     with torch.no_grad():
         assert (theirs(tokens).logits - model.logits(model(tokens))).abs().max().item() <= 1e-4
+
+
+def test_a_model_may_be_loaded_as_it_is_stored(tmp_path):
+    model = random_model(DecoderConfig(vocab_size=64, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16))
+    save_model(model, None, tmp_path / "half", torch.bfloat16)
+    stored, wide = load_model(tmp_path / "half", None), load_model(tmp_path / "half")
+    assert {p.dtype for p in stored.parameters()} == {torch.bfloat16} and {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert all(torch.equal(a.float(), b) for a, b in zip(stored.parameters(), wide.parameters()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -10,9 +10,16 @@ from plinth.config import UserError
 from plinth.inference.native_runner import NativeRunner, why_not_native
 from plinth.inference.runner import Runner
 from plinth.inference.torch_runner import TorchRunner
+from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 
 Weights = Literal["fp32", "bf16", "int8", "int4"]
+
+
+def loading_dtype(config: Any, weights: Weights | None, device: torch.device | str = "cpu") -> torch.dtype | None:
+    """Return the type to load a model in for `make_runner`: None, as it is stored, where our kernels pack it in bf16 anyway, else fp32."""
+    packs = weights in (None, "bf16") and torch.device(device).type == "cpu"
+    return None if packs and isinstance(config, DecoderConfig) and why_not_native(config) is None else torch.float32
 
 
 def make_runner(model: Transformer, weights: Weights | None = None) -> Runner:

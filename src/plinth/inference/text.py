@@ -15,10 +15,10 @@ from plinth.inference.engine import Engine, Event, each_params
 from plinth.inference.grammar import Grammar
 from plinth.inference.grammar_constraint import GrammarCompiler, GrammarConstraint
 from plinth.inference.request import Completion
-from plinth.inference.runners import Weights, make_runner
+from plinth.inference.runners import Weights, loading_dtype, make_runner
 from plinth.inference.sampling import SamplingParams
 from plinth.inference.verdict import why_invalid
-from plinth.models.hub import load_decoder
+from plinth.models.hub import load_decoder, read_config
 from plinth.run import find_model
 from plinth.tokenizer.chat import Message, render
 from plinth.tokenizer.encode import Tokenizer
@@ -202,7 +202,8 @@ class TextEngine:
         """
         folder = find_model(Path(path))
         tokenizer = Tokenizer.load(folder)
-        runner = make_runner(load_decoder(folder, dtype=torch.float32).to(device).eval(), weights)
+        dtype = loading_dtype(read_config(folder)[1], weights, device)
+        runner = make_runner(load_decoder(folder, dtype).to(device).eval(), weights)
         return cls(Engine(runner, max_batch=max_batch, max_seq_len=max_seq_len, eos_ids=end_ids(tokenizer)), tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:

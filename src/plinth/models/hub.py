@@ -91,8 +91,8 @@ def _special_ids(tokenizer: TokenizerFiles | None) -> dict[str, Any]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Read a model folder of any family that FORMATS lists, ours or another's, with its parameters in `dtype`.
+def load_model(path: Path, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+    """Read a model folder of any family that FORMATS lists, ours or another's, with its parameters in `dtype`, None = as they are stored.
 
     Raises UserError for another architecture, a file that is absent, truncated or differs from its recorded hash, and tensors that are
     missing, superfluous or of the wrong shape.
@@ -103,7 +103,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     return fill(format, config, TensorFiles(weight_files(path)), dtype, where=str(path))
 
 
-def load_decoder(path: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+def load_decoder(path: Path, dtype: torch.dtype | None = torch.float32) -> Transformer:
     """Read a model folder that holds a decoder. Raises UserError for another family that says which verbs take it."""
     format, _ = read_config(Path(path))
     if format is not FORMATS["decoder"]:

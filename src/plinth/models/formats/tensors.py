@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -136,14 +137,17 @@ def _some(names: list[str], joint: str = ", ") -> str:
     return joint.join(names[:SHOWN]) + more
 
 
-def fill(format: Format, config: Any, source: Source, dtype: torch.dtype, where: str) -> nn.Module:
-    """Return a model with the published weights in `dtype`: one tensor of the source is in memory at a time besides the model's own.
+def fill(format: Format, config: Any, source: Source, dtype: torch.dtype | None, where: str) -> nn.Module:
+    """Return a model with the published weights in `dtype`, None = each in the type that it is stored in.
+
+    One tensor of the source is in memory at a time besides the model's own.
 
     Raises UserError as `check` does, and for a tensor that config.json says is constant and is not.
     """
     source = Renamed(source, format)
     entries, absent = _checked(format, config, source, where)
-    model = on_meta(lambda: format.build(config)).to(dtype)
+    model = on_meta(lambda: format.build(config))
+    model = model if dtype is None else model.to(dtype)
     if absent:  # their values are drawn with the model's own recipe, always the same ones
         model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(0))  # type: ignore[operator]
     state: dict[str, torch.Tensor] = {name: tensor for name, tensor in model.state_dict().items() if tensor.device.type != "meta"}
@@ -157,9 +161,10 @@ def fill(format: Format, config: Any, source: Source, dtype: torch.dtype, where:
     return model
 
 
-def read_entry(entry: Entry, source: Source, dtype: torch.dtype, where: str) -> torch.Tensor:
+def read_entry(entry: Entry, source: Source, dtype: torch.dtype | None, where: str) -> torch.Tensor:
     """Return our tensor, in memory of its own, put together from the published ones."""
-    tensor = torch.empty(entry.shape, dtype=dtype)
+    stored = torch.float32 if entry.factors else reduce(torch.promote_types, map(source.dtype, entry.published))
+    tensor = torch.empty(entry.shape, dtype=dtype or stored)
     for i, (name, part) in enumerate(zip(entry.published, entry.parts(tensor))):
         published = source.read(name)
         if entry.constant is not None and not bool((published == torch.tensor(entry.constant, dtype=published.dtype)).all()):
