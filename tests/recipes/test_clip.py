@@ -124,3 +124,20 @@ def test_the_verb_and_its_mistakes(world, tmp_path, capsys):
     assert "none does not exist" in capsys.readouterr().err
     with pytest.raises(UserError, match="micro_batch_size=1"):
         ClipConfig(micro_batch_size=1)
+
+
+def test_the_verbs_that_use_it(run, world, tmp_path, capsys):
+    image = str(world / "00000.png")
+    assert main(["image", "classify", str(run.path), image, "--classes", "a red square", "a blue circle", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["images"][0]
+    assert shown["image"] == image and len(shown["classes"]) == 2
+    assert main(["image", "retrieve", str(run.path), "--images", str(world), "--k", "1", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "text_to_image": {"1": 1.0, "2": 1.0}, "image_to_text": {"1": 1.0, "2": 1.0}, "num_images": 8, "num_captions": 8,
+    }  # fmt: skip
+    words = ["image", "retrieve", str(run.path), "--images", str(world), "--text", DRAWINGS[3].caption(), "--k", "2", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["images"][0]["image"].endswith("00003.png")
+    assert main(["image", "shapes", str(tmp_path / "world"), "--images-each", "1", "--edge", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == {"train": 154, "held_out": 38}
+    assert main(["image", "shapes", str(tmp_path / "world")]) == 1 and "is not empty" in capsys.readouterr().err

@@ -42,6 +42,10 @@ VERBS = {
     "chat": ("plinth.cli.chat", "talk to a model in the terminal"),
     "search": ("plinth.cli.search", "the documents of a run that hold given words, with source and licence"),
     "agent": ("plinth.cli.agent", "a question answered with a calculator and a search of the run's documents"),
+    "image classify": ("plinth.cli.image_classify", "images sorted into classes that are only named"),
+    "image retrieve": ("plinth.cli.image_retrieve", "the images nearest to a text, or how well captions find theirs"),
+    "image ask": ("plinth.cli.image_ask", "a question on an image, answered by a decoder that sees"),
+    "image shapes": ("plinth.cli.image_shapes", "drawn images with captions and questions to try these on"),
     "serve": ("plinth.cli.serve", "an OpenAI-compatible server and a chat page"),
 }
 SPREAD_VERBS = ("pretrain",)  # those that several processes, launched together, work on as one

@@ -27,6 +27,7 @@ FAMILIES: dict[str, tuple[str, str]] = {  # family → module whose main takes t
     "t5": ("plinth.cli.pretrain_t5", "T5, parallel text"),
     "awd-lstm": ("plinth.cli.pretrain_awd_lstm", "next token by a recurrent model, from shards"),
     "clip": ("plinth.cli.pretrain_clip", "a text and a vision tower, from images with captions"),
+    "llava": ("plinth.cli.pretrain_llava", "a decoder that sees, from questions on images"),
 }
 
 

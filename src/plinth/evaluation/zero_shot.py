@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from plinth.config import UserError
 from plinth.data.images import ImageProcessor
-from plinth.data.pictures import caption_rows
+from plinth.data.pictures import Picture, caption_rows
 from plinth.models.dual_encoder import DualEncoder
 from plinth.models.hub import load_model
 from plinth.run import find_model
@@ -104,3 +104,40 @@ def recall_at(similarity_QC: torch.Tensor, right_QC: torch.Tensor, ks: Sequence[
     if not len(hits_QC):
         raise UserError("no query has a right candidate, so there is no recall to measure.")
     return {k: hits_QC[:, :k].any(1).double().mean().item() for k in ks}
+
+
+@dataclass(frozen=True)
+class Recalls:
+    """How often the right one is among the k nearest."""
+
+    text_to_image: dict[int, float]
+    """for each k, the share of captions whose image, or one of whose images, is among the k most similar images"""
+    image_to_text: dict[int, float]
+    """for each k, the share of images one of whose captions is among the k most similar captions"""
+    num_images: int
+    """images searched"""
+    num_captions: int
+    """different captions searched"""
+
+
+def measure_recall(model: ImageTextModel, pictures: Sequence[Picture], ks: Sequence[int] = (1, 5, 10)) -> Recalls:
+    """Search every caption among all images and every image among all captions; equal captions count as one.
+
+    Raises UserError when no picture has a caption.
+    """
+    captions = list(dict.fromkeys(caption for picture in pictures for caption in picture.captions))
+    if not captions:
+        raise UserError("no image has a caption, so there is nothing to search for.")
+    number = {caption: i for i, caption in enumerate(captions)}
+    right_NC = torch.zeros(len(pictures), len(captions), dtype=torch.bool)
+    for i, picture in enumerate(pictures):
+        right_NC[i, [number[caption] for caption in picture.captions]] = True
+    similarity_NC = model.images([picture.image for picture in pictures]) @ model.texts(captions).t()
+    return Recalls(recall_at(similarity_NC.t(), right_NC.t(), ks), recall_at(similarity_NC, right_NC, ks), len(pictures), len(captions))
+
+
+def find_images(model: ImageTextModel, pictures: Sequence[Picture], text: str, count: int = 5) -> list[tuple[Path, float]]:
+    """Return the images that are most similar to a text, with the cosine of the angle between the two, nearest first."""
+    similarity_N = model.images([picture.image for picture in pictures]) @ model.texts([text])[0]
+    best = similarity_N.topk(min(count, len(pictures)))
+    return [(pictures[i].image, value) for i, value in zip(best.indices.tolist(), best.values.tolist())]

@@ -14,7 +14,7 @@ from torch import nn
 
 from plinth import __version__
 from plinth.config import UserError, read_json, save_json
-from plinth.models.formats import clip, decoder, encoder, encoder_decoder, recurrent
+from plinth.models.formats import clip, decoder, encoder, encoder_decoder, llava, recurrent
 from plinth.models.formats.layout import Format
 from plinth.models.formats.tensors import InMemory, fill, publish
 from plinth.models.tensor_file import TensorFiles, save_tensors
@@ -33,6 +33,7 @@ FORMATS: dict[str, Format] = {
     "awd-lstm": recurrent.AWD_LSTM,
     "recurrent seq2seq": recurrent.SEQ2SEQ,
     "clip": clip.FORMAT,
+    "llava": llava.FORMAT,
 }
 
 

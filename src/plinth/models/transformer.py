@@ -122,27 +122,32 @@ class Transformer(nn.Module):
         return cos.to(dtype), sin.to(dtype)
 
     def forward(
-        self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None, routings: list[Routing] | None = None
+        self,
+        tokens_BT: torch.Tensor,
+        segments_BT: torch.Tensor | None = None,
+        routings: list[Routing] | None = None,
+        embedded_BTD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return hidden states after the last norm, times the output multiplier, shape (B, T, D).
 
         What the routers of experts decide is appended to `routings`, a block after the other.
 
-        With segments, attention keeps to each and positions restart in it, as if each stood alone.
+        With segments, attention keeps to each and positions restart in it, as if each stood alone. `embedded_BTD` takes the place of
+        the tokens' rows of the embedding table: among them an image may stand.
         """
         positions, views = self._views(tokens_BT, segments_BT)
-        x, delta = self._embedded(tokens_BT, positions), None
+        x, delta = self._embedded(tokens_BT, positions, embedded_BTD), None
         first = self._first(x)
         for i, layer in enumerate(self.layers):
             x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT, routings)
         return self._output(self.final_norm.add(x, delta)[1])
 
     @torch.no_grad()
-    def attention_weights(self, tokens_T: torch.Tensor) -> dict[str, torch.Tensor]:
+    def attention_weights(self, tokens_T: torch.Tensor, embedded_BTD=None) -> dict[str, torch.Tensor]:
         """Return under "self" what each token of one text gives each before it, by plain softmax, fp32 (L, H, T, T)."""
         tokens_BT = tokens_T[None]
         positions, views = self._views(tokens_BT)
-        x, delta = self._embedded(tokens_BT, positions), None
+        x, delta = self._embedded(tokens_BT, positions, embedded_BTD), None
         first, weights = self._first(x), []
         for i, layer in enumerate(self.layers):
             x, delta = self._mixed(i, x, delta, first)
@@ -169,12 +174,12 @@ class Transformer(nn.Module):
             views[True] = (*local, mask)
         return positions, views
 
-    def _embedded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _embedded(self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return what enters the first block: token embeddings times their factor, with the places' own where they are learnt.
 
         The factor is rounded to the weights' type first, as in Gemma.
         """
-        x = self.embed(tokens)
+        x = self.embed(tokens) if rows is None else rows
         if self.config.embed_multiplier != 1.0:
             x = x * torch.tensor(self.config.embed_multiplier, dtype=x.dtype)
         return x if self.position_embed is None else x + self.position_embed(positions)

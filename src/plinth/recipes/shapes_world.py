@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plinth.config import UserError
 from plinth.data.images import save_image
 from plinth.data.pictures import METADATA
 from plinth.tasks.shapes import TEMPLATES, Drawing, draw, split_drawings
@@ -34,7 +35,14 @@ def write_drawings(
 
 
 def write_world(out: Path, images_each: int = 20, held_out: float = 0.2, seed: int = 0, edge: int = 32) -> dict[str, Path]:
-    """Write out/train and out/held_out, whose combinations do not meet; returns the two folders by name."""
+    """Write out/train and out/held_out, whose combinations do not meet; returns the two folders by name.
+
+    Raises UserError when the folder holds something already, or for a size that shows no shape.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty. Name a new folder.")
+    if images_each < 1 or edge < 8:
+        raise UserError(f"images_each={images_each} must be at least 1, and edge={edge} at least 8 pixels.")
     kept, unseen = split_drawings(held_out, seed)
     return {
         name: write_drawings(out / name, drawings, images_each, seed=2 * seed + i, edge=edge)

@@ -26,15 +26,16 @@ def select_rows(counted_N: torch.Tensor, count: int) -> torch.Tensor:
 def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]):
     """Return the next-token cross-entropy; the batch is (inputs (B, T), targets (B, T)), targets below 0 do not count.
 
-    A third tensor gives the segments (B, T) that attention keeps to. Where the model has experts, what keeps their load even is added.
+    A third tensor gives the segments (B, T) that attention keeps to, or the images of a decoder that sees. Where the model has experts, what keeps their load even is added.
     On a CPU the output head runs on counted positions only, but for the filling up to a multiple of ROW_STEP. On a GPU
     it runs on all: how many are counted is known there alone, and asking would make it idle.
     """
-    inputs_BT, targets_BT, *segments_BT = batch
-    cap = model.config.logit_softcap
+    inputs_BT, targets_BT, *others = batch
+    config = getattr(model.config, "decoder", model.config)
+    cap = config.logit_softcap
     routings: list[Routing] = []
-    more = {"routings": routings} if model.config.num_experts else {}
-    hidden_ND = model(inputs_BT, *segments_BT, **more).flatten(0, 1)
+    more = {"routings": routings} if config.num_experts else {}
+    hidden_ND = model(inputs_BT, *others, **more).flatten(0, 1)
     targets_N = targets_BT.flatten()
     counted_N = targets_N >= 0
     on_cpu = targets_N.device.type == "cpu"
@@ -43,4 +44,4 @@ def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]):
         rows = select_rows(counted_N, count)
         hidden_ND, targets_N = hidden_ND[rows], targets_N[rows]
     loss = linear_cross_entropy(hidden_ND, model.output_weight, targets_N, cap)
-    return (loss, count, {}) if not routings else add_router_losses(loss, count, routings, counted_N, model.config)
+    return (loss, count, {}) if not routings else add_router_losses(loss, count, routings, counted_N, config)

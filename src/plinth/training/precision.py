@@ -48,6 +48,8 @@ class MasterWeights:
         model.to(self.device, torch.float32)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype != dtype]
+        self._frozen = [(p, p.detach().clone()) for p in frozen]  # what does not move is rounded for the computation only
         self.model = model.to(dtype)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -67,6 +69,8 @@ class MasterWeights:
         """Let the model end in fp32 on the CPU."""
         self.model.float()
         self.publish()
+        for parameter, whole in self._frozen:
+            parameter.data.copy_(whole)
         self.model.to("cpu")
 
     def norm(self, grads: list[torch.Tensor], workers: Any) -> torch.Tensor:
