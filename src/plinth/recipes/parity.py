@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from plinth.config import UserError, read_json
+from plinth.models.dual_encoder import LEGACY_END
 from plinth.models.hub import FORMATS, format_of
 from plinth.models.transformer import Transformer
 from plinth.tokenizer.encode import Tokenizer
@@ -44,6 +45,10 @@ class Probe:
     """our answer to them, shape (rows, ..., V)"""
     output: Callable[[Any], str]
     """configuration → the field of transformers' answer to compare with"""
+    mask: str | None = None
+    """the input that is 0 where the answer is not compared"""
+    whole: bool = False
+    """the answer is of all rows together, not a row at a time"""
 
 
 def random_rows(vocab_size: int, max_seq_len: int) -> torch.Tensor:
@@ -84,10 +89,34 @@ def _encoder_scores(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return answer[..., 0] if model.config.head == "answer" else answer  # type: ignore[union-attr]
 
 
+def _source_inputs(config: Any, tokenizer: Tokenizer | None) -> dict[str, torch.Tensor]:
+    inputs = _encoder_inputs(config, tokenizer)
+    targets = random_rows(config.output_size, config.max_seq_len // 2)
+    return inputs | {"decoder_input_ids": targets}
+
+
+def _target_logits(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    return model.logits(model(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["decoder_input_ids"]))  # type: ignore[operator]
+
+
+def _pairs(config: Any, tokenizer: Tokenizer | None) -> dict[str, torch.Tensor]:
+    """Return captions that end, and images of noise."""
+    rows = random_rows(config.text.vocab_size, config.text.max_seq_len)
+    rows[:, -1] = config.text.vocab_size - 1 if config.text.end_id == LEGACY_END else config.text.end_id
+    shape = (CHECK_ROWS, config.vision.num_channels, config.vision.image_size, config.vision.image_size)
+    return {"input_ids": rows, "pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
+def _similarities(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    return model(inputs["input_ids"], inputs["pixel_values"])
+
+
 ENCODER_OUTPUTS = {"none": "last_hidden_state", "answer": "start_logits"}
 PROBES: dict[str, Probe] = {
     "decoder": Probe(_decoder_inputs, _decoder_logits, lambda config: "logits"),
-    "encoder": Probe(_encoder_inputs, _encoder_scores, lambda config: ENCODER_OUTPUTS.get(config.head, "logits")),
+    "encoder": Probe(_encoder_inputs, _encoder_scores, lambda config: ENCODER_OUTPUTS.get(config.head, "logits"), "attention_mask"),
+    "encoder-decoder": Probe(_source_inputs, _target_logits, lambda config: "logits"),
+    "clip": Probe(_pairs, _similarities, lambda config: "logits_per_image", whole=True),
 }
 
 
@@ -137,10 +166,11 @@ def differences(model: nn.Module, probe: Probe, inputs: Inputs, theirs: np.ndarr
     entries, and the count of places.
     """
     worst, scale, kl, same = [], [], [], []
-    mask = inputs.get("attention_mask")
+    mask = inputs[probe.mask] if probe.mask else None
+    all_ours = probe.ours(model, inputs) if probe.whole else None
     for row in range(len(theirs)):
-        ours = probe.ours(model, {name: tensor[row : row + 1] for name, tensor in inputs.items()})[0].float()
-        other = torch.from_numpy(np.array(theirs[row], np.float32))
+        one = probe.ours(model, {name: tensor[row : row + 1] for name, tensor in inputs.items()}) if all_ours is None else all_ours[row:]
+        ours, other = one[0].float(), torch.from_numpy(np.array(theirs[row], np.float32))
         if mask is not None and ours.shape[:1] == mask.shape[1:]:
             ours, other = ours[mask[row].bool()], other[mask[row].bool()]
         ours, other = ours.reshape(-1, ours.shape[-1]).double(), other.reshape(-1, other.shape[-1]).double()
