@@ -26,7 +26,8 @@ def select_rows(counted_N: torch.Tensor, count: int) -> torch.Tensor:
 def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]):
     """Return the next-token cross-entropy; the batch is (inputs (B, T), targets (B, T)), targets below 0 do not count.
 
-    A third tensor gives the segments (B, T) that attention keeps to, or the images of a decoder that sees. Where the model has experts, what keeps their load even is added.
+    A third tensor gives the segments (B, T) that attention keeps to, or the images of a decoder that sees. Where the model has
+    experts, what keeps their load even is added.
     On a CPU the output head runs on counted positions only, but for the filling up to a multiple of ROW_STEP. On a GPU
     it runs on all: how many are counted is known there alone, and asking would make it idle.
     """
