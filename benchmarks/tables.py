@@ -327,6 +327,18 @@ def decode_speed() -> str:
     return "\n".join([*lines, "", f"Tokens a second, bf16, medians ({record['hardware']['cpu']})."])
 
 
+def answer_cache_table() -> str:
+    """Return the table of docs/consistency.md."""
+    asked = {"edited": "the same, edited", "reworded": "the same in other words", "new": "other questions"}
+    rows = load("answer_cache")["rows"]
+    names = " | ".join(f"{name} ({rows[0][kind]['n']}): right, wrong" for kind, name in asked.items())
+    lines = [f"| `min_likeness` | {names} |", "|---|---|---|---|"]
+    for row in rows:
+        cells = [f"{row[kind]['right']:.1%}, {row[kind]['wrong']:.1%}" for kind in asked]
+        lines.append(f"| {row['min_likeness']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{rows[0]['kept']} questions kept; shares of the questions asked that get an answer from the cache."])
+
+
 def main() -> int:
     readme, docs = ROOT / "README.md", ROOT / "docs"
     gpu, loader, step, inference = docs / "gpu.md", docs / "loader.md", docs / "step_budget.md", docs / "inference.md"
@@ -368,6 +380,9 @@ def main() -> int:
         "<!-- end of structured output -->",
         structured_tables(load("structured_output")),
     )
+    consistency = docs / "consistency.md"
+    start, end = "<!-- answer cache: written by benchmarks/tables.py -->", "<!-- end of answer cache -->"
+    pages[consistency] = put(consistency.read_text(), start, end, answer_cache_table())
     counts = docs / "counts.md"
     text = counts.read_text()
     for name, table in (("counts", counts_table), ("training memory", memory_table), ("slide audit", slide_audit)):
