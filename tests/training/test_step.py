@@ -120,3 +120,40 @@ def test_a_small_batch_is_learnt_by_heart(name):
     with open_workers(2) as workers:
         losses = [train_step(masters, causal_lm_loss, batch, optimizer, workers).loss_nats for _ in range(60)]
     assert losses[0] > 3.5 and losses[-1] < 0.1
+
+
+class Shared(torch.nn.Module):
+    """Gradients as autograd may give them: one tensor for two parameters, a slice of a matrix for a third, a turned one for a fourth."""
+
+    def __init__(self):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        shapes = {"one": (6,), "two": (6,), "beside": (5, 6), "turned": (6, 5)}
+        for name, shape in shapes.items():
+            setattr(self, name, torch.nn.Parameter(torch.randn(shape, generator=draw)))
+
+    def matrix_parts(self):
+        return {}
+
+
+def shared_loss(model, batch):
+    wide = torch.cat([model.beside, (model.one + model.two)[:5, None]], 1)
+    return (wide @ batch).square().sum() + (model.turned.t() @ batch[:6]).pow(3).sum(), len(batch), {}
+
+
+def test_gradients_that_share_memory_or_lie_in_another_order_update_as_in_pytorch():
+    batch = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    reference, model = Shared(), Shared()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0)
+    masters = MasterWeights(model, torch.float32)
+    ours = build_optimizer(masters, OptimizerConfig(name="adamw", lr=0.01, eps=1e-8, weight_decay=0.0))
+    with open_workers(1) as workers:
+        for _ in range(3):
+            optimizer.zero_grad()
+            (shared_loss(reference, batch)[0] / 7).backward()
+            norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+            optimizer.step()
+            result = train_step(masters, shared_loss, [batch], ours, workers)
+            assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(masters.tensors[name], parameter.detach(), rtol=1e-5, atol=1e-6)

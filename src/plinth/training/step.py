@@ -170,11 +170,18 @@ def read_scalars(values: Sequence[Sum]) -> list[float]:
 
 
 def _accumulate(total: list[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> None:
-    """Add the gradients of a micro-batch to fp32 totals, in place; None is no gradient."""
+    """Add the gradients of a micro-batch to fp32 totals, in place; None is no gradient.
+
+    Autograd may give one tensor to two parameters that are added to each other, or a slice of a larger one to a parameter that was put
+    into it. Each total has memory of its own, in the order of its parameter's: the fused optimizer reads it as one stretch of numbers.
+    """
     both = [i for i, grad in enumerate(grads) if grad is not None and total[i] is not None]
+    taken: set[int] = set()
     for i, grad in enumerate(grads):
         if grad is not None and total[i] is None:
-            total[i] = grad.float()
+            wide = grad.float().contiguous()
+            total[i] = wide.clone() if wide.data_ptr() in taken else wide
+            taken.add(wide.data_ptr())
     if both:
         torch._foreach_add_([total[i] for i in both], [grads[i].float() for i in both])
 
