@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 
 from plinth.config import UserError
@@ -140,6 +141,21 @@ def test_an_untied_masked_token_head_keeps_its_own_matrix(family, tmp_path):
     tokens = inputs()[0]
     with torch.no_grad():
         close(load_model(tmp_path / "ours").scores(model(tokens)), other(tokens).logits)
+
+
+def test_the_first_checkpoints_names_are_read_too(tmp_path):
+    """Files made from the TensorFlow release call a normalisation's scale gamma and its shift beta."""
+    config = EncoderConfig(vocab_size=50, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24, max_seq_len=12)
+    model = EncoderModel(config).init_weights(torch.Generator().manual_seed(0))
+    save_model(model, None, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    old = {"weight": "gamma", "bias": "beta"}
+    tensors = {name: tensor for name, tensor in safetensors.torch.load_file(path).items()}
+    names = {name: f"{head}.{old[tail]}" if "LayerNorm" in name else name for name in tensors for head, _, tail in [name.rpartition(".")]}
+    safetensors.torch.save_file({names[name]: tensor for name, tensor in tensors.items()}, path)
+    (tmp_path / "model" / "plinth.json").unlink()
+    loaded = load_model(tmp_path / "model").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
 def changed_config(folder, **fields):

@@ -11,7 +11,6 @@ from plinth.models.bidirectional import BiasedLinear, LayerNorm, MultiHeadAttent
 from plinth.models.encoder_config import EncoderConfig
 from plinth.models.encoder_heads import activate, encoder_head
 
-EMBEDDING_DEVIATION = 0.02
 START_AT_ZERO = (".attention.out.weight", ".down.weight", "head.out.weight", "head.weight", "bias")
 
 
@@ -148,15 +147,15 @@ def attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 @torch.no_grad()
 def init_parameter(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
-    """Draw one parameter: normal with deviation 1/sqrt(fan_in), embeddings 0.02, scales 1, biases 0.
+    """Draw one parameter: matrices and embeddings normal with deviation 1/sqrt(columns), scales 1, biases 0.
 
-    What writes to the residual stream starts at 0, so that every block begins as the identity, as in the decoder; so does a head's last
-    layer, so that it begins with no opinion.
+    Embeddings are normalised before the first block, so their size sets how far an update turns them: small ones (BERT's 0.02) are turned
+    too far at first. What writes to the residual stream starts at 0, so that every block begins as the identity, as in the decoder; so
+    does a head's last layer, so that it begins with no opinion.
     """
     if name.endswith(START_AT_ZERO):
         parameter.zero_()
     elif parameter.dim() < 2:
         parameter.fill_(1.0)
     else:
-        deviation = EMBEDDING_DEVIATION if ".embed." in name else parameter.shape[1] ** -0.5
-        parameter.normal_(0.0, deviation, generator=generator)
+        parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)

@@ -32,7 +32,7 @@ HELDOUT_SEED = 0x5EED
 
 
 def encoder_train_config() -> TrainConfig:
-    return TrainConfig(steps=500, warmup_steps=40, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01))
+    return TrainConfig(steps=500, warmup_steps=40, optimizer=OptimizerConfig(lr=0.004, muon_lr=0.02))
 
 
 @dataclass(frozen=True)

@@ -204,5 +204,6 @@ FORMAT = Format(
     # BERT was published with the head of next-sentence prediction, which has no use after pretraining.
     ignored=(r"(.*\.)?embeddings\.position_ids", r"bert\.pooler\..*", r"cls\.seq_relationship\..*", r"cls\.predictions\.bias"),
     aliases=aliases,
+    renamed=((r"(.*LayerNorm)\.gamma", r"\1.weight"), (r"(.*LayerNorm)\.beta", r"\1.bias")),  # as the first checkpoints have it
     used_by="plinth fill, embed, finetune, predict",
 )
