@@ -11,7 +11,6 @@ import textwrap
 from pathlib import Path
 
 from counts_tables import counts_table, memory_table, slide_audit
-
 from structured_tables import strategy_table, structured_tables
 
 ROOT = Path(__file__).parent.parent
@@ -307,6 +306,35 @@ def weight_formats() -> str:
     return "\n".join(lines)
 
 
+def protein_encoder() -> str:
+    """Return the table of docs/proteins.md, or a sentence where nothing has been measured."""
+    if not exists("protein_encoder"):
+        return "Not measured yet."
+    record = load("protein_encoder")
+    found, row = record["summary"], record["rows"][0]
+
+    def cell(name: str, form: str) -> str:
+        values = found[name]
+        return f"{format(values['median'], form)} ({format(values['min'], form)}–{format(values['max'], form)})"
+
+    lines = [
+        f"{len(record['rows'])} seeds, {row['num_params']:,} parameters, {row['sequences']:,} sequences to learn from, "
+        f"{record['steps']} steps "
+        f"({row['tokens'] / 1e6:.1f} M residues guessed); medians, smallest and largest.",
+        "",
+        "| | frequencies alone | the encoder | who knows the ancestor |",
+        "|---|---|---|---|",
+        f"| nats a hidden residue, held out | {cell('unigram_nats', '.2f')} | {cell('model_nats', '.2f')} "
+        f"| {cell('ancestor_nats', '.2f')} |",
+        "",
+        "| | composition of amino acids | vectors before training | vectors after it | chance |",
+        "|---|---|---|---|---|",
+        f"| family of a held-out sequence by its nearest centroid | {cell('accuracy_composition', '.0%')} "
+        f"| {cell('accuracy_untrained', '.0%')} | {cell('accuracy_trained', '.0%')} | {1 / record['families']:.0%} |",
+    ]
+    return "\n".join(lines)
+
+
 def put(text: str, start: str, end: str, content: str) -> str:
     """Replace what stands between two markers."""
     before, rest = text.split(start)
@@ -388,6 +416,9 @@ def main() -> int:
     for name, table in (("counts", counts_table), ("training memory", memory_table), ("slide audit", slide_audit)):
         text = put(text, f"<!-- {name}: written by benchmarks/tables.py -->", f"<!-- end of {name} -->", table())
     pages[counts] = text
+    proteins = docs / "proteins.md"
+    marks = "<!-- protein encoder: written by benchmarks/tables.py -->", "<!-- end of protein encoder -->"
+    pages[proteins] = put(proteins.read_text(), *marks, protein_encoder())
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))
     for page, current in pages.items():

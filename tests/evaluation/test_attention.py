@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from plinth.cli.main import main
-from plinth.config import UserError, read_json
-from plinth.evaluation.attention_page import pack_map, render_attention_page
-from plinth.evaluation.attention_view import AttentionMap, context_costs, token_labels, view_attention
+from plinth.config import UserError, read_json, save_json
+from plinth.data.images import ImageProcessor, save_image
+from plinth.evaluation.attention_maps import AttentionMap, token_labels
+from plinth.evaluation.attention_page import fitting, pack_map, render_attention_page
+from plinth.evaluation.attention_view import context_costs, view_attention
 from plinth.models.config import DecoderConfig
+from plinth.models.dual_encoder import DualEncoder, DualEncoderConfig, TextTowerConfig
 from plinth.models.encoder import EncoderModel
 from plinth.models.encoder_config import EncoderConfig
 from plinth.models.encoder_decoder import EncoderDecoder
@@ -21,6 +24,7 @@ from plinth.models.hub import save_model
 from plinth.models.recurrent import AwdLstm, AwdLstmConfig
 from plinth.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 from plinth.models.transformer import Transformer
+from plinth.models.vision import VisionConfig
 from plinth.tokenizer.encoder_tokens import encoder_tokens, with_encoder_tokens
 from plinth.tokenizer.train import train_tokenizer
 
@@ -105,10 +109,25 @@ def test_a_recurrent_model_with_attention_has_one_map(tmp_path, tokenizer):
     assert view.costs[0]["kv_bytes"] == 2 * len(each.columns) * (8 + 16)
 
 
+def test_two_towers_look_at_a_caption_and_at_an_image(tmp_path, tokenizer):
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    text = TextTowerConfig(vocab_size=tokenizer.vocab_size, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=12)
+    vision = VisionConfig(image_size=16, patch_size=8, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12)
+    folder = save(tmp_path, DualEncoder(DualEncoderConfig(text=text, vision=vision)), tokenizer)
+    save_json(folder / "model" / "preprocessor_config.json", ImageProcessor.for_size(16).to_hf())
+    save_image(np.random.default_rng(0).integers(0, 255, (20, 20, 3)).astype(np.uint8), tmp_path / "image.png")
+    view = view_attention(folder, "the cat", image=tmp_path / "image.png")
+    maps = {each.name: each for each in view.maps}
+    assert maps["vision"].rows == ("image", "1.1", "1.2", "2.1", "2.2") and maps["vision"].weights_LHTS.shape[:2] == (2, 2)
+    assert all(map(sums_to_one, view.maps)) and "".join(maps["text"].columns).count("cat") == 1
+    with pytest.raises(UserError, match="Pass --image"):
+        view_attention(folder, "the cat")
+
+
 def test_models_that_do_not_attend_are_refused(tmp_path, tokenizer):
     vocab = {"source_vocab_size": tokenizer.vocab_size, "target_vocab_size": tokenizer.vocab_size}
     plain = RecurrentSeq2Seq(RecurrentSeq2SeqConfig(embedding_size=6, hidden_size=8, attention="none", **vocab))
-    with pytest.raises(UserError, match="without attention"):
+    with pytest.raises(UserError, match="has no attention"):
         view_attention(save(tmp_path / "a", plain, tokenizer), "the cat", "a mat")
     lstm = AwdLstm(AwdLstmConfig(vocab_size=tokenizer.vocab_size, embedding_size=6, hidden_size=8))
     with pytest.raises(UserError, match="does not attend"):
@@ -120,6 +139,14 @@ def test_a_long_text_is_cut_and_said_so(decoder):
     assert len(view.maps[0].rows) == 10 and view.num_cut > 50
     assert "tokens at its end are left out" in render_attention_page(view)
     assert len(view_attention(decoder, TEXT * 20).maps[0].rows) == 40  # no more than the model takes
+
+
+def test_a_map_that_is_too_large_shows_the_mean_of_its_heads():
+    weights = np.full((2, 3, 4, 5), 0.2, np.float32)
+    each = AttentionMap("self", "", ("a",) * 4, ("b",) * 5, weights)
+    assert fitting((each,), limit=120) == ((each,), [])
+    (merged,), names = fitting((each,), limit=119)
+    assert names == ["self"] and merged.weights_LHTS.shape == (2, 1, 4, 5) and sums_to_one(merged)
 
 
 def test_packed_weights_come_back_within_their_error():
@@ -143,8 +170,8 @@ def test_the_page_is_whole_and_holds_no_markup_of_the_text(decoder, tmp_path, ca
 
 
 def test_mistakes_are_named(decoder, capsys):
-    for extra, words in ((["--text", ""], "no tokens"), (["--text", "a", "--target", "b"], "reads one text"),
-                         (["--text", "a", "--max-tokens", "1"], "at least 2")):  # fmt: skip
+    for extra, words in ((["--text", ""], "no tokens"), (["--text", "a", "--target", "b"], "takes no target"),
+                         (["--text", "a", "--max-tokens", "1"], "at least 4")):  # fmt: skip
         assert main(["attend", str(decoder), *extra]) == 1
         assert words in capsys.readouterr().err
 

@@ -22,9 +22,11 @@ class AttendCommand:
     run: Annotated[Path, tyro.conf.Positional]
     """run, build or model folder of a model that attends"""
     text: str
-    """the text; of an encoder-decoder the source"""
+    """the text; of an encoder-decoder the source, of a model with a vision tower a caption"""
     target: str | None = None
     """of an encoder-decoder what it writes (default: its own greedy translation)"""
+    image: Path | None = None
+    """of a model with a vision tower the image that --text is the caption of"""
     out: Path = Path("attention.html")
     """page to write, self-contained HTML"""
     max_tokens: int = 96
@@ -36,7 +38,7 @@ class AttendCommand:
 def main(argv: list[str]) -> int:
     """Write the page; exit code 0 on success."""
     command = tyro.cli(AttendCommand, args=argv, prog="plinth attend", description=AttendCommand.__doc__)
-    view = view_attention(command.run, command.text, command.target, max_tokens=command.max_tokens)
+    view = view_attention(command.run, command.text, command.target, image=command.image, max_tokens=command.max_tokens)
     page = write_attention_page(command.out, view)
     result = summary(view, page)
 

@@ -10,6 +10,7 @@ import codecs
 import io
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from plinth.data.documents import Document
@@ -31,6 +32,18 @@ class Faults(Protocol):
 def looks_like_fasta(head: bytes) -> bool:
     """Return whether a file's beginning is a header line and a line of letters, after comments that begin with a semicolon."""
     return _FIRST_RECORD.match(head.removeprefix(codecs.BOM_UTF8).lstrip()) is not None
+
+
+def is_fasta(path: Path) -> bool:
+    """Return whether a file is FASTA, by its name, gzip or not, or by how it begins."""
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(SUFFIXES):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return looks_like_fasta(file.read(4096))
+    except OSError:
+        return False
 
 
 def residue_kind(head: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from markupsafe import Markup
 
 from plinth.config import write_atomic
 from plinth.evaluation import formats
-from plinth.evaluation.attention_view import AttentionMap, AttentionView
+from plinth.evaluation.attention_maps import AttentionMap
+from plinth.evaluation.attention_view import AttentionView
+
+MAX_WEIGHTS = 12_000_000  # of a map, a byte each: above it a page holds the mean of the heads alone
 
 
 def write_attention_page(path: Path, view: AttentionView) -> Path:
@@ -28,9 +32,21 @@ def render_attention_page(view: AttentionView) -> str:
         loader=jinja2.PackageLoader("plinth.evaluation", "templates"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.globals.update(plain=formats.plain, size=formats.size, count=formats.count)
-    data = {"maps": [pack_map(each) for each in view.maps]}
+    maps, merged = fitting(view.maps)
+    data = {"maps": [pack_map(each) for each in maps]}
     largest = max((cost["kv_bytes"] for cost in view.costs), default=0)
-    return environment.get_template("attention.html.j2").render(view=view, data=json_in_html(data), largest=largest)
+    return environment.get_template("attention.html.j2").render(view=view, data=json_in_html(data), largest=largest, merged=merged)
+
+
+def fitting(maps: tuple[AttentionMap, ...], limit: int = MAX_WEIGHTS) -> tuple[tuple[AttentionMap, ...], list[str]]:
+    """Return the maps with the heads of those that are too large for a page averaged, and the names of those."""
+    shown, merged = [], []
+    for each in maps:
+        if each.weights_LHTS.size > limit and each.weights_LHTS.shape[1] > 1:
+            merged.append(each.name)
+            each = replace(each, weights_LHTS=each.weights_LHTS.mean(1, keepdims=True))
+        shown.append(each)
+    return tuple(shown), merged
 
 
 def pack_map(each: AttentionMap) -> dict[str, Any]:

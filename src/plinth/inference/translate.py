@@ -90,6 +90,10 @@ class Translator:
                 )
         return rows
 
+    def write(self, sources: list[list[int]], params: SamplingParams) -> list[Translation]:
+        """Translate sources that are token ids with their end already."""
+        return self._sampled(sources, each_params(params, len(sources)))
+
     def _sampled(self, rows: list[list[int]], params: list[SamplingParams]) -> list[Translation]:
         marks = self.marks
         found = sample_sequences(
