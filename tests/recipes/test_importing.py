@@ -14,7 +14,9 @@ import torch
 from plinth.cli.main import main
 from plinth.config import UserError, read_json
 from plinth.models.config import DecoderConfig
-from plinth.models.hub import load_model, save_model
+from plinth.models.encoder import EncoderModel
+from plinth.models.encoder_config import EncoderConfig
+from plinth.models.hub import FORMATS, load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.recipes.importing import import_model
 from plinth.tokenizer.encode import Tokenizer
@@ -131,6 +133,22 @@ def test_what_is_wrong_is_named_and_nothing_is_left(source, change, error, tmp_p
     with pytest.raises(UserError, match=error):
         import_model(str(source), tmp_path / "out", parity=False)
     assert not (tmp_path / "out").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["published"]
+
+
+def test_every_architecture_is_on_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "exchange.md").read_text(encoding="utf-8")
+    missing = [name for format in FORMATS.values() for name in format.model_types if f"`{name}`" not in page]
+    assert not missing
+
+
+def test_verbs_that_need_a_decoder_say_what_an_encoder_goes_with(tmp_path, capsys):
+    config = EncoderConfig(vocab_size=360, hidden_size=16, num_layers=1, num_heads=1, intermediate_size=16, max_seq_len=32)
+    save_model(EncoderModel(config).init_weights(torch.Generator().manual_seed(0)), None, tmp_path / "bert")
+    published.write(published.word_pieces(), tmp_path / "bert")
+    (tmp_path / "bert" / "plinth.json").unlink()
+    for verb in (["generate", "--prompt", "x"], ["chat"], ["export", "--format", "gguf", "--out", str(tmp_path / "out")]):
+        assert main([verb[0], str(tmp_path / "bert"), *verb[1:]]) == 1
+        assert "holds a model of the family encoder; this needs a decoder. It goes with plinth fill" in capsys.readouterr().err
 
 
 def test_a_name_that_is_neither_a_folder_nor_an_id(tmp_path):

@@ -13,6 +13,7 @@ from plinth.models.encoder_decoder_config import EncoderDecoderConfig
 from plinth.models.hub import FORMATS, format_of, load_model, save_model
 from plinth.models.recurrent import AwdLstmConfig
 from plinth.models.vision import VisionConfig
+from plinth.models.vision_language import VisionLanguageConfig
 from plinth.recipes.export_oracles import transformers_answers
 from plinth.recipes.importing import import_model
 from plinth.recipes.parity import PROBES, compare, describe_parity, differences
@@ -34,6 +35,7 @@ CONFIGS = {
         projection_size=16,
     ),
 }
+CONFIGS["llava"] = VisionLanguageConfig(vision=CONFIGS["clip"].vision, decoder=CONFIGS["qwen3"], image_id=89)
 
 
 def random_model(config):

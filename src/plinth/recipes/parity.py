@@ -111,12 +111,25 @@ def _similarities(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return model(inputs["input_ids"], inputs["pixel_values"])
 
 
+def _image_and_text(config: Any, tokenizer: Tokenizer | None) -> dict[str, torch.Tensor]:
+    """Return rows that begin with an image of noise."""
+    text = random_rows(config.image_id or config.vocab_size, max(2, min(CHECK_TOKENS, config.max_seq_len) - config.image_tokens))
+    image = torch.full((CHECK_ROWS, config.image_tokens), config.image_id)
+    shape = (CHECK_ROWS, config.vision.num_channels, config.vision.image_size, config.vision.image_size)
+    return {"input_ids": torch.cat((image, text), 1), "pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
+def _image_and_text_logits(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    return model.logits(model(inputs["input_ids"], inputs["pixel_values"]))  # type: ignore[operator]
+
+
 ENCODER_OUTPUTS = {"none": "last_hidden_state", "answer": "start_logits"}
 PROBES: dict[str, Probe] = {
     "decoder": Probe(_decoder_inputs, _decoder_logits, lambda config: "logits"),
     "encoder": Probe(_encoder_inputs, _encoder_scores, lambda config: ENCODER_OUTPUTS.get(config.head, "logits"), "attention_mask"),
     "encoder-decoder": Probe(_source_inputs, _target_logits, lambda config: "logits"),
     "clip": Probe(_pairs, _similarities, lambda config: "logits_per_image", whole=True),
+    "llava": Probe(_image_and_text, _image_and_text_logits, lambda config: "logits"),
 }
 
 
