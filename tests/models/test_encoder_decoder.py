@@ -150,6 +150,8 @@ def test_weights_are_drawn_so_that_blocks_begin_as_the_identity():
         with torch.no_grad():
             logits = model.logits(model(source, mask, inputs))
             assert torch.isfinite(logits).all() and logits.std() < 3
+            nats = F.cross_entropy(logits.flatten(0, 1), inputs.roll(-1, 1).flatten() % model.config.output_size)
+            assert nats < math.log(model.config.output_size) + (0.2 if not model.config.is_t5 and model.config.tie_embeddings else 3.0)
         again = EncoderDecoder(model.config).init_weights(torch.Generator().manual_seed(0))
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 

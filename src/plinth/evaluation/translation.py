@@ -42,6 +42,6 @@ def translation_scores(translations: Sequence[str], references: Sequence[str]) -
     scores = []
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         found = metric.corpus_score(list(translations), [list(references)], n_bootstrap=RESAMPLES if several else 1)
-        interval = (found._mean - found._ci, found._mean + found._ci) if several else None
+        interval = (float(found._mean - found._ci), float(found._mean + found._ci)) if several else None
         scores.append(TranslationScore(name, float(found.score), interval, len(references), str(metric.get_signature())))
     return scores

@@ -229,7 +229,9 @@ class EncoderDecoder(nn.Module):
     def init_weights(self, generator: torch.Generator) -> EncoderDecoder:
         """Draw the weights: normal with deviation 1/sqrt(fan_in); matrices that write to the residual stream, and biases, start at 0.
 
-        T5's embeddings have deviation 1, and its queries are smaller by sqrt(head_dim), since it does not scale the scores: as in its code.
+        The transformer's embeddings, where they are the head too, start small: as blocks begin as the identity, each token would be
+        sure to come again. T5's have deviation 1, and its queries are smaller by sqrt(head_dim), since it does not scale the scores:
+        as in its code.
         """
         config = self.config
         for name, parameter in self.named_parameters():
@@ -238,11 +240,16 @@ class EncoderDecoder(nn.Module):
             elif parameter.dim() < 2:
                 parameter.fill_(1.0)
             else:
-                deviation = 1.0 if config.is_t5 and "embed" in name else parameter.shape[1] ** -0.5
-                parameter.normal_(0.0, deviation, generator=generator)
+                parameter.normal_(0.0, self._embed_deviation if "embed" in name else parameter.shape[1] ** -0.5, generator=generator)
             if config.is_t5 and name.endswith(("attention.qkv.weight", "cross.q.weight")):
                 parameter[: config.num_heads * config.head_dim] *= config.head_dim**-0.5
         return self
+
+    @property
+    def _embed_deviation(self) -> float:
+        if self.config.is_t5:
+            return 1.0
+        return 0.02 if self.config.tie_embeddings else self.config.hidden_size**-0.5
 
     def matrix_parts(self) -> dict[str, tuple[int, ...]]:
         """Return the hidden matrices by parameter name, each with the row counts of the projections fused in it."""
