@@ -13,12 +13,16 @@ import torch
 
 from plinth.cli.main import main
 from plinth.config import UserError, read_json
+from plinth.inference.grammar import Grammar
+from plinth.inference.sampling import SamplingParams
+from plinth.inference.text import TextEngine
 from plinth.models.config import DecoderConfig
 from plinth.models.encoder import EncoderModel
 from plinth.models.encoder_config import EncoderConfig
 from plinth.models.hub import FORMATS, load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.recipes.importing import import_model
+from plinth.tokenizer.chat import Message
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.published_files import build_tokenizer
 from recipes.hub_server import COMMIT, hub
@@ -212,6 +216,20 @@ def test_an_imported_model_is_finetuned_and_published_with_its_own_template(impo
         from plinth.posttraining.sft import SftConfig, train_sft
 
         train_sft(tmp_path / "joined", imported, tmp_path / "messages.jsonl", SftConfig(join_turns=2))
+
+
+@pytest.mark.parametrize("kind", published.KINDS)
+def test_an_imported_model_chats_and_keeps_to_a_schema(kind, tmp_path):
+    done = import_model(str(publish(tmp_path / "published", kind)), tmp_path / "model", parity=False)
+    engine = TextEngine.load(done.path)
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=1)
+    asked: list[Message] = [{"role": "user", "content": "Hello"}]
+    answer = engine.chat([asked], params, Grammar.json_schema(schema))[0]
+    assert answer.valid, (answer.text, answer.why_invalid)
+    free = engine.chat([asked], params)[0]
+    assert "".join(delta.text for delta in engine.stream_chat(asked, params)) == free.text
+    assert set(engine.tokenizer.end_ids) <= set(engine.engine.eos_ids)
 
 
 def test_older_tokenizer_files_are_read_and_sentencepiece_is_refused(tmp_path):

@@ -168,6 +168,13 @@ def test_texts_of_tokenizers_converted_from_sentencepiece(tmp_path):
     assert tokenizer.token_bytes(tokenizer.token_id("<0xE2>")) == b"\xe2"
 
 
+@pytest.mark.parametrize("scheme", [None, "first", "always", "never"])
+def test_a_text_that_goes_on_gets_no_blank(scheme, tmp_path):
+    tokenizer = Tokenizer.load(published.write_brackets(tmp_path, scheme))
+    for text in ("the cat", " the", "{", "ü "):
+        assert b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode_continuing(text)).decode() == text
+
+
 def test_word_pieces_are_encoded_and_joined(tmp_path):
     tokenizer = Tokenizer.load(published.write(published.word_pieces(), tmp_path, cls_token="[CLS]", mask_token="[MASK]"))
     assert tokenizer.decode(tokenizer.encode("The CAT sat")) == "the cat sat"

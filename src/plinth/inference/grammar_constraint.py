@@ -210,7 +210,7 @@ class _Vocabulary:
     def __call__(self, text: str) -> list[int]:
         if not isinstance(text, str):
             raise TypeError("texts only")  # asked once with bytes, to learn which of the two is taken
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode_continuing(text)
 
 
 def _bits(ids: Sequence[int], vocab_size: int) -> np.ndarray:

@@ -173,16 +173,33 @@ class Tokenizer:
         rest = self._inner_backend.encode_batch(list(texts[1:]), add_special_tokens=False)
         return [[(i, *span) for i, span in zip(encoding.ids, encoding.offsets)] for encoding in [*first, *rest]]
 
+    def encode_continuing(self, text: str) -> list[int]:
+        """Return the ids of a text that goes on behind other tokens: nothing is put before it, neither a blank nor a first token."""
+        return self._continuing_backend.encode(text, add_special_tokens=False).ids
+
     @cached_property
     def _inner_backend(self) -> tokenizers.Tokenizer:
         """The backend for a text that is not the first, which gets no blank where its pre-tokenizer says "first"."""
+        return self._without_blank("first")
+
+    @cached_property
+    def _continuing_backend(self) -> tokenizers.Tokenizer:
+        """The backend that puts no blank before any text."""
+        return self._without_blank("first", "always")
+
+    def _without_blank(self, *schemes: str) -> tokenizers.Tokenizer:
+        """Return the backend without the blank that pre-tokenizers of these schemes, or with "always" a normaliser, put before a text."""
         parts = json.loads(self._backend.to_str())
-        before = parts.get("pre_tokenizer") or {}
-        found = [part for part in [before, *before.get("pretokenizers", [])] if part.get("prepend_scheme") == "first"]
-        if not found:
+        before, normal = parts.get("pre_tokenizer") or {}, parts.get("normalizer") or {}
+        changed = False
+        for part in [before, *before.get("pretokenizers", [])]:
+            if part.get("prepend_scheme") in schemes:
+                part["prepend_scheme"], changed = "never", True
+        if "always" in schemes and "Prepend" in (normal.get("type"), *(part["type"] for part in normal.get("normalizers", []))):
+            kept = [part for part in normal.get("normalizers", []) if part["type"] != "Prepend"]
+            parts["normalizer"], changed = {"type": "Sequence", "normalizers": kept}, True
+        if not changed:
             return self._backend
-        for part in found:
-            part["prepend_scheme"] = "never"
         backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
         backend.encode_special_tokens = True
         return backend
