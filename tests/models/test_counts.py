@@ -13,6 +13,7 @@ from plinth.models.cost import forward_flops_per_token, kv_bytes_per_token
 from plinth.models.counts.describe import CostQuestion, describe, stored_params
 from plinth.models.counts.families import COUNTED, count
 from plinth.models.counts.memory import OPTIMIZERS, adapter_params, state_bytes
+from plinth.models.formats.decoder_config import write_config
 from plinth.models.hub import format_of, save_model
 from plinth.models.presets import PRESETS
 from plinth.models.recurrent import AwdLstmConfig
@@ -178,7 +179,7 @@ def test_causal_pairs_within_a_window_are_counted_one_by_one():
 
 def test_the_default_decoder_costs_what_its_own_cost_model_says():
     config = DecoderConfig(num_kv_heads=2, vocab_size=300, learnable_norm=True)
-    ledger = count(config.to_hf())
+    ledger = count(write_config(config))
     assert ledger.total == sum(p.numel() for p in Transformer(config).parameters())
     assert ledger.forward_flops(100, attention="causal") == 100 * forward_flops_per_token(config, 100)
     assert ledger.kv_per_token * 4 == kv_bytes_per_token(config)
@@ -223,7 +224,7 @@ def test_options_that_only_plinth_reads_are_counted():
         num_layers=5, vocab_size=300, learnable_norm=True, activation="relu2", residual_scalars=True, value_embeddings=True,
         tie_embeddings=False,
     )  # fmt: skip
-    ledger = count(config.to_hf())
+    ledger = count(write_config(config))
     assert ledger.total == sum(p.numel() for p in Transformer(config).parameters())
     assert ledger.forward_flops(64, attention="causal") == 64 * forward_flops_per_token(config, 64)
 
@@ -253,7 +254,7 @@ def test_pieces_add_up_and_stored_weights_are_compared(tmp_path):
     for source in (tmp_path, tmp_path / "model", tmp_path / "model" / "config.json"):
         record = describe(str(source), CostQuestion(context=32))
         assert record["parameters"]["total"] == sum(piece["parameters"] for piece in record["pieces"])
-    assert stored_params(tmp_path / "model") == count(config.to_hf()).total
+    assert stored_params(tmp_path / "model") == count(write_config(config)).total
 
 
 def test_the_command_answers_machines_and_people(capsys):

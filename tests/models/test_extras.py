@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from plinth.config import UserError, read_json
 from plinth.models.config import EXTRAS, DecoderConfig
 from plinth.models.cost import activation_bytes_per_token, count_params, decode_bytes_per_token, forward_flops_per_token
+from plinth.models.formats.decoder_config import read_config, write_config
 from plinth.models.hub import export_tensors, import_tensors, load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.ops.kernels import library, why_not
@@ -49,7 +50,7 @@ def test_every_option_is_tested_here():
 
 
 def test_the_default_has_no_extras():
-    assert BASE.extras == {} and BASE.to_hf()["model_type"] == "qwen3"
+    assert BASE.extras == {} and write_config(BASE)["model_type"] == "qwen3"
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -91,11 +92,11 @@ def test_a_published_model_comes_back_bit_for_bit_and_is_no_other_programs(confi
 
 
 def test_extras_and_the_name_of_the_architecture_go_together():
-    values = CONFIGS["all"].to_hf()
+    values = write_config(CONFIGS["all"])
     with pytest.raises(UserError, match="does not go with the extras"):
-        DecoderConfig.from_hf(values | {"model_type": "qwen3"})
+        read_config(values | {"model_type": "qwen3"})
     with pytest.raises(UserError, match="does not go with the extras"):
-        DecoderConfig.from_hf(BASE.to_hf() | {"model_type": "plinth"})
+        read_config(write_config(BASE) | {"model_type": "plinth"})
 
 
 def test_other_parametrisations_and_several_processes_refuse_by_name(config):

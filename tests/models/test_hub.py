@@ -167,11 +167,11 @@ def test_a_tied_head_that_is_written_out_is_accepted(folder):
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported"),
+        ({"model_type": "mamba"}, "model_type='mamba' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported. Supported: silu"),
-        ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling=.* Use a model without it"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_type='dynamic' is not supported .its frequencies change as a text grows"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope' is not supported. Supported: default, linear"),
         ({"num_hidden_layers": 3}, "lacks 11 tensors: model.layers.2.*and 6 more"),
     ],
 )

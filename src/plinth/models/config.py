@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from plinth.config import UserError, from_dict, to_dict
+from plinth.config import UserError
 
 MULTIPLIERS = ("output_multiplier", "attention_multiplier")
 EXTRAS = ("logit_softcap", "activation", "residual_scalars", "value_embeddings")  # options that Qwen3's format does not hold ...
@@ -15,8 +15,7 @@ FAMILY = (  # ... and those by which the published families differ
     "expert_intermediate_size", "shared_expert_intermediate_size", "shared_expert_gate", "norm_topk_prob", "dense_layers",
 )  # fmt: skip
 GATED = ("swiglu", "geglu")
-HIDDEN_ACTS = {"swiglu": "silu", "relu2": "relu2", "geglu": "gelu_pytorch_tanh", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-"""activation → what config.json calls it"""
+ACTIVATIONS = ("swiglu", "relu2", "geglu", "gelu", "gelu_tanh")
 VALUE_GATE_CHANNELS = 12
 ROPE_KINDS = ("linear", "llama3", "yarn")
 
@@ -161,43 +160,6 @@ class DecoderConfig:
         _check_attention(self)
         _check_experts(self)
 
-    def to_hf(self) -> dict[str, Any]:
-        """Return the contents of config.json as transformers, vLLM and llama.cpp read it, for weights without multipliers.
-
-        A decoder with extras, which they would compute wrongly, is none of theirs: its model_type is "plinth", and they refuse it.
-        """
-        if self.extras:
-            return self._shape_fields() | {
-                "architectures": ["PlinthForCausalLM"],
-                "model_type": "plinth",
-                **{f"plinth_{name}": value for name, value in to_dict(self).items() if name in self.extras},
-            }
-        return self._shape_fields() | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-
-    def _shape_fields(self) -> dict[str, Any]:
-        folded = {"plinth_norm_eps": self.norm_eps} | {f"plinth_{name}": getattr(self, name) for name in MULTIPLIERS}
-        return {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.intermediate_size,
-            "max_position_embeddings": self.max_seq_len,
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rms_norm_eps": self.norm_eps * self.stream_factor**2,
-            "tie_word_embeddings": self.tie_embeddings,
-            "hidden_act": HIDDEN_ACTS[self.activation],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "use_sliding_window": False,
-            "dtype": "float32",
-            "plinth_learnable_norm": self.learnable_norm,
-            **(folded if self.has_multipliers else {}),
-        }
-
     @property
     def extras(self) -> dict[str, Any]:
         """Return the options, by name, in which the arithmetic differs from the default decoder's."""
@@ -262,37 +224,6 @@ class DecoderConfig:
         """By how much the residual stream shrinks when the output multiplier is folded into an embedding that is the head too."""
         return self.output_multiplier if self.tie_embeddings else 1.0
 
-    @classmethod
-    def from_hf(cls, values: dict[str, Any]) -> DecoderConfig:
-        """Read config.json. Raises UserError when it describes an architecture other than Qwen3's, with our extras or without."""
-        kind = values.get("model_type")
-        if kind not in ("qwen3", "plinth"):
-            raise UserError(f"model_type={kind!r} is not supported. Supported: qwen3 (the default decoder), plinth (it with extras).")
-        extras = {name: values[f"plinth_{name}"] for name in EXTRAS + FAMILY if f"plinth_{name}" in values}
-        if bool(extras) != (kind == "plinth"):
-            raise UserError(f"model_type={kind!r} does not go with the extras {sorted(extras)}. Copy the model's own config.json again.")
-        try:
-            rope = values.get("rope_parameters") or {}
-            heads = values["num_attention_heads"]
-            shape = dict(
-                vocab_size=values["vocab_size"],
-                hidden_size=values["hidden_size"],
-                num_layers=values["num_hidden_layers"],
-                num_heads=heads,
-                num_kv_heads=values.get("num_key_value_heads") or heads,
-                head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-                intermediate_size=values["intermediate_size"],
-                max_seq_len=values["max_position_embeddings"],
-                rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
-                norm_eps=values.get("plinth_norm_eps", values.get("rms_norm_eps", 1e-6)),
-                tie_embeddings=values.get("tie_word_embeddings", False),
-                learnable_norm=values.get("plinth_learnable_norm", True),
-                **{name: values.get(f"plinth_{name}", 1.0) for name in MULTIPLIERS},
-            )
-            return from_dict(cls, shape | extras, "config.json: ")
-        except KeyError as error:
-            raise UserError(f"config.json lacks {error}; a Qwen3 configuration needs it.") from None
-
 
 def _check_sizes(config: DecoderConfig) -> None:
     for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -311,8 +242,8 @@ def _check_sizes(config: DecoderConfig) -> None:
 
 
 def _check_choices(config: DecoderConfig) -> None:
-    if config.activation not in HIDDEN_ACTS:
-        raise UserError(f"activation={config.activation!r} is unknown. Use one of {', '.join(HIDDEN_ACTS)}.")
+    if config.activation not in ACTIVATIONS:
+        raise UserError(f"activation={config.activation!r} is unknown. Use one of {', '.join(ACTIVATIONS)}.")
     for name, choices in (("norm", ("rms", "layer")), ("position", ("rope", "learned"))):
         if getattr(config, name) not in choices:
             raise UserError(f"{name}={getattr(config, name)!r} is unknown. Use one of {', '.join(choices)}.")

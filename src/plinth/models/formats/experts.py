@@ -80,14 +80,3 @@ def write_experts(config: DecoderConfig, model_type: str) -> dict[str, Any]:
         "mlp_only_layers": list(config.dense_layers),
     }
     return values | ({"shared_expert_intermediate_size": config.shared_expert_intermediate_size} if model_type == "qwen2_moe" else {})
-
-
-def experts_family(config: DecoderConfig) -> str | None:
-    """Return the first published family whose layers of experts are the configuration's, whatever its attention; None if none is."""
-    if config.activation != "swiglu":
-        return None
-    if config.shared_expert_intermediate_size:
-        return "qwen2_moe" if config.shared_expert_gate else None
-    if config.qk_norm:
-        return "qwen3_moe"
-    return "mixtral" if config.norm_topk_prob and not config.dense_layers else None
