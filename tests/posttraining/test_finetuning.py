@@ -71,6 +71,9 @@ def test_each_task_is_learnt_through_the_commands(folder, tmp_path, capsys, fami
     result = json.loads(capsys.readouterr().out)
     value = {"classify": "accuracy", "tag": "entity_f1", "answer": "f1"}[task]
     assert result["scores"][value]["value"] >= 0.9, result["scores"]
+    asked = ["--question", "Where?"] if task == "answer" else []
+    assert main(["predict", str(tmp_path / "run"), "--text", "Eve went to Oslo by bus", *asked]) == 0
+    assert {"classify": "Oslo 0.", "tag": "Eve/B-WHO went to Oslo/B-WHERE by bus", "answer": "Oslo"}[task] in capsys.readouterr().out
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["model_type"] == family and config["architectures"][0].startswith(family.capitalize() + "For")
 

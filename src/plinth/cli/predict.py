@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import tyro
 
 from plinth.cli.output import emit, say
-from plinth.config import write_atomic
-from plinth.data.labelled import read_examples
+from plinth.config import UserError, write_atomic
+from plinth.data.labelled import OUTSIDE, from_texts, read_examples
 from plinth.evaluation.predictions import predict, score_predictions
 from plinth.inference.encoding import TextEncoder
 from plinth.inference.labelling import AnswerOptions, check_task
@@ -28,8 +28,12 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional]
     """run or model folder of a finetuned encoder"""
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[Path | None, tyro.conf.Positional] = None
     """examples, with the right labels or without"""
+    text: tuple[str, ...] = ()
+    """texts instead of a file: to label, to tag, or as contexts of --question"""
+    question: str | None = None
+    """answer: what is asked of each --text"""
     out: Path | None = None
     """write the predictions to this file, one JSON object a line (default: print the first ones)"""
     truncate: bool = False
@@ -44,9 +48,7 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth predict", args=argv)
     encoder = TextEncoder.load(options.run)
     task = check_task(encoder)
-    examples, rejects = read_examples(options.data, task, labelled=False)
-    if rejects.count:
-        say(f"{options.data}: {rejects.describe()}")
+    examples = examples_of(options, task)
     found = [asdict(one) for one in predict(encoder, task, examples, truncate=options.truncate, answers=options.answers)]
     scores = {name: score.to_dict() for name, score in score_predictions(task, examples, found).items()}
     if options.out is not None:
@@ -56,9 +58,28 @@ def main(argv: list[str]) -> int:
 
     def render(console) -> None:
         for one in found[:SHOWN] if options.out is None else []:
-            console.print(one.get("label") or " ".join(one.get("tags", [])) or one.get("text") or "(no answer)", markup=False)
+            console.print(shown(task, one), markup=False)
         for name, score in scores.items():
             console.print(f"{name} {score['value']:.3f} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}], n={score['n']}", markup=False)
 
     emit(result, options.json, render)
     return 0
+
+
+def examples_of(options: Options, task: Any) -> list[Any]:
+    """Return the examples of the file, or of the texts. Raises UserError when neither is named, or both."""
+    if (options.data is None) == (not options.text):
+        raise UserError("name either a file of examples or --text.")
+    if options.data is None:
+        return from_texts(options.text, task, options.question)
+    examples, rejects = read_examples(options.data, task, labelled=False)
+    if rejects.count:
+        say(f"{options.data}: {rejects.describe()}")
+    return examples
+
+
+def shown(task: str, one: dict[str, Any]) -> str:
+    """Return a prediction on one line."""
+    if task == "tag":
+        return " ".join(word if tag == OUTSIDE else f"{word}/{tag}" for word, tag in zip(one["words"], one["tags"]))
+    return f"{one['label']} {max(one['probabilities'].values()):.3f}" if task == "classify" else one["text"] or "(no answer)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ def _parse(record: Any, task: Task, labelled: bool) -> Example:
 def _parse_words(record: dict[str, Any], labelled: bool) -> WordExample:
     words, tags = record.get("words"), record.get("tags")
     if words is None and isinstance(record.get("text"), str):
-        words = record["text"].split()
+        words = split_words(record["text"])
     if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise UserError(f"no 'words', a list of words.{nearest('words', record)}")
     if tags is None:
@@ -166,6 +167,20 @@ def _parse_words(record: dict[str, Any], labelled: bool) -> WordExample:
     if not isinstance(tags, list) or len(tags) != len(words):
         raise UserError(f"{len(words)} words with {len(tags) if isinstance(tags, list) else 'no list of'} tags")
     return WordExample(tuple(words), tuple(str(tag) for tag in tags))
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text, signs apart, as labelled sentences have them."""
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def from_texts(texts: Sequence[str], task: Task, question: str | None = None) -> list[Example]:
+    """Return plain texts as examples without labels; for task answer they are the contexts of `question`."""
+    if task == "answer" and question is None:
+        raise UserError("a model that finds answers needs a question. Pass --question.")
+    if task == "answer":
+        return [QuestionExample(question or "", text) for text in texts]
+    return [TextExample(text) if task == "classify" else WordExample(tuple(split_words(text))) for text in texts]
 
 
 def _parse_question(record: dict[str, Any], labelled: bool) -> QuestionExample:

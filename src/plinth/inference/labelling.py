@@ -27,6 +27,7 @@ class Label:
 class Tags:
     """A tag for each word."""
 
+    words: tuple[str, ...]
     tags: tuple[str, ...]
     probabilities: tuple[float, ...]
     """of these tags"""
@@ -96,7 +97,7 @@ def tag_words(encoder: TextEncoder, examples: Sequence[WordExample]) -> list[Tag
     for row, found in zip(rows, run_rows(encoder, rows, use)):
         for word, share, label in found:
             tags[row.example][word], shares[row.example][word] = names[label], share
-    return [Tags(tuple(tag), tuple(share)) for tag, share in zip(tags, shares)]
+    return [Tags(example.words, tuple(tag), tuple(share)) for example, tag, share in zip(examples, tags, shares)]
 
 
 def find_answers(encoder: TextEncoder, examples: Sequence[QuestionExample], options: AnswerOptions | None = None) -> list[Found]:
