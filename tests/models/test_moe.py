@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from plinth.models.config import DecoderConfig
+from plinth.models.formats.decoder_config import read_config, write_config
+from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
+from plinth.training.compile import compiled_blocks
+from plinth.training.objectives import causal_lm_loss
 
 CONFIG = DecoderConfig(
     vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48, max_seq_len=64,
@@ -85,3 +89,35 @@ def test_the_start_is_the_identity():
     model = Transformer(SHARED).init_weights(torch.Generator().manual_seed(0))
     x = model.embed(tokens())
     torch.testing.assert_close(model(tokens()), torch.nn.functional.rms_norm(x, (32,), eps=1e-6))
+
+
+def test_the_blocks_compile_as_one_graph_each_where_experts_stay_on_the_device():
+    torch._dynamo.reset()
+    config = replace(SHARED, num_layers=1, dense_layers=())
+    model, ids = Transformer(config).to(torch.bfloat16).to("meta"), tokens().to("meta")
+    with compiled_blocks(model, backend="aot_eager"):
+        causal_lm_loss(model, (ids, ids))[0].backward()
+    torch._dynamo.reset()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_every_other_block_of_a_published_mixture_may_be_dense():
+    values = write_config(replace(CONFIG, num_layers=4)) | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    assert read_config(values).dense_layers == (0, 2, 3)
+
+
+def test_a_mixture_is_published_as_the_family_that_holds_it_and_says_how_it_was_trained(tmp_path):
+    config = replace(CONFIG, router_aux_loss=0.5, router_z_loss=0.25)
+    families = {
+        "qwen3_moe": config,
+        "mixtral": replace(config, qk_norm=False, expert_intermediate_size=None),
+        "qwen2_moe": replace(SHARED, qk_norm=False, qkv_bias=True),
+        "plinth": replace(config, shared_expert_intermediate_size=8),
+    }
+    for kind, each in families.items():
+        values = write_config(each)
+        assert values["model_type"] == kind and read_config(values) == each
+        model = random_model(each)
+        save_model(model, None, tmp_path / kind)
+        back = load_model(tmp_path / kind)
+        assert back.config == each and all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values()))

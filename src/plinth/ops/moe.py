@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from plinth.ops.linear import ROW_TILE, linear_rows
 from plinth.ops.swiglu import swiglu
 
+BF16_TILE = 32
+"""rows that bf16 groups are filled up to on a CPU: its library compiles a kernel for every new number of rows, which takes longer than
+the product; few different numbers come again"""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -177,12 +181,17 @@ def gated_experts(
     `gate_up` is (X 2 F, D), of each expert gate, then up; `down` is (X D, F). The slow twin is `looped_experts`.
     """
     num_experts = routing.logits_NX.shape[-1]
-    groups = group(routing.experts_NC, num_experts)
-    on_device = x_ND.device.type != "cpu" and x_ND.dtype is torch.bfloat16
-    bounds = None if on_device else groups.bounds()
+    on_cpu_bf16 = x_ND.device.type == "cpu" and x_ND.dtype is torch.bfloat16
+    groups = group(routing.experts_NC, num_experts, BF16_TILE if on_cpu_bf16 else 1)
+    bounds = None if _stays_on_device(x_ND, down) else groups.bounds()
     x_MD = _Dispatch.apply(x_ND, groups.source_M, groups.place_NC)
     y_MD = grouped_linear(between(grouped_linear(x_MD, gate_up, groups, bounds)), down, groups, bounds)
     return _Combine.apply(y_MD, routing.weights_NC, groups.source_M, groups.place_NC)
+
+
+def _stays_on_device(x_ND: torch.Tensor, down: torch.Tensor) -> bool:
+    """Return whether PyTorch's grouped product takes these: bf16 on a GPU, rows of whole 16 bytes."""
+    return x_ND.device.type != "cpu" and x_ND.dtype is torch.bfloat16 and x_ND.shape[1] % 8 == 0 and down.shape[1] % 8 == 0
 
 
 def looped_experts(
