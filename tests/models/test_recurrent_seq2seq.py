@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from plinth.config import UserError
+from plinth.models import recurrent
 from plinth.models.meta import on_meta
 from plinth.models.recurrent_attention import AdditiveAttention, MultiplicativeAttention
 from plinth.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
+from plinth.ops.recurrent import STEPS
 
 TINY = RecurrentSeq2SeqConfig(source_vocab_size=23, target_vocab_size=19, embedding_size=6, hidden_size=8)
 PLAIN = replace(TINY, attention="none", bidirectional=False)
@@ -148,6 +151,22 @@ def test_attention_weights_are_those_of_the_forward_pass(config):
         _, state, looked = model.advance(targets[None, t], state)
         torch.testing.assert_close(looked[0].float(), weights[0, 0, t])
     assert make(PLAIN).attention_weights(source, targets) == {}
+
+
+@every_kind
+def test_operations_are_those_that_pytorch_counts(config, monkeypatch):
+    def by_steps(cell, x, state, weights, lengths=None):  # PyTorch counts no operations of its own recurrent layers
+        outputs = []
+        for t in range(x.shape[1]):
+            state = STEPS[cell](x[:, t], state, weights)
+            outputs.append(state[0])
+        return torch.stack(outputs, 1), state
+
+    monkeypatch.setattr(recurrent, "run_layer", by_steps)
+    model = make(config)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model(draw(23, 1, 7), draw(19, 1, 5)))
+    assert 3 * counter.get_total_flops() == config.train_flops(7, 5)
 
 
 def test_teacher_forcing_at_zero_reads_its_own_tokens_and_at_one_the_targets():

@@ -25,6 +25,8 @@ FAMILIES: dict[str, tuple[str, str]] = {  # family → module whose main takes t
     "electra": ("plinth.cli.pretrain_electra", "an encoder, replaced tokens"),
     "transformer": ("plinth.cli.pretrain_transformer", "the encoder-decoder of 2017, parallel text"),
     "t5": ("plinth.cli.pretrain_t5", "T5, parallel text"),
+    "gru": ("plinth.cli.pretrain_gru", "recurrent sequence to sequence, parallel text"),
+    "lstm": ("plinth.cli.pretrain_lstm", "the same with LSTM cells"),
     "awd-lstm": ("plinth.cli.pretrain_awd_lstm", "next token by a recurrent model, from shards"),
     "clip": ("plinth.cli.pretrain_clip", "a text and a vision tower, from images with captions"),
     "llava": ("plinth.cli.pretrain_llava", "a decoder that sees, from questions on images"),

@@ -17,7 +17,7 @@ from plinth.config import UserError
 from plinth.models.recurrent import EMBEDDING_RANGE, RecurrentLayer
 from plinth.models.recurrent_attention import AdditiveAttention, Attention, MultiplicativeAttention, Score
 from plinth.ops.dropout import dropout
-from plinth.ops.recurrent import STATES, Cell, State
+from plinth.ops.recurrent import GATES, STATES, Cell, State
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class RecurrentSeq2SeqConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids that both sides have: as many as a tokenizer of both may use."""
-        return min(self.source_vocab_size, self.target_vocab_size)
+        """Number of the source's token ids: its tokenizer is the one in the model's folder."""
+        return self.source_vocab_size
 
     @property
     def memory_size(self) -> int:
@@ -86,6 +86,21 @@ class RecurrentSeq2SeqConfig:
         if self.attention == "multiplicative" or not self.context_size:
             return self.hidden_size
         return self.hidden_size + self.context_size + self.embedding_size
+
+    def train_flops(self, source_len: float, target_len: float) -> float:
+        """Return the operations of a training step on a pair of so many tokens, in matrix products: three times those of a forward pass."""
+        gates, hidden, memory = GATES[self.cell], self.hidden_size, self.memory_size
+        directions = 2 if self.bidirectional else 1
+        encoder = sum(directions * gates * hidden * (width + hidden) for width in [self.embedding_size] + [memory] * (self.num_layers - 1))
+        bridges = memory * hidden * STATES[self.cell] * self.num_layers if self.bidirectional else 0
+        widths = [self.embedding_size + self.fed_size] + [hidden] * (self.num_layers - 1)
+        decoder = sum(gates * hidden * (width + hidden) for width in widths) + self.head_size * self.target_vocab_size
+        keys, query, pair = 0, 0, 0
+        if self.attention == "additive":
+            keys, query, pair = memory * hidden, hidden * hidden, hidden + memory
+        elif self.attention == "multiplicative":
+            keys, query, pair = memory * hidden * (self.score == "general"), (memory + hidden) * hidden, hidden + memory
+        return 6.0 * ((encoder + keys) * source_len + bridges + (decoder + query) * target_len + pair * source_len * target_len)
 
 
 class Memory(NamedTuple):

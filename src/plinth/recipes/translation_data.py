@@ -158,7 +158,7 @@ class TranslationData:
             pairs, self.tokenizers.source, self.tokenizers.target, source_marks=marks, target_marks=marks, max_seq_len=longest
         )
         total, count, unigram = 0.0, 0.0, 0.0
-        frequencies = self._unigram_nats()
+        frequencies = self.unigram_nats()
         order = np.argsort(text.lengths, kind="stable")
         for part in np.split(order, range(HELDOUT_ROWS, len(order), HELDOUT_ROWS)):
             batch = text.batch(part)
@@ -167,7 +167,8 @@ class TranslationData:
             unigram += float(frequencies[batch[3][batch[3] >= 0].numpy()].sum())
         return {"heldout_nats": total / count, "heldout_unigram_nats": unigram / count, "heldout_tokens": count}
 
-    def _unigram_nats(self) -> np.ndarray:
+    def unigram_nats(self) -> np.ndarray:
+        """Return each target token's negative log-frequency in training, float64 (V,); one is added to each count."""
         counts = np.ones(self.tokenizers.target.vocab_size)  # one of each, so that none is impossible
         for i in range(len(self.text)):
             np.add.at(counts, self.text.targets[i], 1.0)
