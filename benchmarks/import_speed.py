@@ -43,6 +43,10 @@ WAYS = {
         "from plinth.recipes.importing import import_model",
         "import_model(sys.argv[1], sys.argv[2], parity=False)",
     ),
+    "plinth import with the comparison": (
+        "from plinth.recipes.importing import import_model",
+        "import_model(sys.argv[1], sys.argv[2])",
+    ),
     "cp and sync": (
         "import os, shutil",
         "shutil.copytree(sys.argv[1], sys.argv[2])\\nfor name in os.listdir(sys.argv[2]):\\n"

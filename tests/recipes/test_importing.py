@@ -121,6 +121,7 @@ def change_tensors(change):
         (set_config(num_attention_heads=0), "num_heads=0 must be at least 1|division"),
         (set_config(num_key_value_heads=3), "num_heads=2 is not a multiple of num_kv_heads=3"),
         (set_config(vocab_size="many"), "config.json"),
+        (set_config(num_hidden_layers=10**9), "holds 24 tensors, but its config.json says 1000000000 layers"),
         (set_config(rope_theta=-1.0, rope_parameters=None), "rope_theta=-1.0 must be positive"),
         (set_config(hidden_size=64), "and [0-9]+ more"),
         (lambda source: (source / "model-00001-of-00002.safetensors").unlink(), "model-00001-of-00002.safetensors does not exist"),

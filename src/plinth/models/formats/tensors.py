@@ -93,7 +93,10 @@ def check(format: Format, config: Any, source: Source, where: str) -> tuple[list
 
 
 def _checked(format: Format, config: Any, source: Source, where: str) -> tuple[list[Entry], list[str]]:
-    entries, left = format.layout(config), dict(source.shapes())
+    left = dict(source.shapes())
+    if (layers := getattr(config, "num_layers", 0)) > len(left):  # before a list of their tensors is made
+        raise UserError(f"{where} holds {len(left)} tensors, but its config.json says {layers} layers. Copy the model again.")
+    entries = format.layout(config)
     present, absent, lacking, wrong = [], [], [], []
     aliases = format.aliases(config)
     for entry in entries:
