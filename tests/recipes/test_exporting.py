@@ -37,6 +37,7 @@ SHAPES = {  # of llama.cpp's other architectures
     "llama, untied": dataclasses.replace(LLAMA, num_kv_heads=4, tie_embeddings=False, rope_theta=5e5),
     "llama 3": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("llama3", factor=8.0, original_max_seq_len=32)),
     "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", factor=4.0)),
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, sliding_window=128, head_dim=16),
     "yarn": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("yarn", factor=4.0, original_max_seq_len=32)),
 }
 GOLDEN = Path(__file__).with_name("golden_llama_cpp.json")
@@ -192,10 +193,20 @@ def test_architectures_by_what_they_compute(name, tokenizer, tmp_path):
 
 
 @needs_gguf
-@pytest.mark.parametrize("option", [{"activation": "geglu"}, {"sliding_window": 9}, {"num_experts": 2, "num_active_experts": 1}])
-def test_what_no_architecture_of_ours_holds_is_refused(option, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"activation": "geglu"}, "activation: .*no place for these options.*--format hf"),
+        ({"sliding_window": 9}, "sliding_window: .*no place for these options"),
+        ({"num_experts": 2, "num_active_experts": 1}, "num_experts.*no place for these options"),
+        ({"qkv_bias": True}, "num_heads=4 times head_dim=32 is not hidden_size=64"),
+        ({"rope_scaling": RopeScaling("yarn", 4.0, 32, beta_fast=16.0)}, "beta_fast.*read these differently"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_no_architecture_of_ours_holds_is_refused(option, error, tokenizer, tmp_path):
     folder = save(dataclasses.replace(LLAMA, **option), tokenizer, tmp_path / "odd")
-    with pytest.raises(UserError, match=f"{next(iter(option))}.*no place for these options.*--format hf"):
+    with pytest.raises(UserError, match=error):
         export_model(folder, tmp_path / "out", format="gguf")
 
 

@@ -35,6 +35,11 @@ def architecture(config: DecoderConfig) -> Architecture:
         raise UserError(
             f"{named}: GGUF's llama, qwen2 and qwen3 have no place for these options, and Plinth writes no other. Use --format hf."
         )
+    if config.qkv_bias and config.num_heads * config.head_dim != config.hidden_size:
+        raise UserError(
+            f"num_heads={config.num_heads} times head_dim={config.head_dim} is not hidden_size={config.hidden_size}, as "
+            "GGUF's qwen2 has it. Use --format hf."
+        )
     return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
 
 
