@@ -27,6 +27,7 @@ from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.residues import residue_tokenizer
 from record import spread, write_record
 
+FAMILIES = {"families": 64, "members": 30, "shortest": 40, "longest": 70, "conserved_rate": 0.1, "variable_rate": 0.7}
 SHAPE = {"hidden_size": 96, "num_layers": 3, "num_heads": 4, "intermediate_size": 384, "max_seq_len": 128}
 
 
@@ -45,7 +46,7 @@ def centroid_accuracy(train: np.ndarray, train_family: np.ndarray, held: np.ndar
 
 
 def one_seed(folder: Path, seed: int, steps: int) -> dict:
-    members = {member.sequence: member for member in invent_families(FamilyConfig(seed=seed))}
+    members = {member.sequence: member for member in invent_families(FamilyConfig(**FAMILIES, seed=seed))}
     (folder / "all.fasta").write_text(to_fasta(list(members.values())))
     config = CurateConfig(heldout_fraction=0.2, near_duplicate_threshold=None, seed=seed)
     curate(read_documents([folder / "all.fasta"]), folder / "corpus", config)
@@ -55,7 +56,7 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict:
     bert = BertConfig(
         model=EncoderConfig(**SHAPE),
         train=type(train)(**{**train.__dict__, "steps": steps, "seed": seed}),
-        data=RowConfig(rows="document", seq_len=128, sequences_per_step=64, micro_batch_size=32),
+        data=RowConfig(rows="document", seq_len=80, sequences_per_step=64, micro_batch_size=32),
     )
     run = pretrain_encoder(folder / "run", [folder / "shards"], folder / "tokenizer", bert)
     model = load_model(run.model_dir)
@@ -85,7 +86,7 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     options = parser.parse_args()
     rows = []
     for seed in range(options.seeds):

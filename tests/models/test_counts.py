@@ -1,24 +1,31 @@
 """Closed forms of published models: against transformers, published totals and numbers worked by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from decoder_families import BASE, FAMILIES
 from models.transformers_counts import GOLDEN, transformers_count
 from plinth.cli.main import main
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
-from plinth.models.cost import forward_flops_per_token, kv_bytes_per_token
+from plinth.models.cost import count_active_params, count_params, forward_flops_per_token, kv_bytes_per_token
 from plinth.models.counts.describe import CostQuestion, describe, stored_params
 from plinth.models.counts.families import COUNTED, count
 from plinth.models.counts.memory import OPTIMIZERS, adapter_params, state_bytes
+from plinth.models.dual_encoder import DualEncoderConfig, TextTowerConfig
+from plinth.models.encoder_config import EncoderConfig
+from plinth.models.encoder_decoder_config import EncoderDecoderConfig
 from plinth.models.formats.decoder_config import write_config
 from plinth.models.hub import format_of, save_model
 from plinth.models.presets import PRESETS
 from plinth.models.recurrent import AwdLstmConfig
 from plinth.models.recurrent_seq2seq import RecurrentSeq2SeqConfig
 from plinth.models.transformer import Transformer
+from plinth.models.vision import VisionConfig
+from plinth.models.vision_language import VisionLanguageConfig
 
 # transformers 5 ties these heads whatever config.json says; their makers released them untied.
 UNTIED_BY_THEIR_MAKERS = ("flan-t5-base", "mt5-small")
@@ -219,14 +226,49 @@ def test_the_courses_translation_models_have_its_parameters():
     assert [count(each).total for each in (lstm, gru, attention)] == [13_898_501, 14_219_781, 20_518_405]
 
 
-def test_options_that_only_plinth_reads_are_counted():
-    config = DecoderConfig(
-        num_layers=5, vocab_size=300, learnable_norm=True, activation="relu2", residual_scalars=True, value_embeddings=True,
-        tie_embeddings=False,
-    )  # fmt: skip
-    ledger = count(write_config(config))
-    assert ledger.total == sum(p.numel() for p in Transformer(config).parameters())
-    assert ledger.forward_flops(64, attention="causal") == 64 * forward_flops_per_token(config, 64)
+MORE = {
+    "options": replace(BASE, activation="relu2", residual_scalars=True, value_embeddings=True),
+    "layer norms": replace(BASE, norm="layer", qkv_bias=True, out_bias=True, mlp_bias=True, position="learned", activation="gelu"),
+    "experts": replace(BASE, num_experts=4, expert_intermediate_size=24, shared_expert_intermediate_size=16, dense_layers=(1,)),
+    "gated shared expert": replace(BASE, num_experts=4, shared_expert_intermediate_size=16, shared_expert_gate=True),
+}
+
+
+@pytest.mark.parametrize("config", [*FAMILIES.values(), *MORE.values()], ids=[*FAMILIES, *MORE])
+def test_decoders_of_every_family_are_counted_from_what_is_saved_of_them(config):
+    config = replace(config, learnable_norm=True)
+    ledger = count(format_of(config).write_config(config))
+    assert ledger.total == sum(p.numel() for p in Transformer(config).parameters()) == count_params(config)["total"]
+    assert ledger.active == count_active_params(config)
+    assert ledger.kv_per_token * 4 == kv_bytes_per_token(config)
+    if config.sliding_window is None:
+        assert ledger.forward_flops(64, attention="causal") == 64 * forward_flops_per_token(config, 64)
+    else:  # our cost model counts attention as if no block had a window
+        assert ledger.forward_flops(8, attention="causal") == 8 * forward_flops_per_token(config, 8)
+
+
+TEXT = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "intermediate_size": 40, "max_seq_len": 30}
+TOWERS = DualEncoderConfig(
+    text=TextTowerConfig(**TEXT), vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, num_layers=1, num_heads=2)
+)
+OTHERS = {
+    **{head: EncoderConfig(**TEXT).with_head(head, ("a", "b", "c") if head in ("classify", "tag") else ()) for head in (
+        "mlm", "classify", "tag", "answer")},
+    "none": EncoderConfig(**TEXT, head="none", pooler=True),
+    "electra": EncoderConfig(**TEXT, published_as="electra", embedding_size=12).with_head("rtd"),
+    "transformer": EncoderDecoderConfig(**TEXT, head_dim=6, num_decoder_layers=3, target_vocab_size=47),
+    "t5": EncoderDecoderConfig(**TEXT, head_dim=10, style="t5", activation="geglu", tie_embeddings=False),
+    "clip": TOWERS,
+    "llava": VisionLanguageConfig(vision=TOWERS.vision, decoder=FAMILIES["llama"], image_id=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=list(OTHERS))
+def test_other_models_of_ours_are_counted_from_what_is_saved_of_them(config):
+    format = format_of(config)
+    model = format.build(config)
+    trained = sum(p.numel() for p in model.parameters())
+    assert count(format.write_config(config)).total == trained
 
 
 def test_sharded_states_of_llama_2_7b():

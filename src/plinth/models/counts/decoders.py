@@ -80,17 +80,42 @@ def qwen3(values: Values) -> Ledger:
 
 
 def plinth(values: Values) -> Ledger:
-    """Count the default decoder with options that only Plinth reads: no gate, factors on the residual stream, value embeddings."""
+    """Count a decoder of ours that no published format holds: the options by which families differ, and those that only Plinth reads.
+
+    Scales of norms are counted as they are saved, also where they were not trained.
+    """
     size = widths(values)
-    gated = either(values, "plinth_activation", "swiglu") == "swiglu"
-    layers = norms("norms", size.hidden_size, 2 * size.layers) + attention(size, qk_norm="head") + feed_forward(size, gated=gated)
-    if values.get("plinth_residual_scalars"):
+    own = {name.removeprefix("plinth_"): value for name, value in values.items() if name.startswith("plinth_") and value is not None}
+    norm_bias = own.get("norm", "rms") == "layer"
+    layers = norms("norms", size.hidden_size, (4 if own.get("post_norms") else 2) * size.layers, bias=norm_bias)
+    layers += attention(size, bias=bool(own.get("qkv_bias")), out_bias=bool(own.get("out_bias")))
+    if own.get("qk_norm", True):
+        layers += norms("query and key norms", size.head_dim, 2 * size.layers, bias=norm_bias)
+    layers += plinth_feed_forward(own, size)
+    if own.get("residual_scalars"):
         layers.append(Piece("factors on the residual stream", (2,), "other", size.layers))
-    if values.get("plinth_value_embeddings"):
+    if own.get("value_embeddings"):
         count, channels = (size.layers + 1) // 2, min(12, size.hidden_size)
         layers.append(Piece("value embedding", (need(values, "vocab_size")[0], size.kv_width), "lookup", count))
         layers += linear("value gate", channels, size.kv_heads, count)
-    return decoder(values, size, layers, tied=False)
+    pattern = own.get("window_layers") or [True]
+    sliding = sum(bool(pattern[i % len(pattern)]) for i in range(size.layers))
+    positions = values["max_position_embeddings"] if own.get("position") == "learned" else 0
+    window = own.get("sliding_window")
+    return decoder(values, size, layers, tied=False, norm_bias=norm_bias, positions=positions, sliding=sliding, window=window)
+
+
+def plinth_feed_forward(own: Values, size: Widths) -> list[Piece]:
+    """Return the feed-forward layers of a decoder of ours, those that are mixtures of experts among them."""
+    gated, bias = own.get("activation", "swiglu") in ("swiglu", "geglu"), bool(own.get("mlp_bias"))
+    count = own.get("num_experts", 0)
+    if not count:
+        return feed_forward(size, gated=gated, bias=bias)
+    dense = len(own.get("dense_layers", ()))
+    inner, shared = own.get("expert_intermediate_size") or size.intermediate_size, own.get("shared_expert_intermediate_size", 0)
+    pieces = experts(size, count, own.get("num_active_experts", 2), inner, size.layers - dense, shared_inner=shared)
+    pieces += linear("shared expert's gate", size.hidden_size, 1, size.layers - dense) if own.get("shared_expert_gate") else []
+    return pieces + (feed_forward(size, gated=gated, bias=bias, layers=dense) if dense else [])
 
 
 def gemma(values: Values) -> Ledger:
