@@ -10,6 +10,7 @@ from plinth.models.electra import Electra, generator_config
 from plinth.models.encoder import EncoderModel, attention_mask
 from plinth.models.encoder_config import EncoderConfig, train_flops_per_token
 from plinth.models.meta import on_meta
+from plinth.training.compile import compiled_blocks
 
 TINY = EncoderConfig(vocab_size=40, hidden_size=16, num_layers=2, num_heads=4, intermediate_size=24, max_seq_len=12)
 BASE = EncoderConfig(vocab_size=30522, hidden_size=768, num_layers=12, num_heads=12, intermediate_size=3072, max_seq_len=512)
@@ -128,6 +129,19 @@ def test_electra_shares_its_embeddings_and_counts_them_once():
     names = [name for name, _ in model.named_parameters()]
     assert not any(name.startswith("generator.encoder.embed") for name in names)
     assert set(model.matrix_parts()) <= set(names)
+
+
+def test_blocks_are_compiled_whole_and_give_the_same():
+    """As on a GPU, but for the code that is made; a block that cannot be traced as a whole would be an error."""
+    model, tokens = Electra(dataclasses.replace(TINY, published_as="electra"), 0.5), some_tokens(2, 8)
+    model.init_weights(torch.Generator().manual_seed(0))
+    mask = torch.arange(8) < torch.tensor([[8], [5]])
+    expected = model.discriminator(tokens, mask), model.generator(tokens, mask)
+    with compiled_blocks(model, backend="eager"):
+        found = model.discriminator(tokens, mask), model.generator(tokens, mask)
+    assert len(model.layers) == 4
+    for a, b in zip(expected, found):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ class Electra(nn.Module):
         """Return the discriminator's hidden states (B, T, D)."""
         return self.discriminator(tokens_BT, mask)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks of both, for who compiles them."""
+        return [*self.discriminator.layers, *self.generator.layers]
+
     def matrix_parts(self) -> dict[str, tuple[int, ...]]:
         """Return the hidden matrices of both by parameter name."""
         parts = {}

@@ -121,6 +121,11 @@ class EncoderModel(nn.Module):
         first_BD = hidden_BTD[:, 0]
         return first_BD if self.pooler is None else torch.tanh(self.pooler(first_BD))
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks, for who compiles them."""
+        return list(self.encoder.layers)
+
     def matrix_parts(self) -> dict[str, tuple[int, ...]]:
         """Return the hidden matrices by parameter name, each with the row counts of the projections fused in it."""
         config, parts = self.config, dict[str, tuple[int, ...]]()
