@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 from counts_tables import counts_table, memory_table, slide_audit
+from moe_tables import equal_active_table, grouped_table
 from structured_tables import strategy_table, structured_tables
 
 ROOT = Path(__file__).parent.parent
@@ -416,6 +417,12 @@ def main() -> int:
     for name, table in (("counts", counts_table), ("training memory", memory_table), ("slide audit", slide_audit)):
         text = put(text, f"<!-- {name}: written by benchmarks/tables.py -->", f"<!-- end of {name} -->", table())
     pages[counts] = text
+    mixtures = docs / "mixture_of_experts.md"
+    text = mixtures.read_text()
+    for name, table, record in (("grouped", grouped_table, "moe_grouped"), ("equal active", equal_active_table, "moe_equal_active")):
+        start, end = f"<!-- {name}: written by benchmarks/tables.py -->", f"<!-- end of {name} -->"
+        text = put(text, start, end, table(load(record)) if exists(record) else "Not measured yet.")
+    pages[mixtures] = text
     proteins = docs / "proteins.md"
     marks = "<!-- protein encoder: written by benchmarks/tables.py -->", "<!-- end of protein encoder -->"
     pages[proteins] = put(proteins.read_text(), *marks, protein_encoder())

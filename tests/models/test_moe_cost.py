@@ -15,6 +15,8 @@ from plinth.models.cost import (
     forward_flops_per_token,
     train_flops_per_token,
 )
+from plinth.models.counts.families import count
+from plinth.models.formats.decoder_config import write_config
 from plinth.models.transformer import Transformer
 from plinth.training.objectives import causal_lm_loss
 
@@ -105,3 +107,11 @@ def test_decoding_reads_the_experts_that_its_sequences_take():
     sizes = [decode_bytes_per_token(ROUTED, 0, batch_size=n, weight_bytes=1) * n for n in (1, 2, 3, 4)]
     expert = 3 * ROUTED.hidden_size * ROUTED.expert_size * ROUTED.num_layers
     assert [b - a for a, b in zip(sizes, sizes[1:])] == pytest.approx([2 * expert, 2 * expert, 0], abs=4)  # each is rounded up
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": False}, {"shared_expert_intermediate_size": 20, "dense_layers": (0, 2)}])
+def test_the_closed_forms_of_published_models_agree(options):
+    config = replace(ROUTED, learnable_norm=True, **options)
+    ledger = count(write_config(config))
+    assert ledger.total == count_params(config)["total"] and ledger.active == count_active_params(config)
+    assert ledger.forward_flops(100, attention="causal") == 100 * forward_flops_per_token(config, 100)

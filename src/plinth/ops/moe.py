@@ -7,6 +7,7 @@ No expert has a capacity: no token is dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -266,7 +267,7 @@ def load_entropy(shares_X: torch.Tensor) -> torch.Tensor:
     """Return the entropy of the shares over that of an even load: 1 is even, 0 is all on one expert."""
     if len(shares_X) == 1:
         return torch.ones((), device=shares_X.device)
-    return torch.special.entr(shares_X).sum() / torch.log(torch.tensor(float(len(shares_X))))
+    return torch.special.entr(shares_X).sum() / math.log(len(shares_X))
 
 
 def _mean(values_N: torch.Tensor, counted_N: Population) -> torch.Tensor:
