@@ -9,8 +9,9 @@ from plinth.inference.engine import Engine
 from plinth.inference.image_prompts import ImageRunner
 from plinth.inference.sampling_params import SamplingParams
 from plinth.models.config import DecoderConfig
-from plinth.models.formats import decoder
+from plinth.models.formats import decoder, llava
 from plinth.models.hub import load_decoder, load_model, save_model
+from plinth.models.meta import on_meta
 from plinth.models.vision import VisionConfig
 from plinth.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 from plinth.training.objectives import causal_lm_loss
@@ -159,6 +160,14 @@ def test_what_does_not_fit_is_refused():
         VisionLanguageConfig(CONFIG.vision, CONFIG.decoder, image_id=70)
     with pytest.raises(UserError, match="vision_layer=3 is no layer"):
         VisionLanguageConfig(CONFIG.vision, CONFIG.decoder, image_id=69, vision_layer=3)
+
+
+def test_the_published_size_is_exact():
+    text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    config = llava.read_config({"text_config": text, "vision_config": {"model_type": "clip_vision_model"}})
+    whole = on_meta(lambda: VisionLanguageModel(config))
+    assert sum(parameter.numel() for parameter in whole.parameters()) == 7_063_427_072 and config.image_tokens == 576
+    assert sum(parameter.numel() for parameter in whole.projector.parameters()) == 20_979_712
 
 
 def test_verbs_for_decoders_name_the_verb_for_images(tmp_path):
