@@ -13,6 +13,7 @@ from pathlib import Path
 from counts_tables import counts_table, memory_table, slide_audit
 from moe_tables import equal_active_table, grouped_table
 from structured_tables import strategy_table, structured_tables
+from translation_tables import translation_table
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- results: written by benchmarks/tables.py -->", "<!-- end of results -->"
@@ -426,6 +427,9 @@ def main() -> int:
     proteins = docs / "proteins.md"
     marks = "<!-- protein encoder: written by benchmarks/tables.py -->", "<!-- end of protein encoder -->"
     pages[proteins] = put(proteins.read_text(), *marks, protein_encoder())
+    translation = docs / "translation.md"
+    marks = "<!-- translation: written by benchmarks/tables.py -->", "<!-- end of translation -->"
+    pages[translation] = put(translation.read_text(), *marks, translation_table())
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))
     for page, current in pages.items():
