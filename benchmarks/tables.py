@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 from counts_tables import counts_table, memory_table, slide_audit
+from encoder_tables import encoder_table
 from moe_tables import equal_active_table, grouped_table
 from structured_tables import strategy_table, structured_tables
 from translation_tables import translation_table
@@ -430,6 +431,10 @@ def main() -> int:
     translation = docs / "translation.md"
     marks = "<!-- translation: written by benchmarks/tables.py -->", "<!-- end of translation -->"
     pages[translation] = put(translation.read_text(), *marks, translation_table())
+    encoders = docs / "encoders.md"
+    marks = "<!-- encoders: written by benchmarks/tables.py -->", "<!-- end of encoders -->"
+    table = encoder_table(load("encoder_pretraining")) if exists("encoder_pretraining") else "Not measured yet."
+    pages[encoders] = put(encoders.read_text(), *marks, table)
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))
     for page, current in pages.items():

@@ -140,6 +140,8 @@ def test_mistakes_are_told_before_there_is_a_run(shards, tmp_path):
         dataclasses.replace(BERT, data=RowConfig("stream", 64))
     with pytest.raises(UserError, match="vocab_size=20 is below"):
         run(shards, tmp_path / "run", dataclasses.replace(BERT, model=dataclasses.replace(MODEL, vocab_size=20)))
+    with pytest.raises(UserError, match="model.head='tag' is decided by the family"):
+        run(shards, tmp_path / "run", dataclasses.replace(BERT, model=MODEL.with_head("tag", ("a", "b"))))
     with pytest.raises(UserError, match="generator_share=0"):
         run(shards, tmp_path / "run", dataclasses.replace(ELECTRA, generator_share=0.0))
     with pytest.raises(UserError, match="share=1.5"):

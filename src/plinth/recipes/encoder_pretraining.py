@@ -97,13 +97,20 @@ def pretrain_encoder(
 
 
 def fitted(config: BertConfig, tokenizer: Tokenizer) -> EncoderConfig:
-    """Return the model's shape with the tokenizer's vocabulary and padding, and the head of its family."""
+    """Return the model's shape with the tokenizer's vocabulary and padding, and the head of its family.
+
+    Raises UserError for a vocabulary that is too small, and for a field that is decided here and was given another value.
+    """
     model, is_electra = config.model, isinstance(config, ElectraConfig)
     size = tokenizer.vocab_size if model.vocab_size == EncoderConfig.vocab_size else model.vocab_size
     if size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={size} is below the tokenizer's {tokenizer.vocab_size} entries. Leave it out.")
     shape = replace(model, vocab_size=size, pad_id=encoder_tokens(tokenizer).pad, published_as="electra" if is_electra else "bert")
-    return shape.with_head("rtd" if is_electra else "mlm")
+    shape = shape.with_head("rtd" if is_electra else "mlm")
+    for name in ("head", "labels", "published_as", "pooler", "pad_id"):
+        if getattr(model, name) not in (getattr(EncoderConfig, name), getattr(shape, name)):
+            raise UserError(f"model.{name}={getattr(model, name)!r} is decided by the family and the tokenizer. Leave it out.")
+    return shape
 
 
 def encoder_job(config: BertConfig, shards: Sequence[Path], tokenizer: Tokenizer) -> Job:
