@@ -10,6 +10,7 @@ import torch
 
 from plinth.cli.main import main
 from plinth.config import UserError, read_json, save_json
+from plinth.data.image_questions import with_image_token
 from plinth.data.images import ImageProcessor, save_image
 from plinth.evaluation.attention_maps import AttentionMap, token_labels
 from plinth.evaluation.attention_page import fitting, pack_map, render_attention_page
@@ -25,6 +26,7 @@ from plinth.models.recurrent import AwdLstm, AwdLstmConfig
 from plinth.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 from plinth.models.transformer import Transformer
 from plinth.models.vision import VisionConfig
+from plinth.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 from plinth.tokenizer.encoder_tokens import encoder_tokens, with_encoder_tokens
 from plinth.tokenizer.train import train_tokenizer
 
@@ -122,6 +124,21 @@ def test_two_towers_look_at_a_caption_and_at_an_image(tmp_path, tokenizer):
     assert all(map(sums_to_one, view.maps)) and "".join(maps["text"].columns).count("cat") == 1
     with pytest.raises(UserError, match="Pass --image"):
         view_attention(folder, "the cat")
+
+
+def test_a_decoder_that_sees_looks_at_patches_before_the_question(tmp_path, tokenizer):
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    seeing = with_image_token(tokenizer)
+    vision = VisionConfig(image_size=16, patch_size=8, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12)
+    decoder = DecoderConfig(vocab_size=seeing.vocab_size, head_dim=8, num_kv_heads=1, learnable_norm=True, **SIZES)
+    model = VisionLanguageModel(VisionLanguageConfig(vision=vision, decoder=decoder, image_id=seeing.token_id("<image>")))
+    folder = save(tmp_path, model, seeing)
+    save_json(folder / "model" / "preprocessor_config.json", ImageProcessor.for_size(16).to_hf())
+    save_image(np.random.default_rng(0).integers(0, 255, (16, 16, 3)).astype(np.uint8), tmp_path / "image.png")
+    view = view_attention(folder, "the cat", image=tmp_path / "image.png")
+    maps = {each.name: each for each in view.maps}
+    assert maps["self"].rows == ("<|user|>", "1.1", "1.2", "2.1", "2.2", "the", "␣cat", "<|end|>", "<|assistant|>")
+    assert all(map(sums_to_one, view.maps)) and not np.triu(maps["self"].weights_LHTS, 1).any()
 
 
 def test_models_that_do_not_attend_are_refused(tmp_path, tokenizer):

@@ -22,11 +22,11 @@ class AttendCommand:
     run: Annotated[Path, tyro.conf.Positional]
     """run, build or model folder of a model that attends"""
     text: str
-    """the text; of an encoder-decoder the source, of a model with a vision tower a caption"""
+    """the text; of an encoder-decoder the source, of a model with a vision tower a caption, or a question"""
     target: str | None = None
     """of an encoder-decoder what it writes (default: its own greedy translation)"""
     image: Path | None = None
-    """of a model with a vision tower the image that --text is the caption of"""
+    """of a model with a vision tower the image that --text is about"""
     out: Path = Path("attention.html")
     """page to write, self-contained HTML"""
     max_tokens: int = 96

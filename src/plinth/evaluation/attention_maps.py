@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from plinth.config import UserError
+from plinth.data.image_questions import question_tokens
+from plinth.data.images import ImageProcessor
 from plinth.data.pictures import caption_rows
 from plinth.evaluation.zero_shot import ImageTextModel
 from plinth.inference.sampling_params import SamplingParams
@@ -23,6 +25,8 @@ from plinth.models.encoder_config import EncoderConfig
 from plinth.models.encoder_decoder_config import EncoderDecoderConfig
 from plinth.models.hub import load_model, read_config
 from plinth.models.recurrent_seq2seq import RecurrentSeq2SeqConfig
+from plinth.models.vision import VisionConfig
+from plinth.models.vision_language import VisionLanguageConfig
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.encoder_tokens import encoder_tokens
 
@@ -57,7 +61,7 @@ class Question:
     """What a model is shown."""
 
     text: str
-    """a text, a source, or a caption"""
+    """a text, a source, a caption, or a question on the image"""
     target: str | None = None
     """of an encoder-decoder what it writes; its own greedy translation where none is given"""
     image: Path | None = None
@@ -84,7 +88,7 @@ def attention_maps(folder: Path, question: Question) -> Maps:
     """Read a model folder and return where it looks. Raises UserError as `view_attention` says."""
     format, config = read_config(folder)
     limit = min(question.max_tokens, getattr(config, "max_seq_len", None) or question.max_tokens)
-    for name, kinds in (("target", (EncoderDecoderConfig, RecurrentSeq2SeqConfig)), ("image", (DualEncoderConfig,))):
+    for name, kinds in (("target", (EncoderDecoderConfig, RecurrentSeq2SeqConfig)), ("image", (DualEncoderConfig, VisionLanguageConfig))):
         if getattr(question, name) is not None and not isinstance(config, kinds):
             raise UserError(f"{folder} holds a model that takes no {name}; it goes with {format.used_by}. Leave --{name} out.")
     if isinstance(config, (DecoderConfig, EncoderConfig)):
@@ -93,6 +97,8 @@ def attention_maps(folder: Path, question: Question) -> Maps:
         return _pair_maps(Translator.load(folder), question, limit)
     if isinstance(config, DualEncoderConfig):
         return _image_maps(ImageTextModel.load(folder), question)
+    if isinstance(config, VisionLanguageConfig):
+        return _seeing_maps(folder, config, question)
     raise UserError(
         f"{folder} holds a model that does not attend; it goes with {format.used_by}. Name a Transformer, or one with attention."
     )
@@ -140,15 +146,39 @@ def _pair_maps(translator: Translator, question: Question, limit: int) -> Maps:
 
 def _image_maps(towers: ImageTextModel, question: Question) -> Maps:
     """Return the attention of both towers of a CLIP."""
-    if question.image is None:
-        raise UserError("a model with a vision tower looks at an image too. Pass --image.")
     _some(towers.tokenizer.encode(question.text))
     row = caption_rows(towers.tokenizer, towers.model.config.text, [question.text])[0]
-    weights = towers.model.attention_weights(row, towers.processor([question.image])[0])
-    across = round((weights["vision"].shape[-1] - 1) ** 0.5)
-    places = ("image", *(f"{i + 1}.{j + 1}" for i in range(across) for j in range(across)))
+    weights = towers.model.attention_weights(row, towers.processor([_image(question)])[0])
+    places = ("image", *patch_labels(towers.model.config.vision))
     captions = token_labels(towers.tokenizer, row.tolist())
     return Maps(_named(weights, {"text": (captions, captions), "vision": (places, places)}), _size(towers.model))
+
+
+def _seeing_maps(folder: Path, config: VisionLanguageConfig, question: Question) -> Maps:
+    """Return the attention of a decoder that sees, over patches and question, and that of its vision tower."""
+    tokenizer, processor = Tokenizer.load(folder), ImageProcessor.load(folder)
+    processor.check_size(config.vision.image_size)
+    pixels = processor([_image(question)])[0]
+    _some(tokenizer.encode(question.text))
+    row = question_tokens(tokenizer, config, question.text).tokens
+    model = load_model(folder).eval()
+    places = ("image", *patch_labels(config.vision))
+    seen = iter(places if config.class_token else places[1:])
+    labels = tuple(next(seen) if token == config.image_id else label for token, label in zip(row, token_labels(tokenizer, row)))
+    weights = model.attention_weights(torch.tensor(row), pixels)
+    return Maps(_named(weights, {"self": (labels, labels), "vision": (places, places)}), _size(model))
+
+
+def patch_labels(vision: VisionConfig) -> list[str]:
+    """Return how an image's patches are called: row and column, from the upper left."""
+    across = vision.image_size // vision.patch_size
+    return [f"{i + 1}.{j + 1}" for i in range(across) for j in range(across)]
+
+
+def _image(question: Question) -> Path:
+    if question.image is None:
+        raise UserError("a model with a vision tower looks at an image too. Pass --image.")
+    return question.image
 
 
 def _named(weights: dict[str, torch.Tensor], sides: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> tuple[AttentionMap, ...]:
