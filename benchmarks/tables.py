@@ -13,6 +13,7 @@ from pathlib import Path
 from counts_tables import counts_table, memory_table, slide_audit
 from encoder_tables import encoder_table
 from moe_tables import equal_active_table, grouped_table
+from recurrent_tables import length_table
 from structured_tables import strategy_table, structured_tables
 from translation_tables import translation_table
 
@@ -435,6 +436,9 @@ def main() -> int:
     marks = "<!-- encoders: written by benchmarks/tables.py -->", "<!-- end of encoders -->"
     table = encoder_table(load("encoder_pretraining")) if exists("encoder_pretraining") else "Not measured yet."
     pages[encoders] = put(encoders.read_text(), *marks, table)
+    recurrent = docs / "recurrent.md"
+    marks = "<!-- length bottleneck: written by benchmarks/tables.py -->", "<!-- end of length bottleneck -->"
+    pages[recurrent] = put(recurrent.read_text(), *marks, length_table(load("length_bottleneck") if exists("length_bottleneck") else None))
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))
     for page, current in pages.items():

@@ -20,7 +20,9 @@ from plinth.recipes.recurrent_pretraining import AwdLstmPretrainConfig, carried_
 from plinth.training.carried_state import CarriedState
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives_recurrent import awd_lstm_loss
-from plinth.training.optim import OptimizerConfig
+from plinth.training.optim import OptimizerConfig, build_optimizer
+from plinth.training.precision import MasterWeights
+from plinth.training.step import open_workers, train_step
 
 MODEL = AwdLstmConfig(vocab_size=300, embedding_size=16, hidden_size=24, num_layers=2)
 CONFIG = AwdLstmPretrainConfig(
@@ -29,6 +31,15 @@ CONFIG = AwdLstmPretrainConfig(
         steps=8, warmup_steps=2, dtype="float32", num_threads=2, checkpoint_every_s=0.0, optimizer=OptimizerConfig(name="adamw", lr=0.01)
     ),
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products: more threads would only wait for one another where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run(shards, out, config=CONFIG, **options):
@@ -94,7 +105,7 @@ def test_penalties_are_means_over_positions_and_any_split_gives_the_same_loss(sh
     raw = model.run(text.rows(0).inputs_RT).raw[-1]
     expected = 2.0 * raw.square().mean() + 3.0 * (raw[:, 1:] - raw[:, :-1]).square().mean() * 8 / 9
     for total, nll in totals:
-        assert (total - nll) / 36 == pytest.approx(float(expected), rel=1e-3)
+        assert (total - nll) / 36 == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_it_learns_more_than_how_often_tokens_come(shards, tmp_path):
@@ -110,6 +121,17 @@ def test_it_learns_more_than_how_often_tokens_come(shards, tmp_path):
     assert 0 < last["nll_nats"] < last["loss_nats"]
 
 
+def test_one_batch_is_learnt_by_heart(shards):
+    model = AwdLstm(replace(MODEL.without_dropout(), embedding_size=32, hidden_size=48)).init_weights(torch.Generator().manual_seed(0))
+    carried = CarriedState(model.zero_state(4))
+    (batch,) = carried_batches(ContiguousText(shards, 4, 10, seed=0), carried, 0, 4)
+    masters = MasterWeights(model, torch.float32)
+    optimizer = build_optimizer(masters, OptimizerConfig(name="adamw", lr=0.03))
+    with open_workers(1) as workers:
+        losses = [train_step(masters, awd_lstm_loss(carried), [batch], optimizer, workers).loss_nats for _ in range(140)]
+    assert losses[-1] < 0.1 < 5 < losses[0]
+
+
 def test_heldout_loss_is_that_of_the_text_read_in_one_go(shards):
     model = AwdLstm(MODEL).init_weights(torch.Generator().manual_seed(0))
     found = heldout_loss(model, [shards], 10, 10**9)
@@ -117,7 +139,7 @@ def test_heldout_loss_is_that_of_the_text_read_in_one_go(shards):
     rows = [text.rows(step) for step in range(text.steps_a_pass)]
     inputs, targets = (torch.cat([row[i] for row in rows], 1) for i in (0, 1))
     expected = torch.nn.functional.cross_entropy(model.logits(model(inputs)).flatten(0, 1), targets.flatten())
-    assert found["heldout_loss_nats"] == pytest.approx(float(expected), rel=1e-5) and found["heldout_tokens"] == targets.numel()
+    assert found["heldout_loss_nats"] == pytest.approx(expected.item(), rel=1e-5) and found["heldout_tokens"] == targets.numel()
 
 
 def test_the_command_trains_and_says_what_does_not_fit(shards, tmp_path, capsys):

@@ -37,6 +37,15 @@ class Killed(BaseException):
     """Stands for a power cut."""
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products: more threads would only wait for one another where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("toy"), "train", toy_pairs(60))

@@ -18,7 +18,6 @@ from plinth.ops.recurrent import GATES, STATES, STEPS, Cell, State, Weights, rev
 from plinth.ops.sequence_dropout import locked_dropout, word_dropout
 
 DROPOUTS = ("embedding_dropout", "input_dropout", "hidden_dropout", "weight_dropout", "output_dropout")
-EMBEDDING_RANGE = 0.1  # embeddings start uniform in ± this
 
 
 class RecurrentLayer(nn.Module):
@@ -168,12 +167,17 @@ class AwdLstm(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> AwdLstm:
-        """Draw the weights: embedding and head uniform in ±0.1, the head's bias 0, the layers as `RecurrentLayer` does."""
-        self.embed.weight.uniform_(-EMBEDDING_RANGE, EMBEDDING_RANGE, generator=generator)
+        """Draw the weights: embedding and head uniform with deviation 1/sqrt(width), the head's bias 0, layers as `RecurrentLayer` does.
+
+        At the paper's width of 400 that is ±0.09, about its ±0.1, which is too little for narrow ones.
+        """
+        bound = (3.0 / self.config.embedding_size) ** 0.5
+        self.embed.weight.uniform_(-bound, bound, generator=generator)
         for layer in self.layers:
             layer.init_weights(generator)
         if self.head is not None:
-            self.head.weight.uniform_(-EMBEDDING_RANGE, EMBEDDING_RANGE, generator=generator)
+            bound = (3.0 / self.config.hidden_size) ** 0.5
+            self.head.weight.uniform_(-bound, bound, generator=generator)
         self.head_bias.zero_()
         return self
 

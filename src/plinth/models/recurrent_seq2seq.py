@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from plinth.config import UserError
-from plinth.models.recurrent import EMBEDDING_RANGE, RecurrentLayer
+from plinth.models.recurrent import RecurrentLayer
 from plinth.models.recurrent_attention import AdditiveAttention, Attention, MultiplicativeAttention, Score
 from plinth.ops.dropout import dropout
 from plinth.ops.recurrent import GATES, STATES, Cell, State
+
+
+EMBEDDING_RANGE = 0.1  # embeddings start uniform in ± this
 
 
 @dataclass(frozen=True)
