@@ -23,6 +23,7 @@ from plinth.tokenizer.encode import Tokenizer
 
 ORACLES = Path(__file__).with_name("export_oracles.py")
 CHECK_TOKENS, CHECK_ROWS = 128, 2
+PLACES = 16  # compared at a time: in float64, with a large vocabulary, all of them would take more memory than many a model
 Inputs = Mapping[str, torch.Tensor]
 
 # Texts on which programs that cut or merge otherwise disagree: clitics, digits, indentation, line ends, scripts, marks, half-known spaces.
@@ -173,34 +174,36 @@ def ask(program: str, question: dict[str, Any], python: Path | None) -> dict[str
 
 @torch.no_grad()
 def differences(model: nn.Module, probe: Probe, inputs: Inputs, theirs: np.ndarray) -> dict[str, float]:
-    """Compare answers (rows, ..., V) with the model's in fp32, a row at a time, where the input is not padding.
+    """Compare answers (rows, ..., V) with the model's, a few places at a time, where the input is not padding.
 
     Returns the largest difference, the largest number of ours, KL(ours || theirs) in nats a place, its largest, the share of equal best
     entries, and the count of places.
     """
-    worst, scale, kl, same = [], [], [], []
+    parts = []
     mask = inputs[probe.mask] if probe.mask else None
     all_ours = probe.ours(model, inputs) if probe.whole else None
     for row in range(len(theirs)):
         one = probe.ours(model, {name: tensor[row : row + 1] for name, tensor in inputs.items()}) if all_ours is None else all_ours[row:]
-        ours, other = one[0].float(), torch.from_numpy(np.array(theirs[row], np.float32))
-        if mask is not None and ours.shape[:1] == mask.shape[1:]:
-            ours, other = ours[mask[row].bool()], other[mask[row].bool()]
-        ours, other = ours.reshape(-1, ours.shape[-1]).double(), other.reshape(-1, other.shape[-1]).double()
-        log_ours, log_theirs = ours.log_softmax(-1), other.log_softmax(-1)
-        kl.append((log_ours.exp() * (log_ours - log_theirs)).sum(-1))
-        worst.append((ours - other).abs().max())
-        scale.append(ours.abs().max())
-        same.append(ours.argmax(-1) == other.argmax(-1))
-    kl_all = torch.cat(kl)
+        ours, other = one[0].reshape(-1, one.shape[-1]), theirs[row].reshape(-1, theirs.shape[-1])
+        is_counted = torch.ones(len(ours), dtype=torch.bool) if mask is None or one.dim() < 3 else mask[row].bool()
+        parts += [_places(ours[i : i + PLACES], other[i : i + PLACES], is_counted[i : i + PLACES]) for i in range(0, len(ours), PLACES)]
+    worst, scale, kl, same = (torch.cat(columns) for columns in zip(*parts))
     return {
-        "max_logit_difference": float(max(worst)),
-        "scale": float(max(scale)),
-        "kl_nats": float(kl_all.mean()),
-        "kl_nats_max": float(kl_all.max()),
-        "same_best_token": float(torch.cat(same).float().mean()),
-        "tokens": int(kl_all.numel()),
+        "max_logit_difference": float(worst.max()),
+        "scale": float(scale.max()),
+        "kl_nats": float(kl.mean()),
+        "kl_nats_max": float(kl.max()),
+        "same_best_token": float(same.float().mean()),
+        "tokens": int(kl.numel()),
     }
+
+
+def _places(ours: torch.Tensor, theirs: np.ndarray, is_counted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return, of each place (rows of both) that counts: the largest difference and number, the divergence, whether the best is the same."""
+    mine, other = ours[is_counted].double(), torch.from_numpy(np.array(theirs, np.float64))[is_counted]
+    log_mine, log_other = mine.log_softmax(-1), other.log_softmax(-1)
+    kl = (log_mine.exp() * (log_mine - log_other)).sum(-1)
+    return (mine - other).abs().amax(-1), mine.abs().amax(-1), kl, mine.argmax(-1) == other.argmax(-1)
 
 
 def logit_differences(model: Transformer, rows: list[list[int]], theirs: np.ndarray) -> dict[str, float]:

@@ -106,7 +106,8 @@ class _Form:
                 **self.names,
             )
         except jinja2.TemplateError as error:
-            raise UserError(f"the model's chat template refuses this conversation: {error}.{_way_out(str(error), messages)}") from None
+            reason = str(error).rstrip(".")
+            raise UserError(f"the model's chat template refuses this conversation: {reason}.{_way_out(reason, messages)}") from None
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"the model's chat template fails on this conversation: {error}.") from None
         return self._unmarked(text)
