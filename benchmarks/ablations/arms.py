@@ -78,6 +78,9 @@ ARMS = {
     "relu²": Arm(model={"activation": "relu2"}, intermediate=1.5),  # two matrices half as wide again: as many parameters as three
     "residual scalars": Arm(model={"residual_scalars": True}),
     "value embeddings": Arm(model={"value_embeddings": True}),
+    "what helped at both sizes": Arm(  # what the package's defaults are now
+        optimizer={"newton_schulz_steps": 3, "momentum_warmup_steps": 60}, stages=((0.4, 0.25, 4.0), (0.6, 1.0, 1.0))
+    ),
     "small batches first": Arm(stages=((0.3, 1.0, 0.5), (0.7, 1.0, 1.0))),
 }
 
