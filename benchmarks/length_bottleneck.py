@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,9 +72,14 @@ def main() -> int:
         for name, config in KINDS.items():
             runs[name].append(run(world, config, seed, arguments.threads))
             print(f"seed {seed}: {name}: {runs[name][-1]}", flush=True)
-    rows = [summary(name, KINDS[name], world, found) for name, found in runs.items()]
-    print(write_record("length_bottleneck", __doc__.splitlines()[0], rows, world=asdict(world), threads=arguments.threads))
+        print(write(world, runs, arguments.threads))
     return 0
+
+
+def write(world: World, runs: dict[str, list[dict]], threads: int) -> Path:
+    """Write the record of the runs that there are; after each seed, so that a run that is stopped leaves what it found."""
+    rows = [summary(name, KINDS[name], world, found) for name, found in runs.items()]
+    return write_record("length_bottleneck", __doc__.splitlines()[0], rows, world=asdict(world), threads=threads)
 
 
 def pairs(world: World, length: int, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:

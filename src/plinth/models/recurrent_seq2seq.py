@@ -19,7 +19,6 @@ from plinth.models.recurrent_attention import AdditiveAttention, Attention, Mult
 from plinth.ops.dropout import dropout
 from plinth.ops.recurrent import GATES, STATES, Cell, State
 
-
 EMBEDDING_RANGE = 0.1  # embeddings start uniform in ± this
 
 
