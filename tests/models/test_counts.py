@@ -26,6 +26,7 @@ from plinth.models.recurrent_seq2seq import RecurrentSeq2SeqConfig
 from plinth.models.transformer import Transformer
 from plinth.models.vision import VisionConfig
 from plinth.models.vision_language import VisionLanguageConfig
+from plinth.scaling.known_models import KNOWN_MODELS
 
 # transformers 5 ties these heads whatever config.json says; their makers released them untied.
 UNTIED_BY_THEIR_MAKERS = ("flan-t5-base", "mt5-small")
@@ -269,6 +270,12 @@ def test_other_models_of_ours_are_counted_from_what_is_saved_of_them(config):
     model = format.build(config)
     trained = sum(p.numel() for p in model.parameters())
     assert count(format.write_config(config)).total == trained
+
+
+def test_planning_on_a_cluster_knows_the_same_models():
+    both = {name for name in KNOWN_MODELS.keys() & PRESETS.keys() if not name.startswith("mpt")}  # those are a benchmark's variants of MPT
+    assert len(both) >= 15
+    assert {name: KNOWN_MODELS[name].num_params for name in both} == {name: count(PRESETS[name]).total for name in both}
 
 
 def test_sharded_states_of_llama_2_7b():
