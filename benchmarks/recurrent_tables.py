@@ -16,12 +16,12 @@ def length_table(record: dict[str, Any] | None) -> str:
         f"{rows[0]['seconds']['n']} seeds; share of {world['test_pairs']} sentences translated without a mistake, median and range over "
         "the seeds.",
         "",
-        "| | parameters | operations | seconds | " + " | ".join(f"{length} words" for length in lengths) + " |",
-        "|---|---|---|---|" + "---|" * len(lengths),
+        "| | parameters | operations | " + " | ".join(f"{length} words" for length in lengths) + " |",
+        "|---|---|---|" + "---|" * len(lengths),
     ]
     for row in rows:
         cells = [row["by_length"][length]["exact"] for length in lengths]
         shown = [f"{cell['median']:.0%} ({cell['min']:.0%}–{cell['max']:.0%})" for cell in cells]
-        size = f"{row['num_params']:,} | {row['train_flops']['median']:.2g} | {row['seconds']['median']:.0f}"
+        size = f"{row['num_params']:,} | {row['train_flops']['median']:.2g}"
         lines.append(f"| {row['name']} | {size} | {' | '.join(shown)} |")
     return "\n".join(lines)
