@@ -10,10 +10,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+from image_tables import image_table
+from recurrent_tables import length_table
+
 from counts_tables import counts_table, memory_table, slide_audit
 from encoder_tables import encoder_table
 from moe_tables import equal_active_table, grouped_table
-from recurrent_tables import length_table
 from structured_tables import strategy_table, structured_tables
 from translation_tables import translation_table
 
@@ -439,6 +441,9 @@ def main() -> int:
     recurrent = docs / "recurrent.md"
     marks = "<!-- length bottleneck: written by benchmarks/tables.py -->", "<!-- end of length bottleneck -->"
     pages[recurrent] = put(recurrent.read_text(), *marks, length_table(load("length_bottleneck") if exists("length_bottleneck") else None))
+    images = docs / "images.md"
+    marks = "<!-- shapes world: written by benchmarks/tables.py -->", "<!-- end of shapes world -->"
+    pages[images] = put(images.read_text(), *marks, image_table(load("shapes_world") if exists("shapes_world") else None))
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))
     for page, current in pages.items():
