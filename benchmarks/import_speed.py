@@ -33,10 +33,11 @@ import json, resource, sys, time
 def held(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-before, began = held("VmRSS"), time.perf_counter()
+before, began, usage = held("VmRSS"), time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+spent = usage.ru_utime + usage.ru_stime
 {work}
-took = time.perf_counter() - began
-print(json.dumps({{"time_s": took, "peak_bytes": held("VmHWM") - before}}))
+took, usage = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({{"time_s": took, "cpu_s": usage.ru_utime + usage.ru_stime - spent, "peak_bytes": held("VmHWM") - before}}))
 """
 WAYS = {
     "plinth import": (
@@ -88,6 +89,7 @@ def main() -> int:
         {
             "way": name,
             "time_s": spread([one["time_s"] for one in measured]),
+            "cpu_s": spread([one["cpu_s"] for one in measured]),
             "mb_per_s": size / 1e6 / spread([one["time_s"] for one in measured])["median"],
             "peak_share_of_weights": spread([one["peak_bytes"] / size for one in measured]),
         }

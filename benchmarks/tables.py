@@ -11,11 +11,12 @@ import textwrap
 from pathlib import Path
 
 from image_tables import image_table
-from recurrent_tables import length_table
 
 from counts_tables import counts_table, memory_table, slide_audit
 from encoder_tables import encoder_table
+from exchange_tables import import_table
 from moe_tables import equal_active_table, grouped_table
+from recurrent_tables import length_table
 from structured_tables import strategy_table, structured_tables
 from translation_tables import translation_table
 
@@ -444,6 +445,9 @@ def main() -> int:
     images = docs / "images.md"
     marks = "<!-- shapes world: written by benchmarks/tables.py -->", "<!-- end of shapes world -->"
     pages[images] = put(images.read_text(), *marks, image_table(load("shapes_world") if exists("shapes_world") else None))
+    exchange = docs / "exchange.md"
+    marks = "<!-- import speed: written by benchmarks/tables.py -->", "<!-- end of import speed -->"
+    pages[exchange] = put(exchange.read_text(), *marks, import_table(load("import_speed")))
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))
     for page, current in pages.items():
