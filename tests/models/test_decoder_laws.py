@@ -164,6 +164,14 @@ def test_a_start_adds_nothing_to_the_stream(config):
         torch.testing.assert_close(model(x), bare(x))
 
 
+def test_a_window_costs_what_it_shows():
+    """Rows of 5 tokens under a window of 2 attend to 1 + 2 + 2 + 2 + 2 = 9 positions, where they attend to 15 without."""
+    windowed = replace(LLAMA, num_layers=2, sliding_window=2, window_layers=(True, False))
+    plain, counted = (forward_flops_per_token(config, 5) for config in (replace(LLAMA, num_layers=2), windowed))
+    assert plain - counted == 4 * 4 * 8 * (15 - 9) // 5
+    assert forward_flops_per_token(replace(windowed, sliding_window=5), 5) == plain
+
+
 def test_rows_scaled_linearly_are_those_of_a_slower_clock():
     scaled = replace(LLAMA, rope_scaling=RopeScaling("linear", 4.0))
     for slow, plain in zip(rotation(scaled, torch.arange(0, 40, 4)), rotation(LLAMA, torch.arange(10))):

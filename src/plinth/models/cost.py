@@ -79,16 +79,22 @@ def forward_flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool
     """Return the operations of a forward pass a token, averaged over a sequence of `seq_len` tokens, the head included.
 
     A multiply-add counts as 2. Matrices: 2 (block matrices + gates of value embeddings + V D), of experts those that a token takes, and the
-    routers. Attention: scores and weighted values are
-    4 H E a layer and attended position; a token attends to (seq_len + 1) / 2 positions on average, or to all with causal=False (the
-    convention of PaLM, and what profilers count). Norms, rotary embedding, softmax and lookups are left out: they are no matrix products.
+    routers. Attention: scores and weighted values are 4 H E a layer and attended position; a token attends to (seq_len + 1) / 2 positions
+    on average, in blocks with a sliding window to no more than it shows, or to all with causal=False (the convention of PaLM, and what
+    profilers count). Norms, rotary embedding, softmax and lookups are left out: they are no matrix products. Rounded up.
     Source: Kaplan et al. 2020, arXiv:2001.08361, table 1; Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     head = config.vocab_size * config.hidden_size
     blocks = _matrix_params(config, config.num_active_experts) + _router_params(config)
     matrices = 2 * (blocks + _value_gate_params(config) + head)
-    doubled_positions = seq_len + 1 if causal else 2 * seq_len
-    return matrices + 2 * doubled_positions * config.num_layers * config.num_heads * config.head_dim
+    pairs = sum(_attended_pairs(config, i, seq_len) if causal else seq_len**2 for i in range(config.num_layers))
+    return matrices - (-4 * config.num_heads * config.head_dim * pairs // seq_len)
+
+
+def _attended_pairs(config: DecoderConfig, layer: int, seq_len: int) -> int:
+    """Return how many pairs of a token and one that it attends to a sequence has in a block."""
+    window = min(config.sliding_window or seq_len, seq_len) if config.slides(layer) else seq_len
+    return window * (window + 1) // 2 + (seq_len - window) * window
 
 
 def train_flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool = True) -> int:
@@ -191,7 +197,7 @@ def activation_bytes_per_token(config: DecoderConfig, seq_len: int, compute_byte
     grouped, its output, and a row of probabilities a head; SwiGLU gate, up, silu(gate) and their product; squared ReLU relu(up)
     and its square; residual scalars the sum before each block and the normalised embedding; a value embedding its row, its gate and the
     gate's tanh. Exact for a decoder without learnt norm scales; learnt ones take the plain operations, whose norms keep fp32 copies
-    besides, but no probabilities.
+    besides, but no probabilities; other kinds of norm, position and scores are estimated as if they were the default's.
     With `own_kernels` (plinth.ops.kernels, bf16 only) attention keeps its input, its output and a number a head, and SwiGLU its input
     and its output.
     """
@@ -202,7 +208,7 @@ def activation_bytes_per_token(config: DecoderConfig, seq_len: int, compute_byte
     head_vectors = 2 * (heads + kv_heads) + heads + (2 * heads if grouped else kv_heads)
     attention = head_vectors * config.head_dim + (heads + kv_heads) + heads * seq_len
     norm = config.hidden_size + 1
-    layers = config.num_layers * (2 * norm + attention) + _kept_by_feed_forward(config, 4 if config.activation == "swiglu" else 2)
+    layers = config.num_layers * (_norms_a_layer(config) * norm + attention) + _kept_by_feed_forward(config, 4 if config.is_gated else 2)
     return (layers + norm + _kept_by_extras(config) + config.residual_scalars) * compute_bytes
 
 
@@ -229,4 +235,9 @@ def _activation_bytes_with_kernels(config: DecoderConfig) -> int:
     attention = 2 * (heads + config.num_heads) * config.head_dim + 4 * config.num_heads
     feed_forward = 2 * _kept_by_feed_forward(config, config.num_mlp_matrices)
     extras = 2 * _kept_by_extras(config) + 4 * config.residual_scalars
-    return config.num_layers * (2 * norm + attention) + feed_forward + norm + extras
+    return config.num_layers * (_norms_a_layer(config) * norm + attention) + feed_forward + norm + extras
+
+
+def _norms_a_layer(config: DecoderConfig) -> int:
+    """How many times a block normalises the whole width."""
+    return 4 if config.post_norms else 2

@@ -25,10 +25,11 @@ class RMSNorm(nn.Module):
 
     def add(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x + delta and its normalisation."""
-        if self.weight is None:
-            return add_rms_norm(x, delta, self.eps)
-        total = x if delta is None else x + delta
-        return total, self(total)
+        if self.offset:
+            total = x if delta is None else x + delta
+            return total, self(total)
+        total, normed = add_rms_norm(x, delta, self.eps)
+        return total, normed if self.weight is None else normed * self.weight
 
 
 class LayerNorm(nn.Module):

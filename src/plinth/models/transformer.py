@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from plinth.config import UserError
-from plinth.models.attention import Attention
+from plinth.models.attention import Attention, is_fused
 from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import PagedCache, View
 from plinth.models.mlp import feed_forward
@@ -112,12 +112,12 @@ class Transformer(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def rotation(self, positions: torch.Tensor, *, local: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin for positions, shape (*positions.shape, E), in the model's dtype, or in fp32 for our kernels and on a GPU.
+        """Return cos and sin for positions, shape (*positions.shape, E), in the model's dtype, or in fp32 for our kernel and on a GPU.
 
         Both fuse the products with it, so that fp32 costs nothing. `local` gives those of blocks with a sliding window.
         """
         cos, sin = rotation(self.config, positions, local=local)
-        fused = positions.device.type != "cpu" or kernels.usable(self.embed.weight)
+        fused = positions.device.type != "cpu" or (is_fused(self.config) and kernels.usable(self.embed.weight))
         dtype = torch.float32 if fused else self.embed.weight.dtype
         return cos.to(dtype), sin.to(dtype)
 
