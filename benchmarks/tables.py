@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from decoder_tables import decoder_speed_table
 from image_tables import image_table
 
 from counts_tables import counts_table, memory_table, slide_audit
@@ -429,6 +430,9 @@ def main() -> int:
         start, end = f"<!-- {name}: written by benchmarks/tables.py -->", f"<!-- end of {name} -->"
         text = put(text, start, end, table(load(record)) if exists(record) else "Not measured yet.")
     pages[mixtures] = text
+    models = docs / "models.md"
+    marks = "<!-- decoder speed: written by benchmarks/tables.py -->", "<!-- end of decoder speed -->"
+    pages[models] = put(models.read_text(), *marks, decoder_speed_table(load("decoder_speed")))
     proteins = docs / "proteins.md"
     marks = "<!-- protein encoder: written by benchmarks/tables.py -->", "<!-- end of protein encoder -->"
     pages[proteins] = put(proteins.read_text(), *marks, protein_encoder())
