@@ -96,12 +96,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, nargs=2, help="your own parallel text: source and target")
     parser.add_argument("--held-out", type=Path, nargs=2, help="with --pairs: what to score on")
     parser.add_argument("--score", nargs=3, metavar=("RUN", "SOURCE", "REFERENCE"), type=Path, help="score a run and add it to the record")
+    parser.add_argument("--name", help="with --pairs or --score: what to call the data")
     arguments = parser.parse_args()
     if arguments.score:
         run, held_out = Run.open(arguments.score[0]), arguments.score[1:]
         family = run.provenance["stage"].removeprefix("pretrain-")
         rows = json.loads((RECORDS / "translation.json").read_text())["rows"] if (RECORDS / "translation.json").exists() else []
-        write_record("translation", QUESTION, [*rows, row(family, arguments.score[1].name, run, held_out)])
+        write_record("translation", QUESTION, [*rows, row(family, arguments.name or arguments.score[1].name, run, held_out)])
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +112,7 @@ def main() -> None:
         for family in arguments.families:
             config = configuration(family, None if arguments.pairs else arguments.steps)
             run = pretrain_translation(Path(folder) / family, files, config, held_out=held_out)
-            rows.append(row(family, "numerals" if not arguments.pairs else arguments.pairs[0].name, run, held_out))
+            rows.append(row(family, "numerals" if not arguments.pairs else arguments.name or arguments.pairs[0].name, run, held_out))
             print(json.dumps(rows[-1]), file=sys.stderr)
     write_record("translation", QUESTION, rows)
 

@@ -97,8 +97,8 @@ def _norm(config: EncoderDecoderConfig) -> nn.Module:
 
 
 def _attention(config: EncoderDecoderConfig, cross: bool = False) -> MultiHeadAttention:
-    scale = 1.0 if config.is_t5 else None  # T5 draws its queries small instead
-    return MultiHeadAttention(config.hidden_size, config.num_heads, config.head_dim, bias=not config.is_t5, cross=cross, scale=scale)
+    shape = (config.hidden_size, config.num_heads, config.head_dim)
+    return MultiHeadAttention(*shape, bias=not config.is_t5, cross=cross, scale=config.query_scale)
 
 
 class Block(nn.Module):
@@ -230,10 +230,8 @@ class EncoderDecoder(nn.Module):
         """Draw the weights: normal with deviation 1/sqrt(fan_in); matrices that write to the residual stream, and biases, start at 0.
 
         The transformer's embeddings, where they are the head too, start small: as blocks begin as the identity, each token would be
-        sure to come again. T5's have deviation 1, and its queries are smaller by sqrt(head_dim), since it does not scale the scores:
-        as in its code.
+        sure to come again. T5's have deviation 1, as in its code.
         """
-        config = self.config
         for name, parameter in self.named_parameters():
             if name.endswith((".bias", "bias.table.weight", "attention.out.weight", "cross.out.weight", "mlp.down.weight")):
                 parameter.zero_()
@@ -241,8 +239,6 @@ class EncoderDecoder(nn.Module):
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, self._embed_deviation if "embed" in name else parameter.shape[1] ** -0.5, generator=generator)
-            if config.is_t5 and name.endswith(("attention.qkv.weight", "cross.q.weight")):
-                parameter[: config.num_heads * config.head_dim] *= config.head_dim**-0.5
         return self
 
     @property

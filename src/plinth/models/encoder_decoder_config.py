@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,6 +106,14 @@ class EncoderDecoderConfig:
     @property
     def is_t5(self) -> bool:
         return self.style == "t5"
+
+    @property
+    def query_scale(self) -> float:
+        """Factor on attention's scores: 1/sqrt(head_dim), in T5 the power of two next to it, by which its published queries are smaller.
+
+        T5 has no factor. With one, queries start and move as those of other models do; a power of two changes no bit on the way.
+        """
+        return 2.0 ** -round(math.log2(self.head_dim) / 2) if self.is_t5 else self.head_dim**-0.5
 
     @property
     def decoder_layers(self) -> int:

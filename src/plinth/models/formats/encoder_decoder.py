@@ -114,6 +114,7 @@ def _write_t5(config: EncoderDecoderConfig) -> dict[str, Any]:
 
 def _t5_layout(config: EncoderDecoderConfig) -> list[Entry]:
     D, W, F = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
+    small = config.query_scale  # what T5 does not scale the scores by
     entries = [Entry("embed.weight", ("shared.weight",), ((config.vocab_size, D),))]
     for side, count in (("encoder", config.num_layers), ("decoder", config.decoder_layers)):
         bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -124,11 +125,18 @@ def _t5_layout(config: EncoderDecoderConfig) -> list[Entry]:
             norms = {"attention_norm": 0, "cross_norm": 1, "mlp_norm": 2} if last == 2 else {"attention_norm": 0, "mlp_norm": 1}
             entries += [Entry(f"{ours}.{norm}.weight", (f"{theirs}.{place}.layer_norm.weight",), ((D,),)) for norm, place in norms.items()]
             own = f"{theirs}.0.SelfAttention"
-            entries.append(Entry(f"{ours}.attention.qkv.weight", tuple(f"{own}.{part}.weight" for part in "qkv"), ((W, D),) * 3))
+            entries.append(
+                Entry(
+                    f"{ours}.attention.qkv.weight",
+                    tuple(f"{own}.{part}.weight" for part in "qkv"),
+                    ((W, D),) * 3,
+                    factors=(small, 1.0, 1.0),
+                )
+            )
             entries.append(Entry(f"{ours}.attention.out.weight", (f"{own}.o.weight",), ((D, W),)))
             if last == 2:
                 cross = f"{theirs}.1.EncDecAttention"
-                entries.append(Entry(f"{ours}.cross.q.weight", (f"{cross}.q.weight",), ((W, D),)))
+                entries.append(Entry(f"{ours}.cross.q.weight", (f"{cross}.q.weight",), ((W, D),), factors=(small,)))
                 entries.append(Entry(f"{ours}.cross.kv.weight", (f"{cross}.k.weight", f"{cross}.v.weight"), ((W, D),) * 2))
                 entries.append(Entry(f"{ours}.cross.out.weight", (f"{cross}.o.weight",), ((D, W),)))
             mlp = f"{theirs}.{last}.DenseReluDense"
