@@ -17,8 +17,8 @@ def import_table(record: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Files from the disk, not from the cache; rounds, in alternation: {rounds}; the median time and the largest peak, on a machine "
-            f"that was busy with other work ({record['hardware']['cpu']}, {record['hardware']['cores']} cores): the times there are upper "
+            f"Files from the disk, not from the cache; rounds, in alternation: {rounds}; the median time and the largest peak, "
+            f"on a machine that was busy with other work ({record['hardware']['cpu']}, {record['hardware']['cores']} cores): the times there are upper "
             "bounds.",
         ]
     )

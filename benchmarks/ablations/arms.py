@@ -81,6 +81,7 @@ ARMS = {
     "what helped at both sizes": Arm(  # what the package's defaults are now
         optimizer={"newton_schulz_steps": 3, "momentum_warmup_steps": 60}, stages=((0.4, 0.25, 4.0), (0.6, 1.0, 1.0))
     ),
+    "adamw at a lower rate": Arm(optimizer={"name": "adamw", "lr": 0.0028}, sequences=0.5),
     "small batches first": Arm(stages=((0.3, 1.0, 0.5), (0.7, 1.0, 1.0))),
 }
 
