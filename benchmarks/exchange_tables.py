@@ -18,7 +18,7 @@ def import_table(record: dict[str, Any]) -> str:
             *lines,
             "",
             f"Files from the disk, not from the cache; rounds, in alternation: {rounds}; the median time and the largest peak, "
-            f"on a machine that was busy with other work ({record['hardware']['cpu']}, {record['hardware']['cores']} cores): the times there are upper "
-            "bounds.",
+            f"on a machine that was busy with other work ({record['hardware']['cpu']}, "
+            f"{record['hardware']['cores']} cores): the times there are upper bounds.",
         ]
     )
