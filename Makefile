@@ -1,6 +1,6 @@
 # Everything runs in a virtual environment of its own under $(VENV), made from the first Python >= 3.11 found.
 #   make demo      install, then build a model end to end on the embedded default text
-#   make test      install with the development tools, lint, run all tests
+#   make test      install with the development tools, lint, run all tests, two files of them at a time (WORKERS=1: one)
 #   make soak      10,000 requests of every kind on each runner, each compared with what it gets alone
 #   make kill-test kill training again and again, also inside a checkpoint, and compare with a run that was never stopped
 # Variables:  PYTHON=/path/to/python3   VENV=.venv   OUT=runs/demo   BUDGET=3m   ARGS='more options of plinth build'
@@ -11,6 +11,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 OUT ?= runs/demo
+WORKERS ?= 2
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -27,7 +28,7 @@ demo: $(VENV)/.installed
 install: $(VENV)/.installed
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks
