@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from plinth.posttraining.batches import UNCOUNTED, LengthBuckets, pad_rows
+from plinth.data.buckets import UNCOUNTED, LengthBuckets
+from plinth.posttraining.batches import pad_rows
 from plinth.posttraining.sft import join_examples
 from plinth.tokenizer.chat import Rendered
 

@@ -21,7 +21,7 @@ VERBS = {
         "do activations move alike at every width or depth? a picture and a verdict",
     ),
     "transfer lr-overlay": ("plinth.cli.transfer_lr_overlay", "loss against learning rate for several widths or depths, overlaid"),
-    "pretrain": ("plinth.cli.pretrain", "a decoder from token shards"),
+    "pretrain": ("plinth.cli.pretrain", "a model from scratch: a decoder from token shards, or another family with --family"),
     "extend": ("plinth.cli.extend", "a pretraining with more steps, from the checkpoint before its learning rate fell"),
     "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
     "prefer": ("plinth.cli.prefer", "preference tuning (DPO) on pairs"),

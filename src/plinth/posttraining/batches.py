@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from plinth.data.buckets import UNCOUNTED, LengthBuckets, padded_width
-
-__all__ = ["UNCOUNTED", "LengthBuckets", "describe_examples", "pad_rows", "padded_width"]
+from plinth.data.buckets import UNCOUNTED, padded_width
 
 
 def pad_rows(tokens: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

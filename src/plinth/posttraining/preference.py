@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from plinth.config import UserError, write_atomic
+from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
-from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
+from plinth.posttraining.batches import describe_examples, pad_rows
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from plinth.config import UserError
+from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
-from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
+from plinth.posttraining.batches import describe_examples, pad_rows
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, read_messages, render
 from plinth.tokenizer.encode import Tokenizer

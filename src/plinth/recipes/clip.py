@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from plinth.config import UserError
+from plinth.data.buckets import LengthBuckets
 from plinth.data.images import ImageProcessor, PixelReader
 from plinth.data.pictures import Picture, TextAndImageFiles, caption_rows, read_pictures
 from plinth.models.dual_encoder import DualEncoder, DualEncoderConfig
 from plinth.models.hub import save_model
-from plinth.posttraining.batches import LengthBuckets, describe_examples
+from plinth.posttraining.batches import describe_examples
 from plinth.run import Run, file_sha256
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from plinth.config import UserError
+from plinth.data.buckets import LengthBuckets
 from plinth.data.image_questions import CAPTION_QUESTION, IMAGE, question_tokens, with_image_token
 from plinth.data.images import ImageProcessor, PixelReader
 from plinth.data.pictures import Picture, TextAndImageFiles, read_pictures
@@ -19,7 +20,7 @@ from plinth.models.hub import load_decoder, load_model
 from plinth.models.meta import on_meta
 from plinth.models.transformer import Transformer
 from plinth.models.vision_language import VisionLanguageConfig, VisionLanguageModel
-from plinth.posttraining.batches import LengthBuckets, describe_examples, pad_rows
+from plinth.posttraining.batches import describe_examples, pad_rows
 from plinth.recipes.clip import pictures_sha256
 from plinth.run import Run, find_model
 from plinth.tokenizer.chat import Rendered
