@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 from decoder_tables import decoder_speed_table
@@ -22,7 +23,6 @@ from structured_tables import strategy_table, structured_tables
 from translation_tables import translation_table
 
 ROOT = Path(__file__).parent.parent
-START, END = "<!-- results: written by benchmarks/tables.py -->", "<!-- end of results -->"
 
 
 def load(name: str) -> dict:
@@ -375,83 +375,58 @@ def answer_cache_table() -> str:
     return "\n".join([*lines, "", f"{rows[0]['kept']} questions kept; shares of the questions asked that get an answer from the cache."])
 
 
+def families_table(record: dict) -> str:
+    """Return the table of docs/models.md: what each family learns in the same short time."""
+    lines = ["| family | parameters | updates | a second | held-out nats | frequencies or chance alone |", "|---|---:|---:|---:|---:|---:|"]
+    for row in record["rows"]:
+        speed = f"{row['counted_per_s']:,.0f} {row['counted']}"
+        size = f"{row['num_params'] / 1e6:.2f} M"
+        lines.append(f"| {row['family']} | {size} | {row['steps']:,} | {speed} | {row['heldout_nats']:.2f} | {row['trivial_nats']:.2f} |")
+    hardware = record["hardware"]
+    return "\n".join([*lines, "", f"{record['seconds']:.0f} s of training each ({hardware['cpu']}, {hardware['cores']} cores)."])
+
+
+def measured(name: str, table: Callable[[dict], str]) -> Callable[[], str]:
+    """Return what makes a table of a record, or says that there is none yet."""
+    return lambda: table(load(name)) if exists(name) else "Not measured yet."
+
+
+# (page, mark, table): a page has <!-- MARK: written by benchmarks/tables.py --> and <!-- end of MARK --> around each.
+SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
+    ("README.md", "results", lambda: f"{build_table()}\n\n{speed_table()}"),
+    ("docs/gpu.md", "gpu results", gpu_tables),
+    ("docs/inference.md", "decode speed", decode_speed),
+    ("docs/inference.md", "weight formats", weight_formats),
+    ("docs/loader.md", "results", loader_table),
+    ("docs/inference_speed.md", "results", inference_tables),
+    ("docs/step_budget.md", "step budget", lambda: f"{step_budget()}\n\n### Against others\n\n{throughput_table()}"),
+    ("docs/structured_output.md", "strategies", measured("structured_strategies", strategy_table)),
+    ("docs/structured_output.md", "structured output", measured("structured_output", structured_tables)),
+    ("docs/consistency.md", "answer cache", answer_cache_table),
+    ("docs/counts.md", "counts", counts_table),
+    ("docs/counts.md", "training memory", memory_table),
+    ("docs/counts.md", "slide audit", slide_audit),
+    ("docs/mixture_of_experts.md", "grouped", measured("moe_grouped", grouped_table)),
+    ("docs/mixture_of_experts.md", "equal active", measured("moe_equal_active", equal_active_table)),
+    ("docs/models.md", "decoder speed", measured("decoder_speed", decoder_speed_table)),
+    ("docs/models.md", "families", measured("families", families_table)),
+    ("docs/proteins.md", "protein encoder", protein_encoder),
+    ("docs/translation.md", "translation", translation_table),
+    ("docs/encoders.md", "encoders", measured("encoder_pretraining", encoder_table)),
+    ("docs/recurrent.md", "length bottleneck", measured("length_bottleneck", length_table)),
+    ("docs/images.md", "shapes world", measured("shapes_world", image_table)),
+    ("docs/exchange.md", "import speed", measured("import_speed", import_table)),
+]
+
+
 def main() -> int:
-    readme, docs = ROOT / "README.md", ROOT / "docs"
-    gpu, loader, step, inference = docs / "gpu.md", docs / "loader.md", docs / "step_budget.md", docs / "inference.md"
-    speed = docs / "inference_speed.md"
-    text = put(readme.read_text(), START, END, f"{build_table()}\n\n{speed_table()}")
-    pages = {
-        readme: put(text, "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle()),
-        gpu: put(gpu.read_text(), "<!-- gpu results: written by benchmarks/tables.py -->", "<!-- end of gpu results -->", gpu_tables()),
-        inference: put(
-            put(
-                inference.read_text(),
-                "<!-- decode speed: written by benchmarks/tables.py -->",
-                "<!-- end of decode speed -->",
-                decode_speed(),
-            ),
-            "<!-- weight formats: written by benchmarks/tables.py -->",
-            "<!-- end of weight formats -->",
-            weight_formats(),
-        ),
-        loader: put(loader.read_text(), START, END, loader_table()),
-        speed: put(speed.read_text(), START, END, inference_tables()),
-        step: put(
-            step.read_text(),
-            "<!-- step budget: written by benchmarks/tables.py -->",
-            "<!-- end of step budget -->",
-            f"{step_budget()}\n\n### Against others\n\n{throughput_table()}",
-        ),
-    }
-    structured = docs / "structured_output.md"
-    text = put(
-        structured.read_text(),
-        "<!-- strategies: written by benchmarks/tables.py -->",
-        "<!-- end of strategies -->",
-        strategy_table(load("structured_strategies")),
-    )
-    pages[structured] = put(
-        text,
-        "<!-- structured output: written by benchmarks/tables.py -->",
-        "<!-- end of structured output -->",
-        structured_tables(load("structured_output")),
-    )
-    consistency = docs / "consistency.md"
-    start, end = "<!-- answer cache: written by benchmarks/tables.py -->", "<!-- end of answer cache -->"
-    pages[consistency] = put(consistency.read_text(), start, end, answer_cache_table())
-    counts = docs / "counts.md"
-    text = counts.read_text()
-    for name, table in (("counts", counts_table), ("training memory", memory_table), ("slide audit", slide_audit)):
-        text = put(text, f"<!-- {name}: written by benchmarks/tables.py -->", f"<!-- end of {name} -->", table())
-    pages[counts] = text
-    mixtures = docs / "mixture_of_experts.md"
-    text = mixtures.read_text()
-    for name, table, record in (("grouped", grouped_table, "moe_grouped"), ("equal active", equal_active_table, "moe_equal_active")):
-        start, end = f"<!-- {name}: written by benchmarks/tables.py -->", f"<!-- end of {name} -->"
-        text = put(text, start, end, table(load(record)) if exists(record) else "Not measured yet.")
-    pages[mixtures] = text
-    models = docs / "models.md"
-    marks = "<!-- decoder speed: written by benchmarks/tables.py -->", "<!-- end of decoder speed -->"
-    pages[models] = put(models.read_text(), *marks, decoder_speed_table(load("decoder_speed")))
-    proteins = docs / "proteins.md"
-    marks = "<!-- protein encoder: written by benchmarks/tables.py -->", "<!-- end of protein encoder -->"
-    pages[proteins] = put(proteins.read_text(), *marks, protein_encoder())
-    translation = docs / "translation.md"
-    marks = "<!-- translation: written by benchmarks/tables.py -->", "<!-- end of translation -->"
-    pages[translation] = put(translation.read_text(), *marks, translation_table())
-    encoders = docs / "encoders.md"
-    marks = "<!-- encoders: written by benchmarks/tables.py -->", "<!-- end of encoders -->"
-    table = encoder_table(load("encoder_pretraining")) if exists("encoder_pretraining") else "Not measured yet."
-    pages[encoders] = put(encoders.read_text(), *marks, table)
-    recurrent = docs / "recurrent.md"
-    marks = "<!-- length bottleneck: written by benchmarks/tables.py -->", "<!-- end of length bottleneck -->"
-    pages[recurrent] = put(recurrent.read_text(), *marks, length_table(load("length_bottleneck") if exists("length_bottleneck") else None))
-    images = docs / "images.md"
-    marks = "<!-- shapes world: written by benchmarks/tables.py -->", "<!-- end of shapes world -->"
-    pages[images] = put(images.read_text(), *marks, image_table(load("shapes_world") if exists("shapes_world") else None))
-    exchange = docs / "exchange.md"
-    marks = "<!-- import speed: written by benchmarks/tables.py -->", "<!-- end of import speed -->"
-    pages[exchange] = put(exchange.read_text(), *marks, import_table(load("import_speed")))
+    pages: dict[Path, str] = {}
+    for name, mark, table in SECTIONS:
+        page = ROOT / name
+        text = pages.get(page) or page.read_text()
+        pages[page] = put(text, f"<!-- {mark}: written by benchmarks/tables.py -->", f"<!-- end of {mark} -->", table())
+    readme = ROOT / "README.md"
+    pages[readme] = put(pages[readme], "<!-- lifecycle -->", "<!-- end of lifecycle -->", lifecycle())
     if "--check" in sys.argv:
         return int(any(page.read_text() != current for page, current in pages.items()))
     for page, current in pages.items():
