@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from plinth.config import UserError, write_atomic
 from plinth.data.buckets import LengthBuckets
@@ -20,6 +19,7 @@ from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
 from plinth.posttraining.batches import describe_examples, pad_rows
+from plinth.posttraining.preference_losses import Pairs, preference_loss
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer
@@ -79,13 +79,7 @@ def dpo_loss(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_r
     Returns (loss_sum, num_pairs, metrics), metrics as sums over pairs.  Raises ValueError when the shapes differ.
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.  Differs: none.
     """
-    shapes = {tuple(x.shape) for x in (policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)}
-    if len(shapes) != 1:
-        raise ValueError(f"the four shapes differ: {sorted(shapes)}.")
-    margin_B = beta * ((policy_chosen_B - reference_chosen_B) - (policy_rejected_B - reference_rejected_B))
-    with torch.no_grad():
-        metrics = {"accuracy": float((margin_B > 0).sum()), "margin": float(margin_B.sum())}
-    return -F.logsigmoid(margin_B).sum(), margin_B.numel(), metrics
+    return preference_loss("sigmoid", Pairs(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B), beta=beta)
 
 
 def sequence_log_probs(model: Transformer, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:

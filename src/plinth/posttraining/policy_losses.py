@@ -1,0 +1,214 @@
+"""Losses of sampled completions under advantages: PPO's clipped surrogate and value loss, and the GRPO family as one table of settings.
+
+Every function takes per-token log-probabilities in nats of shape (B, T) and a mask of the counted tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plinth.config import UserError
+from plinth.posttraining.advantage import kl_estimate
+
+SURROGATES = ("clipped", "soft", "weighted")
+LEVELS = ("token", "sequence_mean", "sequence_sum")
+AGGREGATIONS = ("sequence_mean", "sequence_sum", "token", "fixed_length")
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What a member of the family does with the ratio of policy to sampler, and how it averages over tokens."""
+
+    surrogate: str = "clipped"
+    """clipped (PPO), soft (SAPO's gate) or weighted (CISPO: a truncated, detached ratio times the log-probability)"""
+    level: str = "token"
+    """whose ratio: each token's, the sequence's geometric mean (GSPO), or the whole sequence's (RLOO)"""
+    aggregation: str = "token"
+    """mean over sequences of token means, of token sums, over all tokens, or sum over sequences × max_tokens"""
+    epsilon_low: float = 0.2
+    """the ratio is clipped below one minus this"""
+    epsilon_high: float = 0.2
+    """the ratio is clipped above one plus this"""
+    ratio_cap: float | None = None
+    """upper bound of the ratio in the unclipped term too, against negative advantages of huge ratio; TRL's delta"""
+    dual_clip: float | None = None
+    """bound c > 1 of the loss of a negative advantage, −c·A (verl: 3)"""
+    weight_cap: float = 5.0
+    """largest weight of the weighted surrogate"""
+    temperature_positive: float = 1.0
+    """steepness of the soft gate where the advantage is positive"""
+    temperature_negative: float = 1.05
+    """the same where it is not"""
+    kl_coef: float = 0.0
+    """weight of the KL to the reference inside the loss"""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3, see `kl_estimate`"""
+    kl_weighted: bool = False
+    """multiply the KL by the ratio, without which the gradient of k3 is not that of the KL"""
+    max_tokens: int | None = None
+    """length that aggregation fixed_length divides by, tokens"""
+
+    def __post_init__(self) -> None:
+        for name, known in (("surrogate", SURROGATES), ("level", LEVELS), ("aggregation", AGGREGATIONS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}.")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise UserError(f"dual_clip={self.dual_clip} must be above 1, as 3, or None for no bound.")
+        if self.surrogate == "weighted" and self.level != "token":
+            raise UserError(f"surrogate=weighted weights tokens, and level={self.level!r} has none. Use level=token.")
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "ppo": PolicyLoss(),  # Schulman et al. 2017, arXiv:1707.06347, eq. 7
+    "grpo": PolicyLoss(aggregation="sequence_mean"),  # Shao et al. 2024, arXiv:2402.03300
+    "dr_grpo": PolicyLoss(aggregation="fixed_length"),  # Liu et al. 2025, arXiv:2503.20783
+    "dapo": PolicyLoss(epsilon_high=0.28),  # Yu et al. 2025, arXiv:2503.14476
+    "gspo": PolicyLoss(level="sequence_mean", aggregation="sequence_mean", epsilon_low=3e-4, epsilon_high=4e-4),  # arXiv:2507.18071
+    "cispo": PolicyLoss(surrogate="weighted"),  # MiniMax 2025, arXiv:2506.13585
+    "sapo": PolicyLoss(surrogate="soft", aggregation="sequence_mean"),  # Gao et al. 2025, arXiv:2511.20347
+    "luspo": PolicyLoss(level="sequence_mean", aggregation="sequence_sum"),  # length-unbiased GSPO
+    "rloo": PolicyLoss(level="sequence_sum", aggregation="sequence_mean"),  # Ahmadian et al. 2024, arXiv:2402.14740, clipped as in TRL
+    "reinforce_pp": PolicyLoss(),  # Hu 2025, arXiv:2501.03262: the surrogate of PPO; its advantages differ
+}
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """What the loss of sampled completions reads."""
+
+    log_probs_BT: Tensor
+    """the policy's, of the sampled tokens"""
+    sampler_BT: Tensor
+    """the log-probabilities at the time of sampling, without gradient"""
+    advantages_BT: Tensor
+    """advantages, shape (B, T), or (B, 1) for one a completion"""
+    mask_BT: Tensor
+    """1 where a token counts"""
+    reference_BT: Tensor | None = None
+    """the reference's log-probabilities, needed for a KL inside the loss"""
+
+
+def importance_ratio(log_probs_BT: Tensor, sampler_BT: Tensor, mask_BT: Tensor, level: str = "token") -> Tensor:
+    """Return π/π_sampler: of each token (B, T), or of a sequence (B, 1) as its geometric mean over tokens or as its product."""
+    log_ratio_BT = (log_probs_BT - sampler_BT) * mask_BT
+    if level == "token":
+        return torch.exp(log_ratio_BT)
+    total_B1 = log_ratio_BT.sum(1, keepdim=True)
+    return torch.exp(total_B1 / mask_BT.sum(1, keepdim=True).clamp(min=1) if level == "sequence_mean" else total_B1)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: PolicyLoss) -> Tensor:
+    """Return −min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A), at most −cA for a negative A under a dual clip.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; the dual clip of Ye et al. 2019, arXiv:1912.09729.
+    """
+    free = ratio if settings.ratio_cap is None else ratio.clamp(max=settings.ratio_cap)
+    loss = -torch.minimum(free * advantages, ratio.clamp(1 - settings.epsilon_low, 1 + settings.epsilon_high) * advantages)
+    if settings.dual_clip is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -settings.dual_clip * advantages), loss)
+
+
+def soft_surrogate(ratio: Tensor, advantages: Tensor, settings: PolicyLoss) -> Tensor:
+    """Return −(4/τ) σ(τ(ρ − 1)) A, whose slope at ρ = 1 is that of −ρA.  Source: Gao et al. 2025 (SAPO), arXiv:2511.20347."""
+    hot, cold = (torch.full_like(advantages, value) for value in (settings.temperature_positive, settings.temperature_negative))
+    tau = torch.where(advantages > 0, hot, cold)  # a number in torch.where would be rounded to fp32
+    return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+
+
+def weighted_surrogate(ratio_BT: Tensor, advantages: Tensor, log_probs_BT: Tensor, settings: PolicyLoss) -> Tensor:
+    """Return −min(ρ, cap) A log π with the weight detached, so that every token keeps a gradient.
+
+    Source: MiniMax 2025 (CISPO), arXiv:2506.13585.  Differs: no lower bound of the weight, which the paper leaves off too.
+    """
+    return -ratio_BT.detach().clamp(max=settings.weight_cap) * advantages * log_probs_BT
+
+
+def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: str, max_tokens: int | None = None) -> tuple[Tensor, int]:
+    """Return (sum, count) whose quotient over all micro-batches is the average called `how`, one of AGGREGATIONS.
+
+    A sequence without counted tokens adds nothing and, in the means over sequences, is not counted.
+    """
+    tokens_B = mask_BT.sum(1)
+    sums_B = (loss_BT * mask_BT).sum(1)
+    if how == "token":
+        return sums_B.sum(), int(tokens_B.sum())
+    if how == "fixed_length":
+        if max_tokens is None or max_tokens <= 0:
+            raise UserError(f"max_tokens={max_tokens}, but aggregation=fixed_length divides by it. Give the longest completion in tokens.")
+        return sums_B.sum(), len(tokens_B) * max_tokens
+    count = int((tokens_B > 0).sum())
+    return (sums_B / tokens_B.clamp(min=1) if how == "sequence_mean" else sums_B).sum(), count
+
+
+def policy_loss(batch: PolicyBatch, settings: PolicyLoss) -> tuple[Tensor, int, dict[str, float]]:
+    """Return (loss_sum, count, metrics) of one member of the family; metrics are summed with the weights of the loss.
+
+    clip_fraction is the share of tokens whose gradient the clip stops, kl_sampler the k1 estimate of KL(sampler ‖ policy) in nats, kl
+    that to the reference. Raises ValueError when a KL is asked for without a reference.
+    """
+    mask_BT = batch.mask_BT.to(batch.log_probs_BT.dtype)
+    advantages = batch.advantages_BT
+    ratio = importance_ratio(batch.log_probs_BT, batch.sampler_BT, mask_BT, settings.level)
+    if settings.surrogate == "weighted":
+        loss = weighted_surrogate(ratio, advantages, batch.log_probs_BT, settings)
+    else:
+        loss = (clipped_surrogate if settings.surrogate == "clipped" else soft_surrogate)(ratio, advantages, settings)
+    loss_BT, measured = loss.expand_as(mask_BT), {}
+    if settings.kl_coef:
+        if batch.reference_BT is None:
+            raise ValueError(f"kl_coef={settings.kl_coef} needs reference_BT. Give it, or set kl_coef=0.")
+        kl_BT = kl_estimate(batch.log_probs_BT, batch.reference_BT, settings.kl_estimator)
+        loss_BT = loss_BT + settings.kl_coef * (kl_BT * ratio if settings.kl_weighted else kl_BT)
+        measured["kl"] = kl_BT
+    with torch.no_grad():
+        measured["kl_sampler"] = batch.sampler_BT - batch.log_probs_BT
+        measured["clip_fraction"] = _stopped(ratio, advantages, settings).expand_as(mask_BT).to(mask_BT.dtype)
+        metrics = {
+            name: float(aggregate(value.detach(), mask_BT, settings.aggregation, settings.max_tokens)[0])
+            for name, value in measured.items()
+        }
+    return *aggregate(loss_BT, mask_BT, settings.aggregation, settings.max_tokens), metrics
+
+
+def _stopped(ratio: Tensor, advantages: Tensor, settings: PolicyLoss) -> Tensor:
+    if settings.surrogate == "soft":
+        return torch.zeros_like(ratio)
+    if settings.surrogate == "weighted":
+        return ratio > settings.weight_cap
+    return ((ratio > 1 + settings.epsilon_high) & (advantages > 0)) | ((ratio < 1 - settings.epsilon_low) & (advantages < 0))
+
+
+def value_loss(
+    values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, *, clip: float | None = 0.2
+) -> tuple[Tensor, int, dict[str, float]]:
+    """Return (Σ ½ max((V − R)², (V_old + clip(V − V_old, ±clip) − R)²), tokens, metrics) over counted tokens.
+
+    With clip None it is the plain square; the metric is the number of tokens where the clipped square is the larger.
+
+    Source: the PPO code of OpenAI baselines; the paper has no clip.
+    """
+    counted_BT = mask_BT != 0
+    squares_BT = (values_BT - returns_BT) ** 2
+    metrics = {}
+    if clip is not None:
+        near_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip, clip)
+        other_BT = (near_BT - returns_BT) ** 2
+        metrics["value_clip_fraction"] = float(((other_BT > squares_BT) & counted_BT).sum())
+        squares_BT = torch.maximum(squares_BT, other_BT)
+    return 0.5 * (squares_BT * counted_BT).sum(), int(counted_BT.sum()), metrics
+
+
+def mismatch_weights(
+    trainer_BT: Tensor, rollout_BT: Tensor, mask_BT: Tensor, *, cap: float = 2.0, level: str = "token", reject: bool = False
+) -> Tensor:
+    """Return detached weights for the difference between the engine that sampled and the trainer: min(ratio, cap), or 0 above the cap.
+
+    The ratio is of tokens or, with `level`, of sequences. Multiply the loss of a token by it.
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training" (truncated importance sampling).
+    """
+    ratio = importance_ratio(trainer_BT, rollout_BT, mask_BT.to(trainer_BT.dtype), level).detach()
+    return torch.where(ratio <= cap, ratio, 0.0) if reject else ratio.clamp(max=cap)
