@@ -10,7 +10,8 @@ from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
-from plinth.posttraining.preference import DpoConfig, dpo_loss, pad_pairs, read_pairs, sequence_log_probs, train_dpo
+from plinth.posttraining.preference import DpoConfig, pad_pairs, pairs_loss, read_pairs, sequence_log_probs, train_dpo
+from plinth.posttraining.preference_losses import REFERENCE_FREE, Pairs, preference_loss
 from plinth.posttraining.sft import SftConfig, render_examples, train_sft
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
@@ -55,17 +56,17 @@ def quick(steps, **optimizer):
 
 def test_dpo_loss_worked_by_hand():
     chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([x], dtype=torch.float64) for x in (-10.0, -12.0, -11.0, -11.5))
-    loss, count, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.5)
+    loss, count, metrics = preference_loss("sigmoid", Pairs(chosen, rejected, ref_chosen, ref_rejected), beta=0.5)
     margin = 0.5 * ((-10 + 11) - (-12 + 11.5))
     assert count == 1 and metrics == {"accuracy": 1.0, "margin": margin}
     assert math.isclose(loss.item(), -math.log(1 / (1 + math.exp(-margin))), rel_tol=1e-12)
     with pytest.raises(ValueError, match="shapes differ"):
-        dpo_loss(chosen, rejected, ref_chosen, torch.zeros(2))
+        Pairs(chosen, rejected, ref_chosen, torch.zeros(2))
 
 
 def test_dpo_gradient_equals_finite_differences():
     inputs = [torch.randn(4, dtype=torch.float64, requires_grad=i < 2) for i in range(4)]
-    assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, beta=0.3)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *x: preference_loss("sigmoid", Pairs(*x), beta=0.3)[0], inputs)
 
 
 def test_sequence_log_probs_count_the_answer_only(tmp_path, tokenizer, model_dir):
@@ -93,6 +94,36 @@ def test_dpo_moves_preferences_and_computes_the_reference_once(tmp_path, tokeniz
     assert metrics[-1]["accuracy"] == 1.0 and metrics[-1]["margin"] > 0.5
     assert (run.path / "reference_log_probs.npy").exists()
     assert run.summary["pairs"] == 8 and run.summary["steps"] == 12
+
+
+@pytest.mark.parametrize("name", ["ipo", "simpo"])
+def test_another_loss_trains_too_and_computes_a_reference_only_if_it_reads_one(tmp_path, tokenizer, model_dir, name):
+    records = [pair(subject, other) for subject, other in zip(SUBJECTS, SUBJECTS[1:] + SUBJECTS[:1])]
+    file = write_lines(tmp_path / "pairs.jsonl", records)
+    run = train_dpo(tmp_path / "out", model_dir, file, DpoConfig(train=quick(8), loss=name, pairs_per_step=8, micro_batch_size=4))
+    metrics = run.metrics()
+    assert metrics[-1]["loss_nats"] < metrics[0]["loss_nats"] and metrics[-1]["accuracy"] >= metrics[0]["accuracy"]
+    assert (run.path / "reference_log_probs.npy").exists() == (name not in REFERENCE_FREE) == ("chosen_fell" in metrics[-1])
+
+
+def test_metrics_show_lengths_and_whether_the_chosen_answer_fell(tmp_path, tokenizer, model_dir):
+    file = write_lines(tmp_path / "pairs.jsonl", [pair("copy", "seek and tell"), pair("open", "move")])
+    pairs, _ = read_pairs(file, tokenizer, 64)
+    inputs, targets = pad_pairs(pairs, [0, 1], pad_id=1)
+    model = load_model(model_dir)
+    with torch.no_grad():
+        own = sequence_log_probs(model, inputs, targets).view(2, 2).T
+        _, count, metrics = pairs_loss(model, (inputs, targets, own + torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), DpoConfig())
+    assert count == 2 and metrics["chosen_fell"] == 1.0
+    assert metrics["chosen_tokens"] == sum(sum(p.chosen.loss_mask) for p in pairs) < metrics["rejected_tokens"]
+
+
+def test_cross_entropy_is_added_to_dpo_alone_unless_asked():
+    assert (DpoConfig().nll_coef, DpoConfig(loss="simpo").nll_coef, DpoConfig(loss="simpo", chosen_nll_coef=0.5).nll_coef) == (0.2, 0, 0.5)
+    with pytest.raises(UserError, match="gamma=1.0 is not read by the loss sigmoid"):
+        DpoConfig(gamma=1.0)
+    with pytest.raises(UserError, match="loss='dpo' is not one of sigmoid"):
+        DpoConfig(loss="dpo")
 
 
 def test_bad_pairs_are_counted_and_good_ones_kept(tmp_path, tokenizer):

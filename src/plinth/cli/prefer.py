@@ -1,4 +1,4 @@
-"""`plinth prefer`: tune a run's model to prefer chosen answers over rejected ones (DPO)."""
+"""`plinth prefer`: tune a run's model to prefer chosen answers over rejected ones, by DPO or another loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plinth.posttraining.preference import DpoConfig, train_dpo
 
 @dataclass(frozen=True)
 class Options:
-    """Tune a run's model to prefer chosen answers over rejected ones (DPO)."""
+    """Tune a run's model to prefer chosen answers over rejected ones, by DPO or another loss."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """run, build or model folder to start from"""

@@ -1,4 +1,4 @@
-"""Preference tuning by direct preference optimisation (DPO) on pairs of a chosen and a rejected answer."""
+"""Preference tuning on pairs of a chosen and a rejected answer, by DPO or another loss of such pairs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
 from plinth.posttraining.batches import describe_examples, pad_rows
-from plinth.posttraining.preference_losses import Pairs, preference_loss
+from plinth.posttraining.preference_losses import REFERENCE_FREE, Pairs, check_options, preference_loss
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer
@@ -48,20 +48,40 @@ class DpoConfig:
     """passes over the pairs"""
     tokens: int | None = None
     """tokens to process, padding included; given, it takes the place of epochs"""
-    beta: float = 0.1
-    """strength of the tie to the reference model"""
-    chosen_nll_coef: float = 0.2
-    """weight of the cross-entropy of the chosen answer, which keeps its probability from sinking (0 is plain DPO)"""
+    loss: str = "sigmoid"
+    """loss of a pair: sigmoid (DPO), cdpo, robust, hinge, ipo, simpo, orpo, ...; all are in docs/losses.md"""
+    beta: float | None = None
+    """strength of the tie to the reference model; None takes the loss's own, 0.1 for most"""
+    epsilon: float | None = None
+    """share of labels taken to be the wrong way round, for the losses that read it; None takes the loss's own"""
+    gamma: float | None = None
+    """margin of simpo; None takes 1"""
+    chosen_nll_coef: float | None = None
+    """weight of the chosen answer's cross-entropy, which keeps its probability from sinking; None takes 0.2 with sigmoid, else 0"""
     pairs_per_step: int = 64
     """pairs an update"""
     micro_batch_size: int = 32
     """pairs a forward pass"""
 
     def __post_init__(self) -> None:
-        if self.beta <= 0 or self.epochs <= 0 or self.chosen_nll_coef < 0:
+        if (self.beta is not None and self.beta <= 0) or self.epochs <= 0 or self.nll_coef < 0:
             raise UserError(
                 f"beta={self.beta} and epochs={self.epochs} must be positive, chosen_nll_coef={self.chosen_nll_coef} 0 or more."
             )
+        check_options(self.loss, self.loss_options)
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """What the loss is given beside the pairs."""
+        given = {"beta": self.beta, "epsilon": self.epsilon, "gamma": self.gamma}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def nll_coef(self) -> float:
+        """The weight of the chosen answer's cross-entropy, resolved."""
+        if self.chosen_nll_coef is not None:
+            return self.chosen_nll_coef
+        return 0.2 if self.loss == "sigmoid" else 0.0
 
 
 @dataclass(frozen=True)
@@ -72,16 +92,6 @@ class Pair:
     rejected: Rendered
 
 
-def dpo_loss(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B, *, beta: float = 0.1):
-    """Direct preference optimisation loss, summed over pairs.
-
-    All four are sequence log-probabilities in nats, shape (B,), summed over completion tokens only.
-    Returns (loss_sum, num_pairs, metrics), metrics as sums over pairs.  Raises ValueError when the shapes differ.
-    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.  Differs: none.
-    """
-    return preference_loss("sigmoid", Pairs(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B), beta=beta)
-
-
 def sequence_log_probs(model: Transformer, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     """Return the summed log-probability in nats of each row's counted targets, shape (B,)."""
     hidden_ND = model(inputs_BT).flatten(0, 1)
@@ -90,6 +100,25 @@ def sequence_log_probs(model: Transformer, inputs_BT: torch.Tensor, targets_BT: 
     rows = select_rows(counted_N, int(counted_N.sum()))
     log_probs = token_log_probs(hidden_ND[rows], model.output_weight, targets_N[rows], model.config.logit_softcap)
     return torch.zeros(inputs_BT.shape[0], device=inputs_BT.device).index_add(0, rows // inputs_BT.shape[1], log_probs)
+
+
+def pairs_loss(policy: Transformer, batch: tuple[torch.Tensor, ...], config: DpoConfig) -> tuple[torch.Tensor, int, dict[str, float]]:
+    """Return (loss_sum, num_pairs, metrics) of (inputs, targets, reference log-probabilities (B, 2)), chosen rows before rejected ones.
+
+    Beside the loss's own metrics: both answers' log-probabilities in nats and tokens and, with a reference, chosen_fell, the pairs whose
+    chosen answer has become less likely than it was, all as sums over pairs.
+    """
+    inputs_BT, targets_BT, reference_B2 = batch
+    chosen_B, rejected_B = sequence_log_probs(policy, inputs_BT, targets_BT).chunk(2)
+    tokens_B, other_tokens_B = (targets_BT >= 0).sum(1).chunk(2)
+    references = (None, None) if config.loss in REFERENCE_FREE else reference_B2.unbind(1)
+    pairs = Pairs(chosen_B, rejected_B, references[0], references[1], tokens_B, other_tokens_B)
+    total, count, metrics = preference_loss(config.loss, pairs, **config.loss_options)
+    metrics["chosen_log_prob"], metrics["rejected_log_prob"] = float(chosen_B.sum().detach()), float(rejected_B.sum().detach())
+    metrics["chosen_tokens"], metrics["rejected_tokens"] = float(tokens_B.sum()), float(other_tokens_B.sum())
+    if references[0] is not None:
+        metrics["chosen_fell"] = float((pairs.chosen_ratio_B.detach() < 0).sum())
+    return total - config.nll_coef * chosen_B.sum(), count, metrics
 
 
 def train_dpo(
@@ -121,17 +150,14 @@ def train_dpo(
         reference = np.zeros((len(pairs), 2), dtype=np.float32)
 
         def begin(run: Run, config: DpoConfig) -> None:
-            reference[:] = reference_log_probs(run, model, pairs, config, pad_id)
+            if config.loss not in REFERENCE_FREE:
+                reference[:] = reference_log_probs(run, model, pairs, config, pad_id)
 
         def batches_at(step: int):
             return [(*pad_pairs(pairs, part, pad_id), torch.from_numpy(reference[part])) for part in buckets.indices(step)]
 
         def loss(policy: Transformer, batch):
-            inputs, targets, reference_B2 = batch
-            chosen, rejected = sequence_log_probs(policy, inputs, targets).chunk(2)
-            total, count, metrics = dpo_loss(chosen, rejected, *reference_B2.unbind(1), beta=config.beta)
-            metrics["chosen_log_prob"], metrics["rejected_log_prob"] = float(chosen.sum().detach()), float(rejected.sum().detach())
-            return total - config.chosen_nll_coef * chosen.sum(), count, metrics
+            return pairs_loss(policy, batch, config)
 
         def describe_batch(step: int, rows: Sequence[int] | None) -> str:
             indices = np.concatenate(buckets.indices(step)).tolist()

@@ -312,13 +312,18 @@ def mixed_loss(pairs: Pairs, weights: Mapping[str, float], options: Mapping[str,
     return torch.stack(parts).sum(0)
 
 
-def _rows(name: str, pairs: Pairs, options: dict[str, Any]) -> Tensor:
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError for an unknown loss and for an option that it does not read."""
     if name not in PREFERENCE_LOSSES:
         raise UserError(f"loss={name!r} is not one of {', '.join(PREFERENCE_LOSSES)}.")
     known = list(inspect.signature(PREFERENCE_LOSSES[name]).parameters)[1:]
     unread = [option for option in options if option not in known]
     if unread:
         raise UserError(f"{unread[0]}={options[unread[0]]} is not read by the loss {name}, which takes {', '.join(known)}. Leave it out.")
+
+
+def _rows(name: str, pairs: Pairs, options: dict[str, Any]) -> Tensor:
+    check_options(name, options)
     return PREFERENCE_LOSSES[name](pairs, **options)
 
 
