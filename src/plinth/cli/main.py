@@ -23,6 +23,7 @@ VERBS = {
     "transfer lr-overlay": ("plinth.cli.transfer_lr_overlay", "loss against learning rate for several widths or depths, overlaid"),
     "pretrain": ("plinth.cli.pretrain", "a model from scratch: a decoder from token shards, or another family with --family"),
     "extend": ("plinth.cli.extend", "a pretraining with more steps, from the checkpoint before its learning rate fell"),
+    "inspect": ("plinth.cli.inspect_data", "training examples before they train: what is odd, and exactly which tokens are learnt"),
     "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
     "prefer": ("plinth.cli.prefer", "preference tuning (DPO) on pairs"),
     "finetune": ("plinth.cli.finetune", "an encoder on labelled texts, words or questions"),
