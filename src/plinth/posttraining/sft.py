@@ -11,7 +11,9 @@ import numpy as np
 from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
+from plinth.posttraining.adapter_files import publish_model, with_adapters
 from plinth.posttraining.batches import describe_examples, pad_rows
+from plinth.posttraining.lora import LoraConfig
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Message, Rendered, read_messages, render
 from plinth.tokenizer.encode import Tokenizer
@@ -46,6 +48,8 @@ class SftConfig:
     """join up to this many conversations into one, at random, so that a model taught single turns answers later ones too"""
     max_seq_len: int | None = None
     """longest conversation in tokens (default: the model's context); a longer one is an error, never cut"""
+    adapter: LoraConfig = field(default_factory=LoraConfig)
+    """train adapters in place of the weights"""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
@@ -66,6 +70,7 @@ def train_sft(
 ) -> Run:
     """Finetune a run's model on conversations ({"messages": [...]} a line) and publish it as out/model.
 
+    With adapters these are published as out/adapter, in PEFT's format, and out/model has them merged.
     Rejected lines are counted in the run's summary and told through `warn`.
     """
     source = find_model(model_run)
@@ -77,7 +82,8 @@ def train_sft(
         warn(f"{messages}: {rejects.describe()}")
 
     def prepare(config: SftConfig) -> Job:
-        model = load_decoder(source)
+        model = with_adapters(load_decoder(source), config.adapter, config.train.seed)
+        trained_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         limit = config.max_seq_len or model.config.max_seq_len
         examples = render_examples(tokenizer, conversations, limit)
         rounds = 1 if config.join_turns == 1 else JOIN_ROUNDS
@@ -99,6 +105,7 @@ def train_sft(
             batches_at,
             steps=buckets.steps_for(config.epochs / rounds, config.tokens),
             tokenizer=tokenizer,
+            publish=lambda folder: publish_model(model, tokenizer, folder, str(source)),
             description="finetuning",
             data={"messages_sha256": file_sha256(messages), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
             describe_batch=lambda step, rows: describe_examples(
@@ -112,6 +119,7 @@ def train_sft(
                     "epochs": rounds * summary["steps"] / buckets.steps_per_epoch,
                     "supervised_share": sum(sum(example.loss_mask) for example in examples) / sum(lengths),
                 }
+                | ({"trained_params": trained_params} if config.adapter.rank is not None else {})
             ),
         )
 

@@ -54,8 +54,8 @@ class MasterWeights:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def matrix_parts(self) -> dict[str, tuple[int, ...]]:
-        """Return the hidden matrices by name, each with the row counts of the projections fused in it."""
-        return self.model.matrix_parts()
+        """Return the hidden matrices that are trained by name, each with the row counts of the projections fused in it."""
+        return {name: rows for name, rows in self.model.matrix_parts().items() if name in self.tensors}
 
     def plain_name(self, name: str) -> str:
         """Return the model's own name of a tensor."""

@@ -1,0 +1,40 @@
+"""`plinth merge`: an adapter added to the weights of its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from plinth.cli.output import emit
+from plinth.posttraining.adapter_files import merge_adapter
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a model with an adapter (LoRA, rsLoRA or DoRA) merged into its weights, in fp32; it computes what both did together."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """run, build or model folder that the adapter was trained on"""
+    adapter: Annotated[Path, tyro.conf.Positional]
+    """run of `plinth sft --adapter.rank N`, or a folder that PEFT saved"""
+    out: Path
+    """model folder to write; must not hold anything yet"""
+    json: bool = False
+    """answer with one JSON object on standard output"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns 0. Raises UserError when the folder is taken or the adapter does not fit the model."""
+    options = tyro.cli(Options, prog="plinth merge", args=argv)
+    folder, count = merge_adapter(options.run, options.adapter, options.out)
+
+    def render(console: Console) -> None:
+        text = f"{folder}: an adapter of {count:,} parameters merged. Next: plinth generate {folder}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    emit({"path": str(folder), "adapter_params": count}, options.json, render)
+    return 0

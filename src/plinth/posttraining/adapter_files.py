@@ -1,0 +1,185 @@
+"""Adapters in PEFT's file format, out and in, and the models that training with adapters publishes.
+
+A folder holds adapter_config.json and adapter_model.safetensors; the tensors are by published projection, as PEFT has them, whatever
+is fused in ours.  Source: PEFT's `LoraConfig` and `get_peft_model_state_dict`, as of version 0.21.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plinth.config import UserError, nearest, read_json, save_json
+from plinth.models.formats.tensors import FLOATS
+from plinth.models.hub import TokenizerFiles, load_decoder, save_model
+from plinth.models.tensor_file import TensorFiles, save_tensors
+from plinth.models.transformer import Transformer
+from plinth.posttraining.lora import AdaptedLinear, LoraConfig, Projection, adaptable, adapted_modules, add_adapters, install, merge
+from plinth.run import find_model, publish_dir
+from plinth.tokenizer.encode import Tokenizer
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+# Fields of PEFT's configuration that would change what is computed, and the values with which they do not.
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # others store a base of their own
+    **dict.fromkeys(
+        ("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias", "target_parameters",
+         "trainable_token_indices", "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
+         "velora_config", "monteclora_config"),
+        (None, False, {}, []),
+    ),
+}  # fmt: skip
+
+
+def with_adapters(model: Transformer, config: LoraConfig, seed: int) -> Transformer:
+    """Return the model, with fresh adapters where the configuration names a rank."""
+    return model if config.rank is None else add_adapters(model, config, torch.Generator().manual_seed(seed))
+
+
+def publish_model(model: Transformer, tokenizer: TokenizerFiles | None, folder: Path, base: str) -> None:
+    """Publish a trained model; adapters are published beside it as `adapter`, and merged into it."""
+    if any(True for _ in adapted_modules(model)):
+        save_adapter(model, folder.with_name("adapter"), base)
+        merge(model)
+    save_model(model, tokenizer, folder)
+
+
+def save_adapter(model: Transformer, folder: Path, base: str | None = None) -> None:
+    """Publish the model's adapters as a folder that PEFT loads, by one rename; `base` says what model they belong to.
+
+    Raises UserError when the model has no adapters.
+    """
+    modules = [module for _, module in adapted_modules(model)]
+    if not modules:
+        raise UserError("the model has no adapters to save. Save it as a model.")
+    tensors, projections = {}, []
+    for module in modules:
+        for published, (projection, parts) in module.adapters().items():
+            projections.append(projection)
+            tensors |= {f"{PREFIX}{published}.{kind}": _published(part, kind, projection) for kind, part in parts.items()}
+    with publish_dir(folder) as temporary:
+        save_json(temporary / CONFIG, _peft_config(modules[0].adapter, projections, base))
+        save_tensors(tensors, temporary / WEIGHTS, {"format": "pt"})
+
+
+def _published(part: torch.Tensor, kind: str, projection: Projection) -> torch.Tensor:
+    """Return a tensor as it is published: where the projection is multiplied by a factor, what is added to it is too."""
+    part = part.float().cpu()
+    return (part if kind == "lora_A.weight" else part * projection.factor).contiguous().clone()
+
+
+def _peft_config(config: LoraConfig, projections: list[Projection], base: str | None) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": config.rank_stabilised,
+        "use_dora": config.dora,
+        "target_modules": sorted({projection.target for projection in projections}),
+        "bias": "none",
+        "fan_in_fan_out": any(projection.is_transposed for projection in projections),
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def load_adapter(model: Transformer, folder: Path) -> Transformer:
+    """Put the adapters of a folder in PEFT's format on the model, in place, all else frozen; returns the model.
+
+    Raises UserError, before anything is changed, for a kind of adapter that we do not compute, and for tensors that are missing, of
+    another shape, or without a place in the model.
+    """
+    config = read_adapter_config(folder)
+    files = TensorFiles([folder / WEIGHTS])
+    matrices = adaptable(model)
+    shapes = dict(files.shapes())
+    wanted = _check_tensors(model, matrices, shapes, config, folder)
+    if unusual := [name for name in shapes if files.dtype(name) not in FLOATS]:
+        raise UserError(f"{folder / WEIGHTS}: {unusual[0]} holds no floating-point numbers. Save the adapter in fp32, fp16 or bf16.")
+    install(model, matrices, wanted, config, torch.Generator().manual_seed(0))
+    for _, module in adapted_modules(model):
+        _fill(module, files)
+    return model
+
+
+@torch.no_grad()
+def _fill(module: AdaptedLinear, files: TensorFiles) -> None:
+    for published, (projection, parts) in module.adapters().items():
+        for kind, part in parts.items():
+            part.copy_(files.read(f"{PREFIX}{published}.{kind}"))
+            if kind != "lora_A.weight":
+                part.div_(projection.factor)
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Return the configuration of a folder in PEFT's format. Raises UserError for what we do not compute."""
+    file = folder / CONFIG
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is no table of fields. Copy the adapter again.")
+    for name, harmless in HARMLESS.items():
+        if name in values and values[name] not in harmless:
+            raise UserError(f"{file}: {name}={values[name]!r} is not supported; LoRA, rsLoRA and DoRA are. Merge it with PEFT first.")
+    rank, alpha = values.get("r"), values.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise UserError(f"{file}: r={rank!r} and lora_alpha={alpha!r} must be numbers. Copy the adapter again.")
+    return LoraConfig(rank, float(alpha), bool(values.get("use_rslora")), bool(values.get("use_dora")))
+
+
+def _check_tensors(
+    model: Transformer, matrices: dict[str, list[Projection]], shapes: dict[str, tuple[int, ...]], config: LoraConfig, folder: Path
+) -> set[str]:
+    """Return the published names of the projections that a file's tensors are for."""
+    assert config.rank is not None
+    expected: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, parts in matrices.items():
+        columns = model.get_submodule(name).in_features
+        for part in parts:
+            sizes = dict(zip(KINDS, ((config.rank, columns), (part.rows, config.rank), (part.rows,))))
+            expected[part.published] = {kind: size for kind, size in sizes.items() if config.dora or kind != KINDS[2]}
+    wanted = {name.removeprefix(PREFIX).removesuffix(f".{kind}") for name in shapes for kind in KINDS if name.endswith(f".{kind}")}
+    places = {f"{PREFIX}{module}.{kind}": size for module in expected if module in wanted for kind, size in expected[module].items()}
+    for name in sorted(shapes.keys() - places.keys()):
+        guess = nearest(name, (f"{PREFIX}{module}.{KINDS[0]}" for module in expected))
+        raise UserError(f"{folder / WEIGHTS} holds {name}, which has no place in this model.{guess} Name the model that it was trained on.")
+    for name, size in places.items():
+        if shapes.get(name) != size:
+            raise UserError(
+                f"{folder / WEIGHTS}: {name} is {shapes.get(name, 'absent')}, but this model with r={config.rank} needs {size}. "
+                "Name the model that it was trained on."
+            )
+    if not wanted:
+        raise UserError(f"{folder / WEIGHTS} holds no adapter. Copy it again.")
+    return wanted
+
+
+def find_adapter(path: Path) -> Path:
+    """Return the adapter's folder that a run or a folder stands for. Raises UserError when there is none."""
+    for folder in (path / "adapter", path):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise UserError(f"{path} holds no adapter ({CONFIG}). Name a run of `plinth sft --adapter.rank N`, or a folder that PEFT saved.")
+
+
+def merge_adapter(base: Path, adapter: Path, out: Path) -> tuple[Path, int]:
+    """Write the model of `base` with the adapter of `adapter` merged, in fp32, to `out`; returns the folder and the adapter's parameters.
+
+    Raises UserError when `out` holds anything, or the adapter does not fit.
+    """
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty. Name a new folder.")
+    source = find_model(base)
+    model = load_adapter(load_decoder(source), find_adapter(adapter))
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    save_model(merge(model), Tokenizer.load(source), out)
+    return out, count

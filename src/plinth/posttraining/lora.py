@@ -1,0 +1,243 @@
+"""Low-rank adapters: LoRA, rsLoRA and DoRA on the matrices of a decoder whose own weights stay as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from plinth.config import UserError, nearest
+from plinth.models.hub import format_of
+from plinth.models.mlp import Linear
+from plinth.models.transformer import Transformer
+from plinth.ops.linear import linear, linear_rows
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters: what is trained in place of the weights."""
+
+    rank: int | None = None
+    """rank of each projection's adapter (default: no adapters, all weights are trained)"""
+    alpha: float = 32.0
+    """what adapters add is multiplied by alpha / rank"""
+    rank_stabilised: bool = False
+    """rsLoRA: multiply by alpha / sqrt(rank) instead, so that a higher rank does not learn slower"""
+    dora: bool = False
+    """DoRA: learn the norm of each row of the adapted matrices too"""
+    targets: tuple[str, ...] | None = None
+    """published names of the projections adapted, such as q_proj v_proj (default: all of attention and of the feed-forward layers)"""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"adapter.rank={self.rank} must be at least 1. Leave it out to train all weights.")
+        if self.alpha <= 0:
+            raise UserError(f"adapter.alpha={self.alpha} must be positive.")
+        if self.rank is None and (self.rank_stabilised or self.dora or self.targets is not None):
+            raise UserError("adapter.rank is not given, but other options of adapters are. Add --adapter.rank 16.")
+
+    @property
+    def scaling(self) -> float:
+        """Return what B A is multiplied by.
+
+        Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; with rank_stabilised Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2.
+        """
+        assert self.rank is not None
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of the projections that are fused in a matrix of ours."""
+
+    published: str
+    """module that other programs know it as, such as model.layers.0.self_attn.q_proj"""
+    rows: int
+    """rows of the matrix that are its own"""
+    factor: float
+    """what its rows are multiplied by when they are published"""
+    is_transposed: bool
+    """whether it is published as (in, out), as GPT-2's are"""
+    is_adapted: bool = True
+    """whether it has an adapter"""
+
+    @property
+    def target(self) -> str:
+        """Return the last part of the published name."""
+        return self.published.rpartition(".")[2]
+
+
+class AdaptedLinear(Linear):
+    """A frozen matrix W with an adapter for each projection fused in it: y = (W + s B A) x, or with DoRA m (W + s B A) x / n.
+
+    A is drawn and B is 0, so that nothing changes at first. n holds the norms of the rows of W + s B A, counted as constants in the
+    gradient, and m starts as those of W. `frozen` is W; `lora_a` (P r, D) and `lora_b`, `magnitude` (rows of the P adapted projections)
+    are stacked.
+    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3 (DoRA).
+    Differs: norms are taken in fp32 whatever the dtype; a row of norm 0 stays 0 with DoRA; there is no dropout.
+    """
+
+    def __init__(self, base: Linear, projections: Sequence[Projection], config: LoraConfig):
+        nn.Module.__init__(self)
+        assert config.rank is not None
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.frozen, self.bias = base.weight, base.bias
+        self.projections, self.adapter = tuple(projections), config
+        self.rank, self.scaling = config.rank, config.scaling
+        adapted = [projection.rows for projection in projections if projection.is_adapted]
+        self.lora_a = nn.Parameter(self.frozen.new_empty(len(adapted) * config.rank, self.in_features))
+        self.lora_b = nn.Parameter(self.frozen.new_zeros(sum(adapted), config.rank))
+        self.magnitude = nn.Parameter(self._adapted_rows(self.frozen.detach().float().norm(dim=1))) if config.dora else None
+
+    @torch.no_grad()
+    def init_adapter(self, generator: torch.Generator) -> None:
+        """Draw A uniformly within 1 / sqrt(in_features), as PEFT does; B stays 0."""
+        bound = self.in_features**-0.5
+        self.lora_a.copy_(torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._forward(x, linear, F.linear)
+
+    def forward_rows(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Do what `forward` does, each row independent of its company bit for bit."""
+        return self._forward(x_ND, linear_rows, linear_rows)
+
+    def _forward(self, x: torch.Tensor, product: Product, small: Product) -> torch.Tensor:
+        # The adapter's own products are PyTorch's: our kernels know a weight by its identity, and these are slices.
+        hidden = iter(small(x, self.lora_a).split(self.rank, -1))
+        added = [
+            small(next(hidden).contiguous(), b) * self.scaling if b is not None else x.new_zeros(*x.shape[:-1], projection.rows)
+            for projection, b in self._parts(self.lora_b)
+        ]
+        y = product(x, self.frozen) + torch.cat(added, -1)
+        if self.magnitude is not None:
+            y = y * self._row_factors().to(y.dtype)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The merged matrix in the model's dtype, computed anew: what reads a decoder's matrices reads what it computes."""
+        return self.merged_weight().to(self.frozen.dtype)
+
+    def merged_weight(self) -> torch.Tensor:
+        """Return the matrix that alone computes what this does, fp32."""
+        with torch.no_grad():
+            whole = self._sum()
+            return whole if self.magnitude is None else whole * self._row_factors()[:, None]
+
+    def _sum(self) -> torch.Tensor:
+        """Return W + s B A, fp32, without gradient."""
+        a = iter(self.lora_a.detach().float().split(self.rank))
+        added = [
+            b.detach().float() @ next(a) if b is not None else self.frozen.new_zeros(projection.rows, self.in_features, dtype=torch.float32)
+            for projection, b in self._parts(self.lora_b)
+        ]
+        return self.frozen.detach().float() + self.scaling * torch.cat(added)
+
+    def _row_factors(self) -> torch.Tensor:
+        """Return m / n by row, 1 where there is no adapter, fp32; its gradient reaches m alone."""
+        assert self.magnitude is not None
+        norms = self._sum().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).split([p.rows for p in self.projections])
+        parts = self._parts(self.magnitude)
+        return torch.cat([m.float() / n if m is not None else torch.ones_like(n) for (_, m), n in zip(parts, norms)])
+
+    def _parts(self, stacked: torch.Tensor) -> Iterator[tuple[Projection, torch.Tensor | None]]:
+        """Yield each projection with its rows of a stacked tensor, None where it has no adapter."""
+        rows = iter(stacked.split([projection.rows for projection in self.projections if projection.is_adapted]))
+        for projection in self.projections:
+            yield projection, next(rows) if projection.is_adapted else None
+
+    def _adapted_rows(self, by_row: torch.Tensor) -> torch.Tensor:
+        parts = by_row.split([projection.rows for projection in self.projections])
+        return torch.cat([part for projection, part in zip(self.projections, parts) if projection.is_adapted])
+
+    def adapters(self) -> dict[str, tuple[Projection, dict[str, torch.Tensor]]]:
+        """Return views of each adapted projection's tensors by its published name: lora_A.weight, lora_B.weight, lora_magnitude_vector."""
+        found: dict[str, tuple[Projection, dict[str, torch.Tensor]]] = {}
+        a = iter(self.lora_a.detach().split(self.rank))
+        magnitudes = self._parts(self.magnitude.detach()) if self.magnitude is not None else None
+        for projection, b in self._parts(self.lora_b.detach()):
+            m = next(magnitudes)[1] if magnitudes is not None else None
+            if b is None:
+                continue
+            tensors = {"lora_A.weight": next(a), "lora_B.weight": b}
+            found[projection.published] = projection, tensors if m is None else tensors | {"lora_magnitude_vector": m}
+        return found
+
+
+def add_adapters(model: Transformer, config: LoraConfig, generator: torch.Generator | None = None) -> Transformer:
+    """Put adapters on the model's matrices, in place, and freeze all else; returns the model, which computes as before.
+
+    The embedding and the head have none, so a head that is the embedding stays it. Experts and their routers have none either.
+    Draws from `generator` (default: seed 0). Raises UserError for a target that the model does not have.
+    """
+    matrices = adaptable(model)
+    _check_targets({projection.target for parts in matrices.values() for projection in parts}, config.targets)
+    wanted = {p.published for parts in matrices.values() for p in parts if config.targets is None or p.target in config.targets}
+    return install(model, matrices, wanted, config, generator or torch.Generator().manual_seed(0))
+
+
+def install(
+    model: Transformer, matrices: dict[str, list[Projection]], wanted: Collection[str], config: LoraConfig, generator: torch.Generator
+) -> Transformer:
+    """Put adapters on the projections whose published names are wanted, in place, and freeze all else; returns the model."""
+    model.requires_grad_(False)
+    for name, parts in matrices.items():
+        if any(part.published in wanted for part in parts):
+            chosen = [replace(part, is_adapted=part.published in wanted) for part in parts]
+            adapted = AdaptedLinear(model.get_submodule(name), chosen, config)  # type: ignore[arg-type]
+            adapted.init_adapter(generator)
+            model.set_submodule(name, adapted)
+    return model
+
+
+def adaptable(model: Transformer) -> dict[str, list[Projection]]:
+    """Return the modules that can have adapters, by name, each with the projections fused in it. Raises UserError if some have already."""
+    if any(True for _ in adapted_modules(model)):
+        raise UserError("the model has adapters already. Merge them first.")
+    found = {}
+    for entry in format_of(model.config).layout(model.config):
+        name, _, kind = entry.name.rpartition(".")
+        if kind != "weight" or not name.startswith("layers.") or type(model.get_submodule(name)) is not Linear:
+            continue
+        rows = [shape[-1 if entry.transpose else 0] for shape in entry.shapes]
+        factors = entry.factors or (1.0,) * len(rows)
+        names = [published.removesuffix(".weight") for published in entry.published]
+        found[name] = [Projection(*values, entry.transpose) for values in zip(names, rows, factors)]
+    return found
+
+
+def _check_targets(known: set[str], targets: tuple[str, ...] | None) -> None:
+    for target in targets or ():
+        if target not in known:
+            raise UserError(f"adapter.targets has {target!r}, but the model's are {', '.join(sorted(known))}.{nearest(target, known)}")
+    if targets is not None and not targets:
+        raise UserError(f"adapter.targets is empty. Name some of {', '.join(sorted(known))}, or leave it out for all.")
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """Yield the modules that have adapters, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            yield name, module
+
+
+@torch.no_grad()
+def merge(model: Transformer) -> Transformer:
+    """Add the adapters to the weights that they adapt, in place; returns the model, which has no adapters then and computes the same.
+
+    The sum is taken in fp32 and rounded to the weights' dtype once. All weights can be trained again.
+    """
+    for name, module in list(adapted_modules(model)):
+        plain = nn.Module.__new__(Linear)
+        nn.Module.__init__(plain)
+        plain.in_features, plain.out_features, plain.bias = module.in_features, module.out_features, module.bias
+        plain.weight = nn.Parameter(module.weight)
+        model.set_submodule(name, plain)
+    return model.requires_grad_(True)
