@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from plinth.posttraining import sft
 from plinth.posttraining.adapter_files import load_adapter, merge_adapter, save_adapter
 from plinth.posttraining.lora import AdaptedLinear, LoraConfig, Projection, adapted_modules, add_adapters, merge
 from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives import causal_lm_loss
@@ -318,9 +320,11 @@ def test_training_in_bf16_leaves_the_base_bit_for_bit(tmp_path, base):
         assert torch.equal(before[name][:48], after[name][:48]) and not torch.equal(before[name][48:], after[name][48:])
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, base, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_the_same_base(tmp_path, base, monkeypatch):
     config = sft_config(LoraConfig(4, dora=True), "bfloat16", steps=5, checkpoint_every_s=0.0)
-    whole = train_sft(tmp_path / "whole", base / "model", base / "sft.jsonl", config)
+    source = tmp_path / "model"
+    shutil.copytree(base / "model", source)
+    whole = train_sft(tmp_path / "whole", source, base / "sft.jsonl", config)
 
     class Killed(BaseException):
         pass
@@ -335,8 +339,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, base, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(sft, "pad_rows", killing_pad)
-        train_sft(tmp_path / "cut", base / "model", base / "sft.jsonl", config)
-    resumed = train_sft(tmp_path / "cut", base / "model", base / "sft.jsonl", config, resume=True)
+        train_sft(tmp_path / "cut", source, base / "sft.jsonl", config)
+    save_model(decoder(load_decoder(source).config, seed=7), Tokenizer.load(source), source)
+    with pytest.raises(UserError, match="base_sha256=.* differs from"):
+        train_sft(tmp_path / "cut", source, base / "sft.jsonl", config, resume=True)
+    shutil.rmtree(source)
+    shutil.copytree(base / "model", source)
+    resumed = train_sft(tmp_path / "cut", source, base / "sft.jsonl", config, resume=True)
     a, b = (TensorFiles([run.path / "adapter" / "adapter_model.safetensors"]) for run in (whole, resumed))
     assert a.shapes() == b.shapes() and all(torch.equal(a.read(name), b.read(name)) for name in a.shapes())
 

@@ -14,7 +14,7 @@ from plinth.models.hub import load_decoder
 from plinth.posttraining.adapter_files import publish_model, with_adapters
 from plinth.posttraining.batches import describe_examples, pad_rows
 from plinth.posttraining.lora import LoraConfig
-from plinth.run import Run, file_sha256, find_model
+from plinth.run import Run, file_sha256, find_model, tree_sha256
 from plinth.tokenizer.chat import Message, Rendered, read_messages, render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.job import Job, run_job
@@ -107,7 +107,12 @@ def train_sft(
             tokenizer=tokenizer,
             publish=lambda folder: publish_model(model, tokenizer, folder, str(source)),
             description="finetuning",
-            data={"messages_sha256": file_sha256(messages), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
+            data={
+                "messages_sha256": file_sha256(messages),
+                "tokenizer_sha256": tokenizer.sha256,
+                "seed": config.train.seed,
+                **({"base_sha256": tree_sha256(source)} if config.adapter.rank is not None else {}),  # checkpoints lack frozen weights
+            },
             describe_batch=lambda step, rows: describe_examples(
                 "example", np.concatenate(buckets.indices(step)).tolist(), rows, lambda i: tokenizer.decode(examples[i].tokens[:40])
             ),
