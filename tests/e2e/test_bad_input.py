@@ -71,14 +71,14 @@ def test_malformed_lines_are_counted_and_three_shown(built, own_data, tmp_path):
     bad = ["{", "[]", '{"messages": []}', '{"messages": [{"role": "user"}]}']
     (tmp_path / "mixed.jsonl").write_text("\n".join(good + bad) + "\n")
     _, errors = plinth("sft", out / "pretrain", "--messages", tmp_path / "mixed.jsonl", "--out", tmp_path / "sft", "--epochs", "1")
-    assert "4 rejected" in errors and all(f"line {n}" in errors for n in (6, 7, 8)) and "line 9" not in errors
+    assert "4 rejected" in errors and all(f"row {n}" in errors for n in (6, 7, 8)) and "row 9" not in errors
 
 
 def test_a_missing_key_in_messages(built, tmp_path):
     out, _, _ = built
     file = write_jsonl(tmp_path / "bad.jsonl", [{"messages": [{"role": "user", "text": "hello"}]}])
     errors = complain("sft", out / "pretrain", "--messages", file, "--out", tmp_path / "sft")
-    assert "content" in errors and "line 1" in errors and not (tmp_path / "sft").exists()
+    assert "content" in errors and "row 1" in errors and not (tmp_path / "sft").exists()
 
 
 def test_a_flipped_byte_in_a_model(built, tmp_path):

@@ -10,6 +10,8 @@ from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
+from plinth.posttraining.examples import Conversation
+from plinth.posttraining.inspection import inspect_data
 from plinth.posttraining.preference import DpoConfig, pad_pairs, pairs_loss, read_pairs, sequence_log_probs, train_dpo
 from plinth.posttraining.preference_losses import REFERENCE_FREE, Pairs, preference_loss
 from plinth.posttraining.sft import SftConfig, render_examples, train_sft
@@ -141,12 +143,12 @@ def test_sft_learns_its_answers_and_says_what_it_left_out(tmp_path, tokenizer, m
     told = []
     config = SftConfig(train=quick(60), conversations_per_step=8, micro_batch_size=4)
     run = train_sft(tmp_path / "sft", model_dir, file, config, warn=told.append)
-    assert "2 rejected" in told[0] and "line 9" in told[0]
+    assert "2 rejected" in told[0] and "row 9" in told[0]
     assert run.summary["conversations"] == 8 and run.summary["rejected"] == 2
     assert run.metrics()[-1]["loss_nats"] < 0.2 < run.metrics()[0]["loss_nats"]
-    examples = render_examples(tokenizer, [conversation("copy")["messages"]], 64)
+    examples = render_examples(tokenizer, [Conversation(**conversation("copy"))], 64)
     assert run.metrics()[0]["tokens"] == sum(sum(e.loss_mask) for e in render_examples(
-        tokenizer, [conversation(name)["messages"] for name in SUBJECTS], 64))  # fmt: skip
+        tokenizer, [Conversation(**conversation(name)) for name in SUBJECTS], 64))  # fmt: skip
     ids = torch.tensor(examples[0].tokens)
     model = load_model(run.model_dir)
     predicted = model.logits(model(ids[None]))[0].argmax(-1)
@@ -154,9 +156,26 @@ def test_sft_learns_its_answers_and_says_what_it_left_out(tmp_path, tokenizer, m
     assert torch.equal(predicted[:-1][counted], ids[1:][counted])
 
 
+def test_sft_reads_other_formats_says_so_and_counts_what_inspect_shows(tmp_path, tokenizer, model_dir):
+    """The classes of complaint of trl#3781 and trl#2175: what is shown as learnt is what the loss counts, and divides by."""
+    told, turns = [], [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Old.", "weight": 0}]
+    records = [
+        {"instruction": "What does copy do?", "output": "It does copy."},
+        {"messages": [*turns, {"role": "user", "content": "And move?"}, {"role": "assistant", "content": "It does move."}]},
+        {"prompt": "What does read do?", "chosen": "It does read.", "rejected": "It does write."},
+    ]
+    file = write_lines(tmp_path / "mixed.jsonl", records)
+    config = SftConfig(train=quick(1), conversations_per_step=4, micro_batch_size=2)
+    run = train_sft(tmp_path / "mixed", model_dir, file, config, warn=told.append)
+    assert "read as messages: Alpaca (1 row), messages (1 row), preference (1 row); 3 rows used" in told[0]
+    shown = inspect_data(file, tokenizer, kind="messages")
+    assert run.metrics()[0]["tokens"] == shown.learnt and run.summary["conversations"] == 3
+    assert run.summary["supervised_share"] == pytest.approx(shown.learnt / shown.tokens)
+
+
 def test_sft_refuses_a_conversation_that_does_not_fit(tokenizer):
     with pytest.raises(UserError, match="conversation 1 has .* more than max_seq_len=4"):
-        render_examples(tokenizer, [conversation("copy")["messages"]], 4)
+        render_examples(tokenizer, [Conversation(**conversation("copy"))], 4)
 
 
 def test_sft_resumes_to_the_same_weights(tmp_path, tokenizer, model_dir, monkeypatch):

@@ -20,7 +20,7 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """run, build or model folder to start from"""
     messages: Path
-    """conversations, JSON Lines: {"messages": [{"role", "content"}, ...]}"""
+    """conversations, JSON Lines: {"messages": [{"role", "content"}, ...]}, or any format that `plinth inspect` reads as messages"""
     out: Path
     """run directory to write"""
     config: Annotated[SftConfig, tyro.conf.arg(name="")] = field(default_factory=SftConfig)

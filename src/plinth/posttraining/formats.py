@@ -285,7 +285,7 @@ def read_examples(path: Path | str, kind: Kind | None = None) -> Examples:
         detected[form.name] += 1
         unread.update(unread_fields(form, record))
     if not rows:
-        why = f"row {rejected[0][0]}: {rejected[0][1]}" if rejected else "it is empty"
+        why = "row {}: {}".format(*min(rejected)) if rejected else "it is empty"
         raise UserError(f"{path} holds no {wanted} row that can be read: {why}.")
     return Examples(wanted, rows, numbers, dict(detected), sorted(rejected), dict(unread))
 

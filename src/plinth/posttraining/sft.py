@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +13,12 @@ from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.posttraining.adapter_files import publish_model, with_adapters
 from plinth.posttraining.batches import describe_examples, pad_rows
+from plinth.posttraining.examples import Conversation
+from plinth.posttraining.formats import read_examples
 from plinth.posttraining.lora import LoraConfig
+from plinth.posttraining.masks import render_weighted
 from plinth.run import Run, file_sha256, find_model, tree_sha256
-from plinth.tokenizer.chat import Message, Rendered, read_messages, render
+from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
@@ -68,24 +71,24 @@ def train_sft(
     argv: list[str] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Run:
-    """Finetune a run's model on conversations ({"messages": [...]} a line) and publish it as out/model.
+    """Finetune a run's model on conversations, in any format of formats.FORMATS, and publish it as out/model.
 
     With adapters these are published as out/adapter, in PEFT's format, and out/model has them merged.
-    Rejected lines are counted in the run's summary and told through `warn`.
+    Rejected rows are counted in the run's summary and told through `warn`, and so is a format other than messages.
     """
     source = find_model(model_run)
     tokenizer = Tokenizer.load(source)
     if config.join_turns > 1 and not tokenizer.is_ours:
         raise UserError(f"join_turns={config.join_turns} joins conversations in our own form; {source} has a chat template. Use 1.")
-    conversations, rejects = read_messages(messages)
-    if rejects.count:
-        warn(f"{messages}: {rejects.describe()}")
+    found = read_examples(messages, "messages")
+    if found.rejected or set(found.detected) != {"messages"}:
+        warn(f"{messages}: {found.describe()}")
 
     def prepare(config: SftConfig) -> Job:
         model = with_adapters(load_decoder(source), config.adapter, config.train.seed)
         trained_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         limit = config.max_seq_len or model.config.max_seq_len
-        examples = render_examples(tokenizer, conversations, limit)
+        examples = render_examples(tokenizer, found.rows, limit, found.numbers)
         rounds = 1 if config.join_turns == 1 else JOIN_ROUNDS
         if rounds > 1:
             examples = join_examples(examples, config.join_turns, rounds, limit, config.train.seed)
@@ -119,8 +122,8 @@ def train_sft(
             summarise=lambda summary: (
                 summary
                 | {
-                    "conversations": len(conversations),
-                    "rejected": rejects.count,
+                    "conversations": len(found.rows),
+                    "rejected": len(found.rejected),
                     "epochs": rounds * summary["steps"] / buckets.steps_per_epoch,
                     "supervised_share": sum(sum(example.loss_mask) for example in examples) / sum(lengths),
                 }
@@ -131,14 +134,16 @@ def train_sft(
     return run_job(out, "sft", config, prepare, parents=[model_run, messages], resume=resume, argv=argv, warn=warn)
 
 
-def render_examples(tokenizer: Tokenizer, conversations: list[list[Message]], max_seq_len: int) -> list[Rendered]:
-    """Render conversations to tokens and masks.
+def render_examples(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], max_seq_len: int, numbers: Sequence[int] | None = None
+) -> list[Rendered]:
+    """Render conversations to tokens and masks; `numbers` are their rows in the file, for errors.
 
     Raises UserError for one that is longer than `max_seq_len` tokens or has no supervised token.
     """
     examples = []
-    for number, messages in enumerate(conversations, start=1):
-        rendered = render(tokenizer, messages)
+    for number, conversation in zip(numbers or range(1, len(conversations) + 1), conversations):
+        rendered = render_weighted(tokenizer, conversation.messages, conversation.tools)
         if len(rendered.tokens) > max_seq_len + 1:
             raise UserError(
                 f"conversation {number} has {len(rendered.tokens)} tokens, more than max_seq_len={max_seq_len}. "
