@@ -120,6 +120,12 @@ FORMATS = [
     ),
     ({"prompt": "2+2?", "completion": "5", "label": False}, "unpaired", Unpaired([USER], [WRONG], False)),
     ({"messages": [USER], "ground_truth": "4", "dataset": "sums"}, "verifiable", Verifiable([USER], "4", "sums")),
+    ({"messages": [USER, REPLY], "answer": "4", "label": 1, "response": "4"}, "messages", Conversation([USER, REPLY])),
+    (
+        {"prompt": "2+2?", "completion": "4", "label": None, "chosen": None, "rejected": None},
+        "prompt and completion",
+        Conversation([USER, REPLY]),
+    ),
     ({"question": "2+2?", "answer": 4}, "verifiable", Verifiable([USER], "4")),
 ]
 
@@ -211,3 +217,25 @@ def test_kinds_that_have_one_meaning_are_converted(tmp_path):
     assert read_examples(ranking, "preference").rows == [Preference([USER], [REPLY], [WRONG])] * 2
     problem = write(tmp_path / "problem.jsonl", [{"question": "2+2?", "answer": "4"}])
     assert read_examples(problem, "messages").rows == [Conversation([USER, REPLY])]
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"instruction": "a", "input": ["b"], "output": "c"}, "input is of type list"),
+        ({"instruction": "a", "output": "c", "history": [["b"]]}, "history is not a list of pairs"),
+        ({"info": {"post": 3}, "summaries": ["a", "b"], "choice": 0}, "not two texts"),
+        ({"prompt": "a", "completions": ["b", "c"], "scores": [1]}, "not as many ranks"),
+        ({"prompt": "a", "completion": "b", "label": "yes"}, "neither true nor false"),
+        ({"prompt": [{"role": "user", "content": "a"}, REPLY], "answer": "b"}, "ends with the assistant's message"),
+        ({"question": "a", "answer": ""}, "answer to compare with is empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}, "not a number"),
+        ({"messages": [USER, REPLY], "tools": "{"}, "tools is text that is not JSON"),
+        ({"conversations": [{"from": "function_call", "value": "add(2)"}]}, "not JSON"),
+        ({"prompt": "a", "completions": ["b"], "labels": [True]}, "a label for each step"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_malformed_fields_are_named(tmp_path, record, reason):
+    with pytest.raises(UserError, match=reason):
+        read_examples(write(tmp_path / "data.jsonl", [record]))

@@ -53,8 +53,20 @@ class Format:
 
 
 def _has(*names: str) -> Callable[[Record], bool]:
-    """Return a test for all fields; of names joined by | one is enough."""
-    return lambda record: all(any(name in record for name in group.split("|")) for group in names)
+    """Return a test for all fields, null ones not counted; of names joined by | one is enough."""
+    return lambda record: all(any(record.get(name) is not None for name in group.split("|")) for group in names)
+
+
+def _asks(*names: str) -> Callable[[Record], bool]:
+    """Return a test for a prompt and other fields; a conversation that ends with an answer is no prompt, whatever stands beside it."""
+    has = _has("prompt|question|instruction|messages|conversations", *names)
+    return lambda record: has(record) and (_has("prompt|question|instruction")(record) or not _is_answered(record))
+
+
+def _is_answered(record: Record) -> bool:
+    turns = _first(record, "messages", "conversations")
+    last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
+    return last.get("role", last.get("from")) in ("assistant", "gpt")
 
 
 def _first(record: Record, *names: str) -> Any:
@@ -91,7 +103,7 @@ def _system(record: Record) -> list[Message]:
 
 
 def _read_messages(record: Record) -> Row:
-    name = "messages" if "messages" in record else "conversations"
+    name = "messages" if record.get("messages") is not None else "conversations"
     return _conversation(_system(record) + read_turns(record[name], name), _tools(record))
 
 
@@ -105,16 +117,21 @@ def _instruction(record: Record) -> list[Message]:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise UserError("history is not a list of pairs of texts")
     turns = [turn for said, answer in history for turn in (("user", said), ("assistant", answer))]
-    parts = [part for part in (_text(record, "instruction"), record.get("input") or "") if part]
+    parts = [_text(record, "instruction"), _text(record, "input") if record.get("input") else ""]
     return read_turns(
-        [*_system(record), *({"role": role, "content": text} for role, text in turns), {"role": "user", "content": "\n\n".join(parts)}]
+        [
+            *_system(record),
+            *({"role": role, "content": text} for role, text in turns),
+            {"role": "user", "content": "\n\n".join(filter(None, parts))},
+        ]
     )
 
 
 def _prompt(record: Record) -> list[Message]:
-    if "instruction" in record and "prompt" not in record:
+    names = ("prompt", "question", "instruction", "messages", "conversations")
+    name = next(name for name in names if record.get(name) is not None)
+    if name == "instruction":
         return _instruction(record)
-    name = next(name for name in ("prompt", "question", "messages", "conversations") if record.get(name) is not None)
     prompt = _system(record) + read_prompt(record[name], name)
     if prompt[-1]["role"] == "assistant":
         raise UserError(f"{name} ends with the assistant's message, where a prompt ends before it")
@@ -168,9 +185,10 @@ def _read_ranking(record: Record) -> Row:
 
 def _read_summaries(record: Record) -> Row:
     info, summaries, choice = record["info"], record["summaries"], record["choice"]
-    if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2 or choice not in (0, 1):
+    two = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(summary, dict) for summary in summaries)
+    if not isinstance(info, dict) or not two or choice not in (0, 1):
         raise UserError("info is no object, or summaries and choice are not two texts and 0 or 1")
-    post = "\n\n".join(text for text in (info.get("title"), info.get("post") or info.get("article")) if text)
+    post = "\n\n".join(text for text in (info.get("title"), info.get("post") or info.get("article")) if isinstance(text, str))
     chosen, rejected = (_text(summaries[i], "text").strip() for i in (choice, 1 - choice))
     prompt = [{"role": "user", "content": f"Summarise this post.\n\n{post}"}]
     return Preference(prompt, read_answer(chosen, prompt, "summary"), read_answer(rejected, prompt, "summary"))
@@ -200,16 +218,13 @@ def _refuse(why: str) -> Callable[[Record], Row]:
     return read
 
 
-_PROMPT = "prompt|question|instruction|messages|conversations"
 _PROMPT_FIELDS = "prompt question instruction input system history messages conversations"
 _TOKENS = _refuse("holds token ids, whose tokenizer and mask nobody can check. Give the text instead")
 _STEPS = _refuse("has a label for each step, which no method here learns from")
 FORMATS = (
     Format("pre-tokenized", None, _has("input_ids|prompt_ids"), _TOKENS, ""),
     Format("summarize-from-feedback", "preference", _has("info", "summaries", "choice"), _read_summaries, "info summaries choice"),
-    Format(
-        "preference", "preference", _has(_PROMPT, "chosen", "rejected"), _read_preference, f"{_PROMPT_FIELDS} chosen rejected margin tools"
-    ),
+    Format("preference", "preference", _asks("chosen", "rejected"), _read_preference, f"{_PROMPT_FIELDS} chosen rejected margin tools"),
     Format(
         "hh-rlhf transcripts",
         "preference",
@@ -219,14 +234,12 @@ FORMATS = (
     ),
     Format("preference, prompt within", "preference", _has("chosen", "rejected"), _read_implicit, "chosen rejected margin tools"),
     Format("stepwise labels", None, _has("completions", "labels"), _STEPS, ""),
-    Format("ranking", "ranking", _has(_PROMPT, "completions"), _read_ranking, f"{_PROMPT_FIELDS} completions scores ranks rank"),
-    Format(
-        "unpaired", "unpaired", _has(_PROMPT, "completion|response", "label"), _read_unpaired, f"{_PROMPT_FIELDS} completion response label"
-    ),
+    Format("ranking", "ranking", _asks("completions"), _read_ranking, f"{_PROMPT_FIELDS} completions scores ranks rank"),
+    Format("unpaired", "unpaired", _asks("completion|response", "label"), _read_unpaired, f"{_PROMPT_FIELDS} completion response label"),
     Format(
         "verifiable",
         "verifiable",
-        _has("prompt|question|messages", "ground_truth|answer"),
+        _asks("ground_truth|answer"),
         _read_verifiable,
         f"{_PROMPT_FIELDS} ground_truth answer verifier dataset",
     ),
@@ -314,7 +327,7 @@ def unread_fields(form: Format, record: Record) -> set[str]:
     unread = {name for name, value in record.items() if name not in known and value is not None}
     for name in ("messages", "conversations", "prompt", "chosen", "rejected"):
         value = record.get(name) if name in known else None
-        for message in value if isinstance(value, list) else []:
+        for message in [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []:
             unread |= {f"{name}[].{key}" for key, item in message.items() if key not in MESSAGE_FIELDS and item is not None}
     return unread
 
