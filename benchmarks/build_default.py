@@ -1,6 +1,7 @@
 """What does `plinth build` make of the embedded default, in what time and memory?
 
     python benchmarks/build_default.py [--budget 4m] [--seeds 1]
+    python benchmarks/build_default.py --read runs/demo        # a build that is there, such as the one of `make demo`
 
 Runs the real command in a process of its own and reads the times, the peak memory and the scores that the build wrote.
 """
@@ -29,7 +30,11 @@ def build_once(out: Path, budget: str, seed: int) -> dict:
     started = time.perf_counter()
     command = [sys.executable, "-m", "plinth", "build", "--out", str(out), "--budget", budget, "--seed", str(seed), "--json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    wall_s = time.perf_counter() - started
+    return read_build(out, seed, time.perf_counter() - started)
+
+
+def read_build(out: Path, seed: int, wall_s: float) -> dict:
+    """Return what a finished build wrote."""
     plan = json.loads((out / "plan.json").read_text())
     row = {
         "seed": seed,
@@ -53,9 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="4m", help="training time")
     parser.add_argument("--seeds", type=int, default=1, help="builds, with seeds 0, 1, ...")
+    parser.add_argument("--read", type=Path, help="a finished build to read in place of building")
     options = parser.parse_args()
     rows = []
-    for seed in range(options.seeds):
+    if options.read is not None:
+        rows.append(read_build(options.read, 0, json.loads((options.read / "DONE").read_text())["time_s"]))
+    for seed in range(options.seeds if options.read is None else 0):
         with tempfile.TemporaryDirectory() as folder:
             rows.append(build_once(Path(folder) / "build", options.budget, seed))
         print(json.dumps({key: rows[-1][key] for key in ("seed", "wall_s", "peak_memory_bytes", "scores_dpo")}), flush=True)

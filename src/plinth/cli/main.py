@@ -26,7 +26,7 @@ VERBS = {
     "inspect": ("plinth.cli.inspect_data", "training examples before they train: what is odd, and exactly which tokens are learnt"),
     "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
     "merge": ("plinth.cli.merge", "an adapter (LoRA, rsLoRA, DoRA; PEFT's format) added to the weights of its model"),
-    "prefer": ("plinth.cli.prefer", "preference tuning (DPO) on pairs"),
+    "prefer": ("plinth.cli.prefer", "preference tuning on pairs: DPO and its kin"),
     "finetune": ("plinth.cli.finetune", "an encoder on labelled texts, words or questions"),
     "predict": ("plinth.cli.predict", "labels, named entities or answers from a finetuned encoder, and their scores"),
     "fill": ("plinth.cli.fill", "words for the masks in a text, from an encoder"),
