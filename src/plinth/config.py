@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gzip
 import json
 import os
 import tempfile
@@ -29,6 +30,17 @@ def nearest(name: str, candidates: typing.Iterable[str]) -> str:
     """Return `` Did you mean X?`` for the candidate that looks most like `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content, decompressed where it is gzip. Raises UserError when it is absent or damaged."""
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is a damaged gzip file: {error}.") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

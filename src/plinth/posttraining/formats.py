@@ -6,7 +6,6 @@ number and the reason, and fields that nothing reads are counted; nothing is dro
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plinth.config import UserError, nearest
+from plinth.config import UserError, nearest, read_bytes
 from plinth.posttraining.examples import (
     KINDS,
     Conversation,
@@ -339,7 +338,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
 
         yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
         return
-    data = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if data.lstrip()[:1] == b"[":
         array = _parse(data)
         if isinstance(array, UserError):
@@ -358,13 +357,3 @@ def _parse(data: bytes) -> Any:
         return UserError(f"not UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
         return UserError(f"not JSON: {error.msg} at column {error.colno}")
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is a damaged gzip file: {error}.") from None

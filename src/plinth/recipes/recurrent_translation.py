@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from plinth.config import UserError
 from plinth.data.parallel import Pair
 from plinth.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
-from plinth.recipes.translation_data import PairsConfig, TranslationData, find_tokenizers, keep_tokenizers, read_parallel
+from plinth.recipes.translation_data import PairsConfig, Tokenizers, TranslationData
+from plinth.recipes.translation_training import mean_lengths, pairs_job, train_on_pairs
 from plinth.run import Run
-from plinth.training.job import Job, run_job
+from plinth.training.job import Job
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives_recurrent import recurrent_seq2seq_loss
 from plinth.training.optim import OptimizerConfig
@@ -51,29 +51,17 @@ def pretrain_recurrent(
     argv: list[str] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Run:
-    """Train a recurrent model on parallel files (source, target, ...) and publish it as out/model; returns the finished run.
+    """Train a recurrent model on parallel files (source, target, ...) and publish it as out/model; see `train_on_pairs`."""
+    return train_on_pairs(
+        out, files, config, stage=f"pretrain-{config.model.cell}", fit=fitted, job=recurrent_job,
+        tokenizers=tokenizers, held_out=held_out, resume=resume, argv=argv, warn=warn,
+    )  # fmt: skip
 
-    `tokenizers` are folders, one for both sides or one each; without, they are trained on the files and kept in the run. `held_out` are
-    a source and a target file on which the summary has the loss. With `resume` the configuration saved in the run counts.
-    """
-    if not resume:
-        Run(out).check_free()
-    pairs, empty = read_parallel(files, config.data)
-    held_pairs = read_parallel(held_out, config.data)[0] if held_out else []
-    found = find_tokenizers(Path(out), pairs, config.data, tokenizers, resume)
-    sizes = {"source_vocab_size": found.source.vocab_size, "target_vocab_size": found.target.vocab_size}
-    config = replace(config, model=replace(config.model, **sizes))
-    if empty:
-        warn(f"{empty} pairs have an empty side and are left out.")
 
-    def prepare(config: RecurrentTranslationConfig) -> Job:
-        data = TranslationData.open(files, pairs, empty, found, config.data, config.train.seed)
-        if data.text.num_too_long:
-            warn(f"{data.text.num_too_long} pairs have more than {config.data.max_seq_len} tokens on a side and are left out.")
-        return recurrent_job(config, data, held_pairs)
-
-    parents = [*files, *tokenizers, *held_out]
-    return run_job(Path(out), f"pretrain-{config.model.cell}", config, prepare, parents=parents, resume=resume, argv=argv, warn=warn)
+def fitted(config: RecurrentTranslationConfig, tokenizers: Tokenizers) -> RecurrentSeq2SeqConfig:
+    """Return the model's shape with the tokenizers' vocabularies."""
+    sizes = {"source_vocab_size": tokenizers.source.vocab_size, "target_vocab_size": tokenizers.target.vocab_size}
+    return replace(config.model, **sizes)
 
 
 def recurrent_job(config: RecurrentTranslationConfig, data: TranslationData, held_pairs: Sequence[Pair]) -> Job:
@@ -81,23 +69,8 @@ def recurrent_job(config: RecurrentTranslationConfig, data: TranslationData, hel
     model = RecurrentSeq2Seq(config.model).init_weights(torch.Generator().manual_seed(config.train.seed))
     # Otherwise the hidden states learn first to push all tokens down that are never used, and Luong's tanh saturates on the way.
     model.head.bias.data.copy_(-torch.from_numpy(data.unigram_nats()))
-    lengths = (float(data.text.sources.lengths.mean()), float(data.text.targets.lengths.mean()))
-
-    def summarise(summary: dict[str, Any]) -> dict[str, Any]:
-        found = data.counts(summary["steps"]) | {"num_params": sum(p.numel() for p in model.parameters())}
-        return summary | found | (data.heldout(model, recurrent_seq2seq_loss(), held_pairs) if held_pairs else {})
-
-    return Job(
-        model,
-        recurrent_seq2seq_loss(config.teacher_forcing),
-        data.batches.at,
-        steps=data.batches.steps_for(config.data.epochs),
-        tokenizer=data.tokenizers.source,
-        description="pretraining",
-        data=data.fingerprint(),
-        describe_batch=data.describe,
-        flops_per_token=config.model.train_flops(*lengths) / lengths[1],
-        begin=lambda run, config: keep_tokenizers(run, data.tokenizers, config.data),
-        publish=lambda folder: data.tokenizers.publish(model, folder),
-        summarise=summarise,
-    )
+    lengths = mean_lengths(data)
+    return pairs_job(
+        model, recurrent_seq2seq_loss(config.teacher_forcing), data, held_pairs, config.data.epochs,
+        heldout_loss=recurrent_seq2seq_loss(), flops_per_token=config.model.train_flops(*lengths) / lengths[1],
+    )  # fmt: skip

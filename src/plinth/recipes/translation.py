@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,16 +13,10 @@ from plinth.config import UserError
 from plinth.data.parallel import Pair
 from plinth.models.encoder_decoder import EncoderDecoder
 from plinth.models.encoder_decoder_config import EncoderDecoderConfig, train_flops_per_target_token
-from plinth.recipes.translation_data import (
-    PairsConfig,
-    Tokenizers,
-    TranslationData,
-    find_tokenizers,
-    keep_tokenizers,
-    read_parallel,
-)
+from plinth.recipes.translation_data import PairsConfig, Tokenizers, TranslationData
+from plinth.recipes.translation_training import mean_lengths, pairs_job, train_on_pairs
 from plinth.run import Run
-from plinth.training.job import Job, run_job
+from plinth.training.job import Job
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives_seq2seq import sequence_to_sequence_loss
 from plinth.training.optim import OptimizerConfig
@@ -66,29 +59,11 @@ def pretrain_translation(
     argv: list[str] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Run:
-    """Train an encoder-decoder on parallel files (source, target, ...) and publish it as out/model; returns the finished run.
-
-    `tokenizers` are folders, one for both sides or one each; without, they are trained on the files and kept in the run. `held_out` are
-    a source and a target file on which the summary has the loss. With `resume` the configuration saved in the run counts.
-    """
-    if not resume:
-        Run(out).check_free()
-    pairs, empty = read_parallel(files, config.data)
-    held_pairs = read_parallel(held_out, config.data)[0] if held_out else []
-    found = find_tokenizers(Path(out), pairs, config.data, tokenizers, resume)
-    config = replace(config, model=fitted(config, found))
-    if empty:
-        warn(f"{empty} pairs have an empty side and are left out.")
-
-    def prepare(config: TranslationConfig) -> Job:
-        data = TranslationData.open(files, pairs, empty, found, config.data, config.train.seed)
-        if data.text.num_too_long:
-            warn(f"{data.text.num_too_long} pairs have more than {config.data.max_seq_len} tokens on a side and are left out.")
-        return translation_job(config, data, held_pairs)
-
-    stage = "pretrain-t5" if config.model.is_t5 else "pretrain-transformer"
-    parents = [*files, *tokenizers, *held_out]
-    return run_job(Path(out), stage, config, prepare, parents=parents, resume=resume, argv=argv, warn=warn)
+    """Train an encoder-decoder on parallel files (source, target, ...) and publish it as out/model; see `train_on_pairs`."""
+    return train_on_pairs(
+        out, files, config, stage="pretrain-t5" if config.model.is_t5 else "pretrain-transformer", fit=fitted, job=translation_job,
+        tokenizers=tokenizers, held_out=held_out, resume=resume, argv=argv, warn=warn,
+    )  # fmt: skip
 
 
 def fitted(config: TranslationConfig, tokenizers: Tokenizers) -> EncoderDecoderConfig:
@@ -109,23 +84,7 @@ def fitted(config: TranslationConfig, tokenizers: Tokenizers) -> EncoderDecoderC
 def translation_job(config: TranslationConfig, data: TranslationData, held_pairs: Sequence[Pair]) -> Job:
     """Return what the loop needs."""
     model = EncoderDecoder(config.model).init_weights(torch.Generator().manual_seed(config.train.seed))
-    lengths = (float(data.text.sources.lengths.mean()), float(data.text.targets.lengths.mean()))
-
-    def summarise(summary: dict[str, Any]) -> dict[str, Any]:
-        found = data.counts(summary["steps"]) | {"num_params": sum(p.numel() for p in model.parameters())}
-        return summary | found | (data.heldout(model, sequence_to_sequence_loss, held_pairs) if held_pairs else {})
-
-    return Job(
-        model,
-        partial(sequence_to_sequence_loss, smoothing=config.label_smoothing),
-        data.batches.at,
-        steps=data.batches.steps_for(config.data.epochs),
-        tokenizer=data.tokenizers.source,
-        description="pretraining",
-        data=data.fingerprint(),
-        describe_batch=data.describe,
-        flops_per_token=train_flops_per_target_token(config.model, *lengths),
-        begin=lambda run, config: keep_tokenizers(run, data.tokenizers, config.data),
-        publish=lambda folder: data.tokenizers.publish(model, folder),
-        summarise=summarise,
-    )
+    return pairs_job(
+        model, partial(sequence_to_sequence_loss, smoothing=config.label_smoothing), data, held_pairs, config.data.epochs,
+        heldout_loss=sequence_to_sequence_loss, flops_per_token=train_flops_per_target_token(config.model, *mean_lengths(data)),
+    )  # fmt: skip

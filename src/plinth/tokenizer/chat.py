@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plinth.config import UserError, nearest
+from plinth.config import UserError, nearest, read_bytes
 from plinth.tokenizer.encode import ASSISTANT, END, SYSTEM, USER, Tokenizer
 from plinth.tokenizer.published_template import render_published
 from plinth.tokenizer.tool_format import (
@@ -157,7 +156,7 @@ def read_messages(path: Path | str) -> tuple[list[list[Message]], Rejects]:
     """
     conversations: list[list[Message]] = []
     rejects = Rejects()
-    for number, line in enumerate(_read_bytes(Path(path)).split(b"\n"), start=1):
+    for number, line in enumerate(read_bytes(Path(path)).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -188,13 +187,3 @@ def _parse_conversation(line: bytes) -> list[Message]:
         return [{"role": role, "content": text} for role, text in to_turns(record["messages"], record["tools"])]
     kept = ("role", "content", "tool_calls")
     return [{key: message[key] for key in kept if key in message} for message in record["messages"]]
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is a damaged gzip file: {error}.") from None
