@@ -14,7 +14,7 @@ from torch import nn
 
 from plinth import __version__
 from plinth.config import UserError, read_json, save_json
-from plinth.models.formats import clip, decoder, encoder, encoder_decoder, llava, recurrent
+from plinth.models.formats import clip, decoder, encoder, encoder_decoder, llava, recurrent, reward
 from plinth.models.formats.layout import Format
 from plinth.models.formats.tensors import InMemory, fill, publish
 from plinth.models.tensor_file import TensorFiles, save_tensors
@@ -26,7 +26,8 @@ INDEX = "model.safetensors.index.json"
 SIDECAR = "plinth.json"
 GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # of config.json, in generation_config.json too
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, Format] = {  # the first that reads a config.json is the folder's
+    "reward model": reward.FORMAT,
     "decoder": decoder.FORMAT,
     "encoder": encoder.FORMAT,
     "encoder-decoder": encoder_decoder.FORMAT,
@@ -121,7 +122,7 @@ def read_config(path: Path) -> tuple[Format, Any]:
     values = read_json(file)
     kind = values.get("model_type") if isinstance(values, dict) else None
     for format in FORMATS.values():
-        if kind in format.model_types:
+        if kind is not None and format.reads(values):
             try:
                 return format, format.read_config(values)
             except UserError as error:
@@ -130,7 +131,7 @@ def read_config(path: Path) -> tuple[Format, Any]:
                 raise UserError(f"{file} lacks {error}; a {kind} configuration needs it. Copy the model again.") from None
             except (TypeError, AttributeError) as error:
                 raise UserError(f"{file} has a field of the wrong type: {error}. Copy the model again.") from None
-    supported = ", ".join(sorted(name for format in FORMATS.values() for name in format.model_types))
+    supported = ", ".join(sorted({name for format in FORMATS.values() for name in format.model_types}))
     raise UserError(f"{file}: model_type={kind!r} is not supported. Supported: {supported}.")
 
 

@@ -97,3 +97,11 @@ class Format:
     """the verbs that take such a model, for the error of those that do not"""
     generates: bool = False
     """whether it writes text, so that generation_config.json belongs to it"""
+    architecture: str = ""
+    """what the architecture of its config.json files ends with, where another format has the same model types"""
+
+    def reads(self, values: dict[str, Any]) -> bool:
+        """Return whether a config.json is one of its own, as far as its model type and its architecture say."""
+        named = values.get("architectures")
+        first = str(named[0]) if isinstance(named, list) and named else ""
+        return values.get("model_type") in self.model_types and first.endswith(self.architecture)
