@@ -48,6 +48,8 @@ class Job:
     """generators that the loss draws from: saved and restored"""
     extra_state: Mapping[str, Stateful] | None = None
     """other state that is saved and restored"""
+    step_metrics: Callable[[int], dict[str, float]] = lambda steps: {}
+    """further metrics of the update that makes so many, for its line of metrics.jsonl"""
     begin: Callable[[Run, Any], None] = lambda run, config: None
     """called with the run and the resolved configuration before the first step, for what is computed once and kept in the run"""
     publish: Callable[[Path], None] | None = None
@@ -90,7 +92,7 @@ def run_job(
     summary = train(
         run, job.model, job.loss, job.batches_at, config.train,
         description=job.description, data=job.data, flops_per_token=job.flops_per_token, scales=job.scales,
-        generators=job.generators, extra_state=job.extra_state, resume=resume, warn=warn, **more,
+        generators=job.generators, extra_state=job.extra_state, data_metrics=job.step_metrics, resume=resume, warn=warn, **more,
     )  # fmt: skip
     if job.publish is None:
         save_model(job.model, job.tokenizer, run.model_dir)
