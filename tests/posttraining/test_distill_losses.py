@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plinth.config import UserError
-from plinth.posttraining.distill_losses import DIVERGENCES, chunked_distillation_loss, dft_loss, distillation_loss, divergence
+from plinth.posttraining.distill_losses import DIVERGENCES, Head, chunked_distillation_loss, dft_loss, distillation_loss, divergence
 
 
 def random(*shape, seed=0):
@@ -85,7 +85,8 @@ def test_chunks_change_neither_loss_nor_gradient(name):
         if rows is None:
             total, count = distillation_loss(h @ w.T, teacher_hidden @ other.T, TARGETS, name=name, share=0.5)
         else:
-            total, count = chunked_distillation_loss((h, w), (teacher_hidden, other), TARGETS, rows=rows, name=name, share=0.5)
+            heads = Head(h, w), Head(teacher_hidden, other)
+            total, count, measures = chunked_distillation_loss(*heads, TARGETS, rows=rows, name=name, share=0.5)
         total.backward()
         results.append((total.detach(), count, h.grad, w.grad))
     for whole, chunked in zip(*results):

@@ -27,6 +27,7 @@ VERBS = {
     "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
     "merge": ("plinth.cli.merge", "an adapter (LoRA, rsLoRA, DoRA; PEFT's format) added to the weights of its model"),
     "prefer": ("plinth.cli.prefer", "preference tuning on pairs: DPO and its kin"),
+    "distill": ("plinth.cli.distill", "a student that learns a teacher's distributions of the next token"),
     "finetune": ("plinth.cli.finetune", "an encoder on labelled texts, words or questions"),
     "predict": ("plinth.cli.predict", "labels, named entities or answers from a finetuned encoder, and their scores"),
     "fill": ("plinth.cli.fill", "words for the masks in a text, from an encoder"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from plinth.config import UserError
+from plinth.ops.softcap import softcap
+
+CHUNK_ELEMENTS = 1 << 21  # logits of each model in flight
+CHUNK_ELEMENTS_GPU = 1 << 27
+MEASURES = ("cross_entropy_nats", "teacher_cross_entropy_nats", "same_first_choice")
 
 
 def forward_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
@@ -94,24 +99,91 @@ def distillation_loss(
     return torch.where(counted_N, loss_N, 0.0).sum(), int(counted_N.sum())
 
 
-def chunked_distillation_loss(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], targets_N: Tensor, *, rows: int = 256, **options
-) -> tuple[Tensor, int]:
-    """`distillation_loss` of (hidden_ND, weight_VD) of both models: `rows` rows of both logits stand in memory at a time.
+@dataclass(frozen=True)
+class Head:
+    """Hidden states and the matrix that makes logits of them."""
 
-    Rows without a counted target are left out first; the backward pass computes each chunk's logits again.
+    hidden_ND: Tensor
+    """states after the last norm; teacher and student may differ in D"""
+    weight_VD: Tensor
+    """output matrix"""
+    cap: float | None = None
+    """bound of the logits by a tanh, where the model has one"""
+
+    def logits(self, part: slice, vocab_size: int) -> Tensor:
+        """Return the logits of some rows, in fp32 at least, of the first `vocab_size` tokens."""
+        logits = F.linear(self.hidden_ND[part], self.weight_VD[:vocab_size])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def capped(self, logits: Tensor) -> Tensor:
+        return logits if self.cap is None else softcap(logits, self.cap)
+
+
+class _ChunkedDistillation(torch.autograd.Function):
+    """Computes the gradient beside the loss, so that each chunk's two logits live once and are computed once."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, student: Head, teacher: Head, targets_N, rows: int, options):
+        hidden_wanted, weight_wanted = ctx.needs_input_grad[:2]
+        size = min(len(weight_VD), len(teacher.weight_VD))
+        grad_hidden = torch.zeros_like(hidden_ND) if hidden_wanted else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32)) if weight_wanted else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+        sums = torch.zeros(len(MEASURES), dtype=torch.float64, device=hidden_ND.device)
+        for start in range(0, len(targets_N), rows):
+            part = slice(start, start + rows)
+            teacher_logits = teacher.capped(teacher.logits(part, size))
+            logits = student.logits(part, size).requires_grad_(hidden_wanted or weight_wanted)
+            with torch.enable_grad():
+                capped = student.capped(logits)
+                loss = distillation_loss(capped, teacher_logits, targets_N[part], **options)[0]
+            total += loss.detach()
+            sums += _measures(capped.detach(), teacher_logits, targets_N[part])
+            if not logits.requires_grad:
+                continue
+            (grad,) = torch.autograd.grad(loss, logits)
+            grad = grad.to(weight_VD.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight_VD[:size], out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight[:size] += grad.t() @ hidden_ND[part]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
+        ctx.mark_non_differentiable(sums)
+        return total.to(torch.promote_types(hidden_ND.dtype, torch.float32)), sums
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        scaled = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
+        return *scaled, None, None, None, None, None
+
+
+@torch.no_grad()
+def _measures(student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Return the sums of MEASURES over rows of logits whose target counts."""
+    counted_N = targets_N >= 0
+    wanted_N1 = targets_N.clamp(min=0)[:, None]
+    values = [table.logsumexp(-1) - table.gather(1, wanted_N1)[:, 0] for table in (student_NV, teacher_NV)]
+    values.append((student_NV.argmax(-1) == teacher_NV.argmax(-1)).to(student_NV.dtype))
+    return torch.stack([torch.where(counted_N, value, 0.0).sum(dtype=torch.float64) for value in values])
+
+
+def chunked_distillation_loss(
+    student: Head, teacher: Head, targets_N: Tensor, *, rows: int | None = None, **options
+) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """Return `distillation_loss` of two heads, its count and the sums of MEASURES.
+
+    Only rows whose target counts go through the heads, and `rows` of them (default: about CHUNK_ELEMENTS logits) at a time, so two
+    vocabularies' logits never stand in memory. Each is computed once: the gradient is taken beside the loss.
+    Where one matrix has more rows than the other, which pads the vocabulary, both distributions are over the tokens of both.
     """
     places = (targets_N >= 0).nonzero()[:, 0]
-    total = student[0].new_zeros(())
-
-    def part_loss(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = F.linear(teacher_hidden, teacher[1])
-        return distillation_loss(F.linear(hidden, weight), teacher_logits, targets, **options)[0]
-
-    for part in places.split(rows):
-        total = total + checkpoint(part_loss, student[0][part], student[1], teacher[0][part], targets_N[part], use_reentrant=False)
-    return total, len(places)
+    chosen = [replace(head, hidden_ND=head.hidden_ND[places]) for head in (student, teacher)]
+    elements = CHUNK_ELEMENTS if targets_N.device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    rows = rows or max(1, elements // len(student.weight_VD))
+    hidden_ND, weight_VD = chosen[0].hidden_ND, chosen[0].weight_VD
+    fixed = [replace(head, hidden_ND=head.hidden_ND.detach(), weight_VD=head.weight_VD.detach()) for head in chosen]
+    total, sums = _ChunkedDistillation.apply(hidden_ND, weight_VD, *fixed, targets_N[places], rows, options)
+    return total, len(places), dict(zip(MEASURES, sums))
 
 
 def dft_loss(log_probs_N: Tensor) -> tuple[Tensor, int]:

@@ -1,0 +1,42 @@
+"""`plinth distill`: a student learns a teacher's distributions of the next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from plinth.cli.output import say
+from plinth.cli.pretrain import show_run
+from plinth.posttraining.distillation import DistillConfig, distill
+
+
+@dataclass(frozen=True)
+class Options:
+    """Teach a run's model, the student, the distributions of a teacher's next token."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """run, build or model folder of the student to start from"""
+    teacher: Path
+    """run, build or model folder of the teacher, with the same tokenizer"""
+    data: Path
+    """conversations or plain texts, in any format that `plinth inspect` reads as messages or text; their learnt tokens count"""
+    out: Path
+    """run directory to write"""
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
+    """loss, batches and schedule"""
+    resume: bool = False
+    """continue the run from its newest sound checkpoint"""
+    json: bool = False
+    """answer with one JSON object on standard output"""
+
+
+def main(argv: list[str]) -> int:
+    options = tyro.cli(Options, prog="plinth distill", args=argv)
+    run = distill(
+        options.out, options.run, options.teacher, options.data, options.config, resume=options.resume, argv=argv, warn=say
+    )  # fmt: skip
+    show_run(run, options.json)
+    return 0

@@ -1,0 +1,194 @@
+"""Distillation: a student learns the distributions of a teacher's next tokens, on given answers or on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from plinth.config import UserError
+from plinth.data.buckets import LengthBuckets
+from plinth.models.hub import load_decoder
+from plinth.models.transformer import Transformer
+from plinth.posttraining.batches import describe_examples, pad_rows
+from plinth.posttraining.distill_losses import DIVERGENCES, Head, chunked_distillation_loss
+from plinth.posttraining.examples import Examples
+from plinth.posttraining.formats import read_examples
+from plinth.posttraining.masks import render_row
+from plinth.run import Run, file_sha256, find_model, tree_sha256
+from plinth.tokenizer.chat import Rendered
+from plinth.tokenizer.encode import Tokenizer
+from plinth.training.device import choose_device
+from plinth.training.job import Job, run_job
+from plinth.training.loop import TrainConfig
+from plinth.training.optim import OptimizerConfig
+from plinth.training.precision import DTYPES
+from plinth.training.step import Sum
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Loss, batches and schedule of distillation."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            warmup_steps=10, keep_pre_decay=False, compile=False, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01)
+        )
+    )
+    """optimizer and schedule; not compiled on a GPU, as its batches have many shapes"""
+    divergence: str = "forward_kl"
+    """forward_kl, reverse_kl, symmetric_kl, jsd or total_variation, of teacher and student"""
+    beta: float | None = None
+    """weight of the teacher in jsd's mixture: 0 is the forward KL, 1 the reverse; None takes 0.5"""
+    temperature: float = 1.0
+    """divisor of both models' logits within the divergence, whose weight is its square"""
+    share: float = 1.0
+    """weight of the divergence; the rest is the cross-entropy of the data's tokens"""
+    epochs: float = 3.0
+    """passes over the examples"""
+    tokens: int | None = None
+    """tokens to process, padding included; given, it takes the place of epochs"""
+    examples_per_step: int = 64
+    """examples an update"""
+    micro_batch_size: int = 16
+    """examples a forward pass of each model"""
+    max_seq_len: int | None = None
+    """longest example in tokens (default: the shorter context of both models); a longer one is an error, never cut"""
+
+    def __post_init__(self) -> None:
+        if self.divergence not in DIVERGENCES:
+            raise UserError(f"divergence={self.divergence!r} is not one of {', '.join(DIVERGENCES)}.")
+        if self.beta is not None and (self.divergence != "jsd" or not 0 <= self.beta <= 1):
+            raise UserError(f"beta={self.beta} is for divergence=jsd, between 0 and 1. Leave it out, or take jsd.")
+        if self.temperature <= 0 or self.epochs <= 0:
+            raise UserError(f"temperature={self.temperature} and epochs={self.epochs} must be positive.")
+        if not 0 < self.share <= 1:
+            raise UserError(f"share={self.share} must be above 0 and at most 1; without a teacher's share, this is `plinth sft`.")
+        if self.examples_per_step < 1 or self.micro_batch_size < 1:
+            raise UserError("examples_per_step and micro_batch_size must be at least 1.")
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """What the loss is given beside the two heads."""
+        beta = {} if self.beta is None else {"beta": self.beta}
+        return {"name": self.divergence, "temperature": self.temperature, "share": self.share, **beta}
+
+
+def distill(
+    out: Path,
+    student_run: Path,
+    teacher_run: Path,
+    data: Path,
+    config: DistillConfig,
+    *,
+    resume: bool = False,
+    argv: list[str] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Teach a run's model another's distributions over the learnt tokens of `data` and publish it as out/model.
+
+    `data` is anything that is read as messages or text; the tokens that `plinth inspect` shows as learnt count.
+    Raises UserError when the two tokenizers differ.
+    """
+    sources = find_model(student_run), find_model(teacher_run)
+    tokenizer = Tokenizer.load(sources[0])
+    check_same_tokenizer(tokenizer, Tokenizer.load(sources[1]), sources)
+    found = read_texts(data)
+    if found.rejected:
+        warn(f"{data}: {found.describe()}")
+
+    def prepare(config: DistillConfig) -> Job:
+        student, teacher = (load_decoder(source) for source in sources)
+        limit = config.max_seq_len or min(student.config.max_seq_len, teacher.config.max_seq_len)
+        examples = render_texts(tokenizer, found, limit)
+        buckets = LengthBuckets(
+            [len(example.tokens) for example in examples], config.examples_per_step, config.micro_batch_size, config.train.seed
+        )
+
+        def begin(run: Run, config: DistillConfig) -> None:
+            teacher.to(choose_device(config.train.device), DTYPES[config.train.dtype or "float32"]).eval().requires_grad_(False)
+
+        def batches_at(step: int):
+            parts = ([examples[i] for i in part] for part in buckets.indices(step))
+            return [pad_rows([e.tokens for e in part], [e.loss_mask for e in part], tokenizer.pad_id or 0) for part in parts]
+
+        return Job(
+            student,
+            lambda model, batch: distill_loss(model, teacher, batch, config),
+            batches_at,
+            steps=buckets.steps_for(config.epochs, config.tokens),
+            tokenizer=tokenizer,
+            description="distilling",
+            data={
+                "data_sha256": file_sha256(data),
+                "teacher_sha256": tree_sha256(sources[1]),
+                "tokenizer_sha256": tokenizer.sha256,
+                "seed": config.train.seed,
+            },
+            begin=begin,
+            describe_batch=lambda step, rows: describe_examples(
+                "example", np.concatenate(buckets.indices(step)).tolist(), rows, lambda i: tokenizer.decode(examples[i].tokens[:40])
+            ),
+            summarise=lambda summary: (
+                summary | {"examples": len(examples), "rejected": len(found.rejected), "epochs": summary["steps"] / buckets.steps_per_epoch}
+            ),
+        )
+
+    return run_job(
+        out, "distill", config, prepare, parents=[student_run, teacher_run, data], resume=resume, argv=argv, warn=warn
+    )  # fmt: skip
+
+
+def distill_loss(
+    student: Transformer, teacher: Transformer, batch: tuple[torch.Tensor, ...], config: DistillConfig
+) -> tuple[torch.Tensor, Sum, dict[str, Sum]]:
+    """Return (loss sum, counted tokens, metric sums) of (inputs (B, T), targets (B, T)), targets below 0 uncounted."""
+    inputs_BT, targets_BT = batch
+    with torch.no_grad():
+        teacher_head = head_of(teacher, inputs_BT)
+    student_head = head_of(student, inputs_BT)
+    loss, count, measures = chunked_distillation_loss(student_head, teacher_head, targets_BT.flatten(), **config.loss_options)
+    return loss, count, {**measures}
+
+
+def head_of(model: Transformer, inputs_BT: torch.Tensor) -> Head:
+    """Return a model's hidden states, flattened, with its output matrix."""
+    return Head(model(inputs_BT).flatten(0, 1), model.output_weight, model.config.logit_softcap)
+
+
+def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer, where: Sequence[Path]) -> None:
+    """Raise UserError when the ids of student and teacher do not mean the same."""
+    if student.sha256 != teacher.sha256:
+        raise UserError(
+            f"tokenizer {teacher.sha256[:8]} of the teacher {where[1]} differs from {student.sha256[:8]} of the student {where[0]}, so "
+            "their distributions are over other tokens. Let the teacher write answers with `plinth best-of`; learn them with `plinth sft`."
+        )
+
+
+def read_texts(path: Path) -> Examples:
+    """Read a file as plain texts where most of its rows are, else as conversations."""
+    found = read_examples(path)
+    return found if found.kind in ("text", "messages") else read_examples(path, "messages")
+
+
+def render_texts(tokenizer: Tokenizer, found: Examples, max_seq_len: int) -> list[Rendered]:
+    """Return tokens and masks of texts or conversations.
+
+    Raises UserError for one of more than `max_seq_len` + 1 tokens, of which the last is predicted but not read, or with nothing learnt.
+    """
+    examples = []
+    for number, row in zip(found.numbers, found.rows):
+        rendered = render_row(tokenizer, row)[0].rendered
+        if len(rendered.tokens) > max_seq_len + 1:
+            raise UserError(
+                f"row {number} has {len(rendered.tokens)} tokens, more than max_seq_len={max_seq_len}. "
+                "Shorten it, or take models with a longer context."
+            )
+        if not any(rendered.loss_mask[1:]):
+            raise UserError(f"row {number} has no learnt token. `plinth inspect` shows which tokens are.")
+        examples.append(rendered)
+    return examples
