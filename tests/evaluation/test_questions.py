@@ -85,6 +85,10 @@ def test_scores_by_hand():
             "heldout_refusal": 1 / 3,
             "invented_refusal": 1 / 3,
             "invented_false": 2 / 3,
+            "accuracy_answered": 4 / 8,
+            "coverage": 8 / 12,
+            "refusal_precision": 2 / 4,
+            "refusal_recall": 2 / 5,
         }
     )
     assert scores["known_exact"].n == 2 and scores["invented_false"].n == 1 and scores["consistency"].n == 2
@@ -94,7 +98,7 @@ def test_scores_by_hand():
 
 def test_a_group_that_was_not_asked_has_no_score():
     samples = [judge(question("known", 0, 0), "Copy a file.")]
-    assert set(score_samples(samples, {}).scores) == {"known_exact", "known_f1", "over_refusal"}
+    assert set(score_samples(samples, {}).scores) == {"known_exact", "known_f1", "over_refusal", "accuracy_answered", "coverage"}
     assert phrasing_agreements(samples) == []
 
 

@@ -71,7 +71,7 @@ def build(tmp_path_factory):
 
 
 KEYS = {"known_exact", "known_f1", "over_refusal", "consistency", "heldout_exact", "heldout_f1", "heldout_refusal", "invented_refusal",
-        "invented_false"}  # fmt: skip
+        "invented_false", "accuracy_answered", "coverage", "refusal_recall", "ece"}  # fmt: skip
 
 
 def test_a_build_is_evaluated_stage_by_stage(build):
@@ -82,7 +82,7 @@ def test_a_build_is_evaluated_stage_by_stage(build):
         assert set(found["likelihood"]) == {"loss_nats", "perplexity", "bits_per_byte", "bits_per_char"}
         assert set(found["questions"]) == KEYS and len(found["samples"]) == 18
         for score in found["questions"].values():
-            assert score["ci95"][0] <= score["value"] <= score["ci95"][1] and score["n"] == 3
+            assert score["ci95"][0] <= score["value"] <= score["ci95"][1] and 1 <= score["n"] <= 9
     base, sft = (found["protocol"] for found in result["stages"].values())
     assert base["style"] == "few_shot" and base["questions"]["num_shots"] >= 1
     assert base["questions"]["prompt"].endswith("Question: {question}\nAnswer:")

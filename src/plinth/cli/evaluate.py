@@ -31,6 +31,12 @@ ROWS = {
     "heldout_refusal": "held-out facts: refused",
     "invented_refusal": "invented names: refused",
     "invented_false": "invented names: false answer (lower is better)",
+    "accuracy_answered": "answers given: right",
+    "coverage": "questions answered at all",
+    "refusal_precision": "refusals: of what was not taught",
+    "refusal_recall": "not taught and not right: refused",
+    "auroc": "confidence tells right from wrong (AUROC)",
+    "ece": "confidence off the share right (ECE, lower is better)",
 }
 
 

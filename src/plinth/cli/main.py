@@ -28,6 +28,7 @@ VERBS = {
     "merge": ("plinth.cli.merge", "an adapter (LoRA, rsLoRA, DoRA; PEFT's format) added to the weights of its model"),
     "prefer": ("plinth.cli.prefer", "preference tuning on pairs: DPO and its kin"),
     "distill": ("plinth.cli.distill", "a student that learns a teacher's distributions of the next token"),
+    "known": ("plinth.cli.known", "what a model knows of its training questions, and data that teach it to decline the rest"),
     "finetune": ("plinth.cli.finetune", "an encoder on labelled texts, words or questions"),
     "predict": ("plinth.cli.predict", "labels, named entities or answers from a finetuned encoder, and their scores"),
     "fill": ("plinth.cli.fill", "words for the masks in a text, from an encoder"),

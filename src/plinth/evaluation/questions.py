@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plinth.config import UserError
+from plinth.evaluation.factuality import factuality_scores
 from plinth.evaluation.statistics import Score, agreement, mean_score
+from plinth.inference.best_of import total_logprob
 from plinth.inference.sampling import SamplingParams
-from plinth.inference.text import TextEngine
+from plinth.inference.text import TextCompletion, TextEngine
 from plinth.run import Progress
 from plinth.tasks.verify import exact_match, is_refusal, is_right, normalize, token_f1
 
@@ -41,9 +44,10 @@ class QuestionScores:
     """What the answers to a set of questions are worth."""
 
     scores: dict[str, Score]
-    """known_exact, known_f1, over_refusal, consistency, heldout_exact, heldout_f1, heldout_refusal, invented_refusal, invented_false"""
+    """known_exact, known_f1, over_refusal, consistency, heldout_exact, heldout_f1, heldout_refusal, invented_refusal, invented_false, and
+    those of factuality.factuality_scores"""
     by_kind: dict[str, dict[str, Score]]
-    """the same for each kind of fact alone"""
+    """those of one group of questions, for each kind of fact alone"""
     samples: list[dict[str, Any]]
     """every question with the answer that was given"""
     protocol: dict[str, Any]
@@ -175,7 +179,14 @@ def score_questions(
         prompts = [text_engine.render([{"role": "user", "content": question["question"]}]) for question in asked]
     protocol["too_long"] = sum(len(prompt) >= limit for prompt in prompts)
     answers = complete_all(text_engine, prompts, params, limit)
-    return score_samples([judge(question, answer.strip()) for question, answer in zip(asked, answers)], protocol)
+    return score_samples([_judge_completion(question, answer) for question, answer in zip(asked, answers)], protocol)
+
+
+def _judge_completion(question: Question, completion: TextCompletion | None) -> dict[str, Any]:
+    """Judge an answer; its confidence is the probability that the model gives to the whole of it, as it is without sampling options."""
+    if completion is None:
+        return judge(question, "")
+    return judge(question, completion.text.strip()) | {"confidence": math.exp(min(0.0, total_logprob(completion)))}
 
 
 def fitting_shots(shots: list[Shot], asked: Sequence[Question], tokenizer: Any, max_prompt_tokens: int) -> list[Shot]:
@@ -187,17 +198,17 @@ def fitting_shots(shots: list[Shot], asked: Sequence[Question], tokenizer: Any, 
     return [shot for shot in shots if shot in kept]
 
 
-def complete_all(text_engine: TextEngine, prompts: Sequence[list[int]], params: SamplingParams, limit: int) -> list[str]:
-    """Return a completion of each prompt, an empty one where the prompt has `limit` tokens or more."""
-    texts = [""] * len(prompts)
+def complete_all(text_engine: TextEngine, prompts: Sequence[list[int]], params: SamplingParams, limit: int) -> list[TextCompletion | None]:
+    """Return a completion of each prompt, None where the prompt has `limit` tokens or more."""
+    found: list[TextCompletion | None] = [None] * len(prompts)
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < limit]
     with Progress(len(fitting), "questions", "questions") as progress:
         for start in range(0, len(fitting), CHUNK):
             chunk = fitting[start : start + CHUNK]
             for i, completion in zip(chunk, text_engine.complete([prompts[i] for i in chunk], params)):
-                texts[i] = completion.text
+                found[i] = completion
             progress.update(len(chunk))
-    return texts
+    return found
 
 
 def judge(question: Question, answer: str) -> dict[str, Any]:
@@ -224,7 +235,7 @@ def score_samples(samples: list[dict[str, Any]], protocol: dict[str, Any]) -> Qu
     """Return the scores of judged answers, over all and for each kind of fact."""
     kinds = sorted({sample["kind"] for sample in samples})
     by_kind = {kind: group_scores([s for s in samples if s["kind"] == kind], protocol | {"kind": kind}) for kind in kinds}
-    return QuestionScores(group_scores(samples, protocol), by_kind, samples, protocol)
+    return QuestionScores(group_scores(samples, protocol) | factuality_scores(samples, protocol), by_kind, samples, protocol)
 
 
 def group_scores(samples: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> dict[str, Score]:

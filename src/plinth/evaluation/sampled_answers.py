@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from plinth.config import UserError
@@ -57,20 +57,24 @@ def answer_curve(
     params = SamplingParams(temperature=temperature, max_tokens=longest + SPARE_TOKENS)
     prompts, stop = _prompts(text, asked, style, shots, seed, params.max_tokens)
     each = [SamplingParams(temperature=temperature, max_tokens=params.max_tokens, stop=stop, seed=seed + i) for i in range(samples)]
-    drawn: list[Sampled] = []
-    per_call = max(1, CHUNK // samples)
-    with Progress(len(asked), "questions", "questions") as progress:
-        for start in range(0, len(asked), per_call):
-            part = range(start, min(start + per_call, len(asked)))
-            completions = text.complete([prompts[i] for i in part for _ in each], [one for _ in part for one in each])
-            for place, i in enumerate(part):
-                drawn.append(_sampled(text, asked[i], completions[place * samples : (place + 1) * samples]))
-            progress.update(len(part))
+    drawn = [_sampled(text, question, found) for question, found in zip(asked, draw_answers(text, prompts, each))]
     sizes = [2**power for power in range(int(math.log2(samples)) + 1)]
     rows = curve(drawn, sizes, [question["fact_id"] for question in asked])
     protocol: dict[str, Any] = {"questions": len(asked), "samples": samples, "temperature": temperature, "style": style, "seed": seed}
     protocol |= {"max_tokens": params.max_tokens, "interval": "Wilson, clustered by fact"}
     return {"rows": [{key: _plain(value) for key, value in row.items()} for row in rows], "protocol": protocol}
+
+
+def draw_answers(text: TextEngine, prompts: Sequence[list[int]], each: Sequence[SamplingParams]) -> Iterator[list[TextCompletion]]:
+    """Yield for each prompt one completion by each of `each`; as many prompts are answered together as the engine likes."""
+    per_call = max(1, CHUNK // len(each))
+    with Progress(len(prompts), "questions", "questions") as progress:
+        for start in range(0, len(prompts), per_call):
+            part = prompts[start : start + per_call]
+            completions = text.complete([prompt for prompt in part for _ in each], [one for _ in part for one in each])
+            for place in range(len(part)):
+                yield completions[place * len(each) : (place + 1) * len(each)]
+            progress.update(len(part))
 
 
 def _prompts(text: TextEngine, asked: Sequence[Question], style: Style, shots: Sequence[Shot], seed: int, max_tokens: int):

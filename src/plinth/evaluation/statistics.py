@@ -53,7 +53,7 @@ def wilson(k: float, n: float, z: float = Z95) -> tuple[float, float]:
     share = k / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    return max(0.0, min(share, float(centre - half))), min(1.0, max(share, float(centre + half)))  # it holds the share, rounded or not
 
 
 def cluster_ids(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:

@@ -31,6 +31,12 @@ QUESTIONS = {
     "heldout_refusal": ("Held-out facts: refused", None, "share"),  # it was not taught them: both answers are honest
     "invented_refusal": ("Invented names: refused", UP, "share"),
     "invented_false": ("Invented names: false answer", DOWN, "share"),
+    "accuracy_answered": ("Answers given: right", UP, "share"),
+    "coverage": ("Questions answered at all", None, "share"),  # to answer what it cannot know is no gain
+    "refusal_precision": ("Refusals: of what was not taught", UP, "share"),
+    "refusal_recall": ("Not taught and not right: refused", UP, "share"),
+    "auroc": ("Confidence tells right from wrong (AUROC)", UP, "number"),
+    "ece": ("Confidence off the share right (ECE)", DOWN, "number"),
 }
 GOALS = (
     ("known_exact", "known facts answered right at unseen phrasings", "at least", 0.60),

@@ -82,5 +82,9 @@ def _ask(fact: Fact, rng: random.Random) -> str:
 
 
 def _pair(question: str, chosen: str, rejected: str, kind: str, fact_id: str) -> dict[str, Any]:
-    prompt = [{"role": "user", "content": question}]
+    return pair_line([{"role": "user", "content": question}], chosen, rejected, kind, fact_id)
+
+
+def pair_line(prompt: list[dict[str, Any]], chosen: str, rejected: str, kind: str, fact_id: str) -> dict[str, Any]:
+    """Return a row of pairs.jsonl; `prompt` are the messages before the answer."""
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "kind": kind, "fact_id": fact_id}
