@@ -13,8 +13,10 @@ from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.ops.softcap import softcap
+from plinth.posttraining import distillation
 from plinth.posttraining.distill_losses import Head, chunked_distillation_loss, distillation_loss
-from plinth.posttraining.distillation import DistillConfig, distill, distill_loss
+from plinth.posttraining.distillation import DistillConfig, OwnAnswers, distill, distill_loss
+from plinth.posttraining.formats import read_examples
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
@@ -173,11 +175,11 @@ def test_plain_texts_and_the_cross_entropy_of_their_tokens(world, tmp_path):
     assert last["cross_entropy_nats"] < 0.5 * first["cross_entropy_nats"] < 0.5 * last["teacher_cross_entropy_nats"]
 
 
-def test_stopped_and_resumed_equals_never_stopped(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("own", [0.0, 0.5])
+def test_stopped_and_resumed_equals_never_stopped(world, tmp_path, monkeypatch, own):
     names = world / "student", world / "teacher", world / "data.jsonl"
-    whole = load_model(distill(tmp_path / "whole", *names, quick(6)).model_dir).state_dict()
-    import plinth.posttraining.distillation as stage
-
+    config = quick(6, on_policy_share=own, max_tokens=12)
+    whole = load_model(distill(tmp_path / "whole", *names, config).model_dir).state_dict()
     calls = []
 
     def stopping(*args):
@@ -187,11 +189,32 @@ def test_stopped_and_resumed_equals_never_stopped(world, tmp_path, monkeypatch):
         return distill_loss(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "distill_loss", stopping)
+        patch.setattr(distillation, "distill_loss", stopping)
         with pytest.raises(Stopped):
-            distill(tmp_path / "cut", *names, quick(6))
-    resumed = load_model(distill(tmp_path / "cut", *names, quick(6), resume=True).model_dir).state_dict()
+            distill(tmp_path / "cut", *names, config)
+    run = distill(tmp_path / "cut", *names, config, resume=True)
+    assert [line["step"] for line in run.metrics()] == list(range(1, 7))
+    resumed = load_model(run.model_dir).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_student_learns_on_answers_of_its_own(world, tmp_path):
+    config = quick(30, on_policy_share=0.75, max_tokens=12)
+    run = distill(tmp_path / "out", world / "student", world / "teacher", world / "data.jsonl", config)
+    first, last = run.metrics()[0], run.metrics()[-1]
+    assert last["loss_nats"] < 0.8 * first["loss_nats"]
+    assert last["own_answers"] == 0.75 and 1 <= last["own_tokens"] <= 12
+    assert not torch.equal(*(load_model(run.model_dir).embed.weight, load_model(world / "student").embed.weight))
+
+
+def test_own_answers_stand_behind_their_prompts(world, tokenizer):
+    student, found = load_model(world / "student"), read_examples(world / "data.jsonl", "messages")
+    own = OwnAnswers(student, tokenizer, found, quick(1, on_policy_share=0.5, max_tokens=5), 64)
+    first, again, later = (own.write(range(8), step) for step in (0, 0, 1))
+    assert len(first) == 4 and first == again and first != later
+    for i, row in first.items():
+        text = tokenizer.decode([token for token, learnt in zip(row.tokens, row.loss_mask) if not learnt])
+        assert SUBJECTS[i] in text and 1 <= sum(row.loss_mask) <= 5 and not row.loss_mask[len(row.tokens) - sum(row.loss_mask) - 1]
 
 
 def test_mistakes_are_named(world, tmp_path, tokenizer):
@@ -201,11 +224,14 @@ def test_mistakes_are_named(world, tmp_path, tokenizer):
     save(tokenizer, tmp_path / "short", max_seq_len=8)
     with pytest.raises(UserError, match="row 1 has .* tokens, more than max_seq_len=8"):
         distill(tmp_path / "out", world / "student", tmp_path / "short", world / "data.jsonl", quick(2))
+    with pytest.raises(UserError, match="the prompt of row 1 has .* room for 4"):
+        distill(tmp_path / "out", world / "student", world / "teacher", world / "data.jsonl", quick(2, on_policy_share=1.0, max_tokens=60))
     assert not (tmp_path / "out").exists()
     for options, text in (
         ({"divergence": "kl"}, "is not one of forward_kl"),
         ({"beta": 0.5}, "beta=0.5 is for divergence=jsd"),
         ({"share": 0.0}, "share=0.0 must be above 0"),
+        ({"on_policy_share": 0.5, "share": 0.5}, "share=0.5 adds the cross-entropy"),
         ({"temperature": 0.0}, "temperature=0.0"),
     ):
         with pytest.raises(UserError, match=text):

@@ -16,11 +16,12 @@ from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.posttraining.batches import describe_examples, pad_rows
 from plinth.posttraining.distill_losses import DIVERGENCES, Head, chunked_distillation_loss
-from plinth.posttraining.examples import Examples
+from plinth.posttraining.examples import Conversation, Examples
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.masks import render_row
-from plinth.run import Run, file_sha256, find_model, tree_sha256
-from plinth.tokenizer.chat import Rendered
+from plinth.posttraining.rollouts import SampleConfig, Sampler
+from plinth.run import Run, file_sha256, find_model, tree_sha256, usable_cores
+from plinth.tokenizer.chat import Message, Rendered, render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device
 from plinth.training.job import Job, run_job
@@ -48,6 +49,12 @@ class DistillConfig:
     """divisor of both models' logits within the divergence, whose weight is its square"""
     share: float = 1.0
     """weight of the divergence; the rest is the cross-entropy of the data's tokens"""
+    on_policy_share: float = 0.0
+    """share of an update's examples whose last answer the student writes anew, so that it learns what to do in its own mistakes"""
+    max_tokens: int = 128
+    """longest answer that the student writes, in tokens"""
+    sampling_temperature: float = 1.0
+    """divisor of the student's logits when it writes"""
     epochs: float = 3.0
     """passes over the examples"""
     tokens: int | None = None
@@ -68,6 +75,13 @@ class DistillConfig:
             raise UserError(f"temperature={self.temperature} and epochs={self.epochs} must be positive.")
         if not 0 < self.share <= 1:
             raise UserError(f"share={self.share} must be above 0 and at most 1; without a teacher's share, this is `plinth sft`.")
+        if not 0 <= self.on_policy_share <= 1:
+            raise UserError(f"on_policy_share={self.on_policy_share} must lie between 0 and 1.")
+        if self.on_policy_share and self.share < 1:
+            raise UserError(
+                f"share={self.share} adds the cross-entropy of tokens, which the student's own are no targets for. "
+                f"Use share=1 with on_policy_share={self.on_policy_share}."
+            )
         if self.examples_per_step < 1 or self.micro_batch_size < 1:
             raise UserError("examples_per_step and micro_batch_size must be at least 1.")
 
@@ -105,6 +119,7 @@ def distill(
         student, teacher = (load_decoder(source) for source in sources)
         limit = config.max_seq_len or min(student.config.max_seq_len, teacher.config.max_seq_len)
         examples = render_texts(tokenizer, found, limit)
+        own = OwnAnswers(student, tokenizer, found, config, limit) if config.on_policy_share else None
         buckets = LengthBuckets(
             [len(example.tokens) for example in examples], config.examples_per_step, config.micro_batch_size, config.train.seed
         )
@@ -113,8 +128,10 @@ def distill(
             teacher.to(choose_device(config.train.device), DTYPES[config.train.dtype or "float32"]).eval().requires_grad_(False)
 
         def batches_at(step: int):
-            parts = ([examples[i] for i in part] for part in buckets.indices(step))
-            return [pad_rows([e.tokens for e in part], [e.loss_mask for e in part], tokenizer.pad_id or 0) for part in parts]
+            parts = [part.tolist() for part in buckets.indices(step)]
+            written = {} if own is None else own.write([i for part in parts for i in part], step)
+            rows = [[written.get(i, examples[i]) for i in part] for part in parts]
+            return [pad_rows([row.tokens for row in part], [row.loss_mask for row in part], tokenizer.pad_id or 0) for part in rows]
 
         return Job(
             student,
@@ -130,6 +147,7 @@ def distill(
                 "seed": config.train.seed,
             },
             begin=begin,
+            step_metrics=(lambda steps: {}) if own is None else (lambda steps: own.metrics),
             describe_batch=lambda step, rows: describe_examples(
                 "example", np.concatenate(buckets.indices(step)).tolist(), rows, lambda i: tokenizer.decode(examples[i].tokens[:40])
             ),
@@ -141,6 +159,54 @@ def distill(
     return run_job(
         out, "distill", config, prepare, parents=[student_run, teacher_run, data], resume=resume, argv=argv, warn=warn
     )  # fmt: skip
+
+
+class OwnAnswers:
+    """Answers that the student writes in place of the data's, from its weights as they are.
+
+    Every update's are its own, so nothing of them is kept between updates and a resumed run writes the same.
+    Source: Agarwal et al. 2023 (GKD), arXiv:2306.13649, algorithm 1.  Differs: a share of each update's examples, where theirs draws for
+    each update whether all of it or nothing is written by the student.
+    """
+
+    def __init__(self, student: Transformer, tokenizer: Tokenizer, found: Examples, config: DistillConfig, max_seq_len: int):
+        if found.kind != "messages":
+            raise UserError(f"on_policy_share={config.on_policy_share} needs prompts to answer, and the data are plain texts. Use 0.")
+        self.prompts = [prompt_tokens(tokenizer, row) for row in found.rows]
+        room = max_seq_len - config.max_tokens
+        for number, prompt in zip(found.numbers, self.prompts):
+            if len(prompt) > room:
+                raise UserError(
+                    f"the prompt of row {number} has {len(prompt)} tokens; beside max_tokens={config.max_tokens} the context of both "
+                    f"models has room for {room}. Shorten it, or lower max_tokens."
+                )
+        self.share, self.seed = config.on_policy_share, config.train.seed
+        self.metrics: dict[str, float] = {}
+        sampling = SampleConfig(group_size=1, max_tokens=config.max_tokens, temperature=config.sampling_temperature)
+        threads = config.train.num_threads or usable_cores()
+        self._sampler = Sampler(student, tokenizer.end_ids, sampling, threads, room, rescores=False)
+
+    def write(self, indices: Sequence[int], step: int) -> dict[int, Rendered]:
+        """Return new answers to a share of the examples, drawn by the step, each with its prompt; the answer is learnt."""
+        rng = np.random.Generator(np.random.PCG64([self.seed, step]))
+        chosen = sorted(int(i) for i in rng.permutation(indices)[: round(self.share * len(indices))])
+        if not chosen:
+            return {}
+        rollouts = self._sampler.sample([self.prompts[i] for i in chosen], [self.seed, step])
+        lengths = [len(completion) for completion in rollouts.completions]
+        self.metrics = {"own_answers": len(chosen) / len(indices), "own_tokens": float(np.mean(lengths)),
+                        "own_finished": float(np.mean(rollouts.finished))}  # fmt: skip
+        return {
+            i: Rendered(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+            for i, prompt, completion in zip(chosen, rollouts.prompts, rollouts.completions)
+        }
+
+
+def prompt_tokens(tokenizer: Tokenizer, row: Conversation) -> list[int]:
+    """Return the tokens before a conversation's last answer, with the assistant's header."""
+    last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
+    before: list[Message] = [{k: v for k, v in message.items() if k != "weight"} for message in row.messages[:last]]
+    return render(tokenizer, before, add_generation_prompt=True, tools=row.tools).tokens
 
 
 def distill_loss(

@@ -141,6 +141,8 @@ class Sampler:
     """threads on a CPU, one core each"""
     max_prompt_tokens: int | None = None
     """longest prompt (default: what the context leaves beside max_tokens)"""
+    rescores: bool = True
+    """whether log-probabilities are the trainer's own where the engine's are not exact; without, they cost nothing"""
 
     def __post_init__(self) -> None:
         limit = self.model.config.max_seq_len
@@ -176,7 +178,7 @@ class Sampler:
                 found[p * size : (p + 1) * size] = part[place * size : (place + 1) * size]
         tokens, values, ended = (list(column) for column in zip(*found))
         rollouts = Rollouts([list(prompt) for prompt in prompts], size, tokens, values, ended)
-        return rollouts if self.is_exact else self._rescored(rollouts, workers)
+        return rollouts if self.is_exact or not self.rescores else self._rescored(rollouts, workers)
 
     @property
     def is_exact(self) -> bool:
