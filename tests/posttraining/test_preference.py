@@ -146,9 +146,8 @@ def test_sft_learns_its_answers_and_says_what_it_left_out(tmp_path, tokenizer, m
     assert "2 rejected" in told[0] and "row 9" in told[0]
     assert run.summary["conversations"] == 8 and run.summary["rejected"] == 2
     assert run.metrics()[-1]["loss_nats"] < 0.2 < run.metrics()[0]["loss_nats"]
-    examples = render_examples(tokenizer, [Conversation(**conversation("copy"))], 64)
-    assert run.metrics()[0]["tokens"] == sum(sum(e.loss_mask) for e in render_examples(
-        tokenizer, [Conversation(**conversation(name)) for name in SUBJECTS], 64))  # fmt: skip
+    examples, too_long = render_examples(tokenizer, [Conversation(**conversation(name)) for name in SUBJECTS], 64)
+    assert run.metrics()[0]["tokens"] == sum(sum(e.loss_mask) for e in examples) and too_long is None
     ids = torch.tensor(examples[0].tokens)
     model = load_model(run.model_dir)
     predicted = model.logits(model(ids[None]))[0].argmax(-1)
@@ -174,7 +173,7 @@ def test_sft_reads_other_formats_says_so_and_counts_what_inspect_shows(tmp_path,
 
 
 def test_sft_refuses_a_conversation_that_does_not_fit(tokenizer):
-    with pytest.raises(UserError, match="conversation 1 has .* more than max_seq_len=4"):
+    with pytest.raises(UserError, match="1 row of more than max_seq_len=4 tokens .row 1; their lengths: 50% .*: none is left"):
         render_examples(tokenizer, [Conversation(**conversation("copy"))], 4)
 
 

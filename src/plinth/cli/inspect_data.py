@@ -62,14 +62,7 @@ def main(argv: list[str]) -> int:
 
 def show(console: Console, found: Inspection, page: Path | None) -> None:
     """Draw what was found, the rows' tokens last."""
-    share = found.learnt / found.tokens if found.tokens else 0.0
-    lines = [
-        f"{found.file}: {found.examples.describe()}",
-        f"{found.sequences} sequences, {found.tokens} tokens, {found.learnt} of them learnt ({share:.1%})",
-        "length in tokens: " + ", ".join(f"{name} {length}" for name, length in found.lengths.items()),
-        *(f"! {finding.describe()}" for finding in found.findings),
-    ]
-    for line in lines:
+    for line in found.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for each in found.shown:
         console.print(

@@ -10,7 +10,11 @@ import tyro
 
 from plinth.cli.output import say
 from plinth.cli.pretrain import show_run
+from plinth.models.hub import read_config
+from plinth.posttraining.inspection import inspect_data
 from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.run import find_model
+from plinth.tokenizer.encode import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Options:
     """run directory to write"""
     config: Annotated[SftConfig, tyro.conf.arg(name="")] = field(default_factory=SftConfig)
     """batches, loss and schedule"""
+    strict: bool = False
+    """train only on a file of which no row is left out and in which `plinth inspect` finds nothing odd; else say what, exit with code 1"""
     resume: bool = False
     """continue the run from its newest sound checkpoint"""
     json: bool = False
@@ -33,6 +39,18 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth sft", args=argv)
+    if options.strict and not is_clean(options):
+        return 1
     run = train_sft(options.out, options.run, options.messages, options.config, resume=options.resume, argv=argv, warn=say)
     show_run(run, options.json)
     return 0
+
+
+def is_clean(options: Options) -> bool:
+    """Look at the file as `plinth inspect --strict` does; say what was found when anything was."""
+    folder = find_model(options.run)
+    limit = options.config.max_seq_len or getattr(read_config(folder)[1], "max_seq_len", None)
+    found = inspect_data(options.messages, Tokenizer.load(folder), limit, kind="messages", count=0)
+    if not found.is_clean:
+        say("\n".join([*found.lines(), "Nothing was trained, as --strict asks. Mend the rows, or leave --strict out."]))
+    return found.is_clean

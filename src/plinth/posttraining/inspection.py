@@ -81,6 +81,16 @@ class Inspection:
         """Whether no row was left out and nothing is odd."""
         return not self.examples.rejected and not self.findings
 
+    def lines(self) -> list[str]:
+        """Return what was read and what is odd, a line each, without the rows' tokens."""
+        share = self.learnt / self.tokens if self.tokens else 0.0
+        return [
+            f"{self.file}: {self.examples.describe()}",
+            f"{self.sequences} sequences, {self.tokens} tokens, {self.learnt} of them learnt ({share:.1%})",
+            "length in tokens: " + ", ".join(f"{name} {length}" for name, length in self.lengths.items()),
+            *(f"! {finding.describe()}" for finding in self.findings),
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a shown sequence's tokens are [ids, text, learnt]."""
         examples = self.examples

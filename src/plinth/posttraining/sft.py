@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from plinth.config import UserError
-from plinth.data.buckets import LengthBuckets
+from plinth.data.buckets import LengthBuckets, PackedExamples
 from plinth.models.hub import load_decoder
 from plinth.posttraining.adapter_files import publish_model, with_adapters
-from plinth.posttraining.batches import describe_examples, pad_rows
-from plinth.posttraining.examples import Conversation
+from plinth.posttraining.batches import describe_examples, pack_rows, pad_rows
+from plinth.posttraining.examples import SHOWN, Conversation, rows_text
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.masks import render_weighted
@@ -50,7 +51,11 @@ class SftConfig:
     join_turns: int = 1
     """join up to this many conversations into one, at random, so that a model taught single turns answers later ones too"""
     max_seq_len: int | None = None
-    """longest conversation in tokens (default: the model's context); a longer one is an error, never cut"""
+    """longest conversation in tokens (default: the model's context); a longer one is never cut"""
+    too_long: Literal["error", "leave-out"] = "error"
+    """what to do when conversations are longer: stop before training, or leave them out; either way their rows and lengths are told"""
+    packing: bool = False
+    """put several whole conversations in a row of max_seq_len tokens, each seeing itself alone (default: rows of like lengths, padded)"""
     adapter: LoraConfig = field(default_factory=LoraConfig)
     """train adapters in place of the weights"""
 
@@ -88,25 +93,32 @@ def train_sft(
         model = with_adapters(load_decoder(source), config.adapter, config.train.seed)
         trained_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         limit = config.max_seq_len or model.config.max_seq_len
-        examples = render_examples(tokenizer, found.rows, limit, found.numbers)
+        examples, too_long = render_examples(tokenizer, found.rows, limit, found.numbers, leave_out=config.too_long == "leave-out")
+        if too_long:
+            warn(f"{messages}: left out {too_long}")
         rounds = 1 if config.join_turns == 1 else JOIN_ROUNDS
         if rounds > 1:
             examples = join_examples(examples, config.join_turns, rounds, limit, config.train.seed)
         lengths = [len(example.tokens) for example in examples]
-        buckets = LengthBuckets(lengths, config.conversations_per_step, config.micro_batch_size, config.train.seed)
+        deal = deal_examples(lengths, config, limit)
         pad_id = tokenizer.pad_id or 0
 
         def batches_at(step: int):
-            return [
-                pad_rows([examples[i].tokens for i in part], [examples[i].loss_mask for i in part], pad_id)
-                for part in buckets.indices(step)
-            ]
+            parts = [[[examples[i] for i in row] for row in part] for part in deal.rows(step)]
+            if config.packing:
+                return [pack_rows(part, pad_id) for part in parts]
+            return [pad_rows([row[0].tokens for row in part], [row[0].loss_mask for row in part], pad_id) for part in parts]
+
+        def describe_batch(step: int, rows: Sequence[int] | None) -> str:
+            packed = [row.tolist() for part in deal.rows(step) for row in part]
+            chosen = [i for row in (packed if rows is None else [packed[r] for r in rows]) for i in row]
+            return describe_examples("example", chosen, None, lambda i: tokenizer.decode(examples[i].tokens[:40]))
 
         return Job(
             model,
             causal_lm_loss,
             batches_at,
-            steps=buckets.steps_for(config.epochs / rounds, config.tokens),
+            steps=deal.steps_for(config.epochs / rounds, config.tokens),
             tokenizer=tokenizer,
             publish=lambda folder: publish_model(model, tokenizer, folder, str(source)),
             description="finetuning",
@@ -116,15 +128,14 @@ def train_sft(
                 "seed": config.train.seed,
                 **({"base_sha256": tree_sha256(source)} if config.adapter.rank is not None else {}),  # checkpoints lack frozen weights
             },
-            describe_batch=lambda step, rows: describe_examples(
-                "example", np.concatenate(buckets.indices(step)).tolist(), rows, lambda i: tokenizer.decode(examples[i].tokens[:40])
-            ),
+            describe_batch=describe_batch,
             summarise=lambda summary: (
                 summary
                 | {
                     "conversations": len(found.rows),
                     "rejected": len(found.rejected),
-                    "epochs": rounds * summary["steps"] / buckets.steps_per_epoch,
+                    "too_long": len(too_long.rows) if too_long else 0,
+                    "epochs": rounds * summary["steps"] / deal.steps_per_epoch,
                     "supervised_share": sum(sum(example.loss_mask) for example in examples) / sum(lengths),
                 }
                 | ({"trained_params": trained_params} if config.adapter.rank is not None else {})
@@ -134,25 +145,60 @@ def train_sft(
     return run_job(out, "sft", config, prepare, parents=[model_run, messages], resume=resume, argv=argv, warn=warn)
 
 
-def render_examples(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], max_seq_len: int, numbers: Sequence[int] | None = None
-) -> list[Rendered]:
-    """Render conversations to tokens and masks; `numbers` are their rows in the file, for errors.
+@dataclass(frozen=True)
+class TooLong:
+    """Conversations that are longer than they may be."""
 
-    Raises UserError for one that is longer than `max_seq_len` tokens or has no supervised token.
+    rows: list[int]
+    """their numbers in the file"""
+    lengths: list[int]
+    """of each its tokens"""
+    limit: int
+    """tokens that a conversation may have"""
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.rows[:SHOWN])) + (", ..." if len(self.rows) > SHOWN else "")
+        median, ninth = (int(np.quantile(self.lengths, share, method="higher")) for share in (0.5, 0.9))
+        return (
+            f"{rows_text(len(self.rows))} of more than max_seq_len={self.limit} tokens (row {shown}; "
+            f"their lengths: 50% {median}, 90% {ninth}, 100% {max(self.lengths)} tokens)"
+        )
+
+
+def deal_examples(lengths: Sequence[int], config: SftConfig, max_seq_len: int) -> LengthBuckets | PackedExamples:
+    """Return what deals conversations of these lengths, in tokens, into steps."""
+    sizes = (config.conversations_per_step, config.micro_batch_size, config.train.seed)
+    if not config.packing:
+        return LengthBuckets(lengths, *sizes)
+    return PackedExamples([length - 1 for length in lengths], max_seq_len, *sizes)  # a last token is predicted but not read
+
+
+def render_examples(
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    max_seq_len: int,
+    numbers: Sequence[int] | None = None,
+    *,
+    leave_out: bool = False,
+) -> tuple[list[Rendered], TooLong | None]:
+    """Render conversations to tokens and masks; `numbers` are their rows in the file.
+
+    Those longer than `max_seq_len` tokens are an error, or with `leave_out` come back as the second value. Raises UserError for one that
+    has no supervised token, and when none is left.
     """
-    examples = []
-    for number, conversation in zip(numbers or range(1, len(conversations) + 1), conversations):
-        rendered = render_weighted(tokenizer, conversation.messages, conversation.tools)
-        if len(rendered.tokens) > max_seq_len + 1:
-            raise UserError(
-                f"conversation {number} has {len(rendered.tokens)} tokens, more than max_seq_len={max_seq_len}. "
-                "Shorten it, or take a model with a longer context."
-            )
-        if not any(rendered.loss_mask):
+    numbers = numbers or range(1, len(conversations) + 1)
+    rendered = [render_weighted(tokenizer, conversation.messages, conversation.tools) for conversation in conversations]
+    long = [(number, len(each.tokens)) for number, each in zip(numbers, rendered) if len(each.tokens) > max_seq_len + 1]
+    too_long = TooLong([number for number, _ in long], [length for _, length in long], max_seq_len) if long else None
+    if too_long and (not leave_out or len(long) == len(rendered)):
+        raise UserError(
+            f"{too_long}. Shorten them, take a model with a longer context"
+            + (", or leave them out: --too-long leave-out." if len(long) < len(rendered) else ": none is left.")
+        )
+    for number, each in zip(numbers, rendered):
+        if not any(each.loss_mask[1:]):
             raise UserError(f"conversation {number} has no supervised token: no text of the assistant.")
-        examples.append(rendered)
-    return examples
+    return [each for each in rendered if len(each.tokens) <= max_seq_len + 1], too_long
 
 
 def join_examples(examples: list[Rendered], turns: int, rounds: int, max_seq_len: int, seed: int) -> list[Rendered]:
