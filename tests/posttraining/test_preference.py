@@ -11,8 +11,10 @@ from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.posttraining.examples import Conversation
+from plinth.posttraining.formats import read_examples
 from plinth.posttraining.inspection import inspect_data
-from plinth.posttraining.preference import DpoConfig, pad_pairs, pairs_loss, read_pairs, sequence_log_probs, train_dpo
+from plinth.posttraining.pairs import pad_sides, render_pairs
+from plinth.posttraining.preference import DpoConfig, pairs_loss, sides_log_probs, train_dpo
 from plinth.posttraining.preference_losses import REFERENCE_FREE, Pairs, preference_loss
 from plinth.posttraining.sft import SftConfig, render_examples, train_sft
 from plinth.tokenizer.train import train_tokenizer
@@ -50,6 +52,16 @@ def pair(name, other):
     return {"prompt": [{"role": "user", "content": f"What does {name} do?"}], "chosen": f"It does {name}.", "rejected": f"It does {other}."}
 
 
+def rendered_pairs(tokenizer, path, records):
+    pairs, left_out = render_pairs(tokenizer, read_examples(write_lines(path, records), "preference"), 64)
+    assert not left_out
+    return pairs
+
+
+def sides(pairs):
+    return pad_sides([(pair.chosen, pair.rejected) for pair in pairs], pad_id=1)
+
+
 def quick(steps, **optimizer):
     return TrainConfig(
         steps=steps, warmup_steps=2, dtype="float32", num_threads=2, optimizer=OptimizerConfig(**{"lr": 0.01, "muon_lr": 0.02, **optimizer})
@@ -72,16 +84,14 @@ def test_dpo_gradient_equals_finite_differences():
 
 
 def test_sequence_log_probs_count_the_answer_only(tmp_path, tokenizer, model_dir):
-    pairs, rejected = read_pairs(write_lines(tmp_path / "pairs.jsonl", [pair("copy", "seek"), pair("open", "move")]), tokenizer, 64)
-    assert not rejected
+    pairs = rendered_pairs(tokenizer, tmp_path / "pairs.jsonl", [pair("copy", "seek"), pair("open", "move")])
     model = load_model(model_dir)
-    inputs, targets = pad_pairs(pairs, [0, 1], pad_id=1)
-    log_probs = sequence_log_probs(model, inputs, targets)
-    for row, rendered in enumerate([pairs[0].chosen, pairs[1].chosen, pairs[0].rejected, pairs[1].rejected]):
+    log_probs = sides_log_probs(model, *sides(pairs))
+    for row, rendered in enumerate([pairs[0].chosen, pairs[0].rejected, pairs[1].chosen, pairs[1].rejected]):
         ids = torch.tensor(rendered.tokens)
         table = model.logits(model(ids[None]))[0].log_softmax(-1)
         expected = sum(table[i - 1, ids[i]] for i in range(1, len(ids)) if rendered.loss_mask[i])
-        torch.testing.assert_close(log_probs[row], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(log_probs.flatten()[row], expected, rtol=1e-4, atol=1e-4)
         answer = tokenizer.decode([t for t, counted in zip(rendered.tokens, rendered.loss_mask) if counted])
         assert answer.startswith("It does")
 
@@ -109,13 +119,11 @@ def test_another_loss_trains_too_and_computes_a_reference_only_if_it_reads_one(t
 
 
 def test_metrics_show_lengths_and_whether_the_chosen_answer_fell(tmp_path, tokenizer, model_dir):
-    file = write_lines(tmp_path / "pairs.jsonl", [pair("copy", "seek and tell"), pair("open", "move")])
-    pairs, _ = read_pairs(file, tokenizer, 64)
-    inputs, targets = pad_pairs(pairs, [0, 1], pad_id=1)
+    pairs = rendered_pairs(tokenizer, tmp_path / "pairs.jsonl", [pair("copy", "seek and tell"), pair("open", "move")])
     model = load_model(model_dir)
     with torch.no_grad():
-        own = sequence_log_probs(model, inputs, targets).view(2, 2).T
-        _, count, metrics = pairs_loss(model, (inputs, targets, own + torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), DpoConfig())
+        own = sides_log_probs(model, *sides(pairs))
+        _, count, metrics = pairs_loss(model, (*sides(pairs), own + torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), DpoConfig())
     assert count == 2 and metrics["chosen_fell"] == 1.0
     assert metrics["chosen_tokens"] == sum(sum(p.chosen.loss_mask) for p in pairs) < metrics["rejected_tokens"]
 
@@ -128,14 +136,32 @@ def test_cross_entropy_is_added_to_dpo_alone_unless_asked():
         DpoConfig(loss="dpo")
 
 
-def test_bad_pairs_are_counted_and_good_ones_kept(tmp_path, tokenizer):
+def test_bad_pairs_are_counted_and_good_ones_kept(tmp_path, tokenizer, model_dir):
     lines = [pair("copy", "move"), "{broken", {"prompt": "x", "chosen": "y"}, {"prompt": "x", "chosen": 3, "rejected": "z"}]
-    pairs, rejected = read_pairs(write_lines(tmp_path / "pairs.jsonl", lines), tokenizer, 64)
-    assert len(pairs) == 1
-    assert [line.split(":")[0] for line in rejected] == ["line 2", "line 3", "line 4"]
-    assert "no 'rejected'" in rejected[1]
-    with pytest.raises(UserError, match="no valid pair: line 1"):
-        read_pairs(write_lines(tmp_path / "bad.jsonl", ["{"]), tokenizer, 64)
+    lines += [pair("seek", "seek"), pair("open", "x" * 300)]
+    told, file = [], write_lines(tmp_path / "pairs.jsonl", lines)
+    run = train_dpo(tmp_path / "out", model_dir, file, DpoConfig(train=quick(1), pairs_per_step=2, micro_batch_size=1), warn=told.append)
+    assert (run.summary["pairs"], run.summary["rejected_lines"], run.summary["left_out"]) == (1, 3, 2)
+    assert "3 rejected (row 2: not JSON" in told[0] and "row 3: " in told[0]
+    assert "2 left out, 1 used (row 5: chosen and rejected are the same; row 6: rejected has" in told[1]
+    with pytest.raises(UserError, match="holds no preference row that can be read: row 1"):
+        train_dpo(tmp_path / "bad", model_dir, write_lines(tmp_path / "bad.jsonl", ["{"]), DpoConfig())
+    with pytest.raises(UserError, match="holds no preference row that can be learnt: row 1"):
+        train_dpo(tmp_path / "bad", model_dir, write_lines(tmp_path / "bad.jsonl", [pair("seek", "seek")]), DpoConfig())
+
+
+def test_rankings_and_transcripts_are_read_as_pairs_and_said(tmp_path, tokenizer, model_dir):
+    """The classes of complaint of trl#2541 and of hh-rlhf's pairs whose prompts differ: what was read, and what not, has row numbers."""
+    ask = "\n\nHuman: What does copy do?\n\nAssistant:"
+    records = [
+        {"prompt": "What does copy do?", "completions": ["It does copy.", "It does read.", "It does seek."], "ranks": [1, 2, 2]},
+        {"chosen": f"{ask} It does copy.", "rejected": f"{ask} It does move."},
+        {"chosen": f"{ask} It does copy.", "rejected": "\n\nHuman: Other?\n\nAssistant: It does move."},
+    ]
+    told, file = [], write_lines(tmp_path / "mixed.jsonl", records)
+    run = train_dpo(tmp_path / "out", model_dir, file, DpoConfig(train=quick(1), pairs_per_step=4, micro_batch_size=2), warn=told.append)
+    assert "read as preference: ranking (1 row), hh-rlhf transcripts (1 row); 3 rows used" in told[0]
+    assert "1 rejected (row 3" in told[0] and run.summary["pairs"] == 3
 
 
 def test_sft_learns_its_answers_and_says_what_it_left_out(tmp_path, tokenizer, model_dir):

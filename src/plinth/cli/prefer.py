@@ -1,4 +1,4 @@
-"""`plinth prefer`: tune a run's model to prefer chosen answers over rejected ones, by DPO or another loss."""
+"""`plinth prefer`: tune a run's model on preferences: pairs by DPO and its kin, labelled answers by KTO and its kin."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from plinth.posttraining.preference import DpoConfig, train_dpo
 
 @dataclass(frozen=True)
 class Options:
-    """Tune a run's model to prefer chosen answers over rejected ones, by DPO or another loss."""
+    """Tune a run's model on preferences: pairs by DPO and its kin, labelled single answers by KTO and its kin."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """run, build or model folder to start from"""
-    pairs: Path
-    """preference pairs, JSON Lines: {"prompt", "chosen", "rejected"}"""
+    pairs: Annotated[Path, tyro.conf.arg(aliases=["--data"])]
+    """pairs, rankings or labelled answers, in any format that `plinth inspect` reads as preference, ranking or unpaired"""
     out: Path
     """run directory to write"""
     config: Annotated[DpoConfig, tyro.conf.arg(name="")] = field(default_factory=DpoConfig)

@@ -1,10 +1,8 @@
-"""Preference tuning on pairs of a chosen and a rejected answer, by DPO or another loss of such pairs."""
+"""Preference tuning: on pairs of a chosen and a rejected answer (DPO and its kin), or on labelled single answers (KTO and its kin)."""
 
 from __future__ import annotations
 
-import copy
-import io
-import json
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,25 +11,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from plinth.config import UserError, write_atomic
+from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
-from plinth.ops.loss import token_log_probs
-from plinth.posttraining.batches import describe_examples, pad_rows
-from plinth.posttraining.preference_losses import REFERENCE_FREE, Pairs, check_options, preference_loss
+from plinth.posttraining.batches import describe_examples
+from plinth.posttraining.examples import Examples
+from plinth.posttraining.formats import read_examples
+from plinth.posttraining.log_probs import reference_log_probs, sequence_log_probs
+from plinth.posttraining.pairs import LeftOut, Pair, pad_sides, render_pairs
+from plinth.posttraining.preference_losses import PREFERENCE_LOSSES, REFERENCE_FREE, Pairs, check_options, preference_loss
+from plinth.posttraining.unpaired import LabelledAnswer, reference_point, render_labelled, unpaired_loss, weight_advice
+from plinth.posttraining.unpaired_losses import UNPAIRED_LOSSES
 from plinth.run import Run, file_sha256, find_model
-from plinth.tokenizer.chat import Message, Rendered, check_messages, render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device, move_batch
 from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
-from plinth.training.objectives import select_rows
 from plinth.training.optim import OptimizerConfig
-from plinth.training.precision import DTYPES
-from plinth.training.step import InlineWorker, Workers, open_workers
+from plinth.training.step import Batch
 
-REFERENCE_FILE = "reference_log_probs.npy"
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -49,32 +49,45 @@ class DpoConfig:
     tokens: int | None = None
     """tokens to process, padding included; given, it takes the place of epochs"""
     loss: str = "sigmoid"
-    """loss of a pair: sigmoid (DPO), cdpo, robust, hinge, ipo, simpo, orpo, ...; all are in docs/losses.md"""
+    """loss of a pair: sigmoid (DPO), cdpo, robust, hinge, ipo, simpo, orpo, ...; of a labelled answer: kto, apo_zero_unpaired, bco"""
     beta: float | None = None
     """strength of the tie to the reference model; None takes the loss's own, 0.1 for most"""
     epsilon: float | None = None
     """share of labels taken to be the wrong way round, for the losses that read it; None takes the loss's own"""
     gamma: float | None = None
     """margin of simpo; None takes 1"""
+    desirable_weight: float | None = None
+    """weight of wanted answers in kto; None takes 1"""
+    undesirable_weight: float | None = None
+    """weight of unwanted answers in kto; None takes 1"""
     chosen_nll_coef: float | None = None
     """weight of the chosen answer's cross-entropy, which keeps its probability from sinking; None takes 0.2 with sigmoid, else 0"""
     pairs_per_step: int = 64
-    """pairs an update"""
+    """pairs, or labelled answers, an update"""
     micro_batch_size: int = 32
-    """pairs a forward pass"""
+    """pairs, or labelled answers, a forward pass"""
+    max_seq_len: int | None = None
+    """longest prompt with its answer in tokens (default: the model's context); longer ones are left out, counted, never cut"""
 
     def __post_init__(self) -> None:
         if (self.beta is not None and self.beta <= 0) or self.epochs <= 0 or self.nll_coef < 0:
             raise UserError(
                 f"beta={self.beta} and epochs={self.epochs} must be positive, chosen_nll_coef={self.chosen_nll_coef} 0 or more."
             )
-        check_options(self.loss, self.loss_options)
+        if self.is_unpaired and self.chosen_nll_coef is not None:
+            raise UserError(f"chosen_nll_coef={self.chosen_nll_coef} is for losses of pairs, and {self.loss} is none. Leave it out.")
+        check_options(self.loss, self.loss_options, PREFERENCE_LOSSES | UNPAIRED_LOSSES)
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether the loss is of single answers."""
+        return self.loss in UNPAIRED_LOSSES
 
     @property
     def loss_options(self) -> dict[str, float]:
-        """What the loss is given beside the pairs."""
-        given = {"beta": self.beta, "epsilon": self.epsilon, "gamma": self.gamma}
-        return {name: value for name, value in given.items() if value is not None}
+        """What the loss is given beside the answers."""
+        names = ("beta", "epsilon", "gamma", "desirable_weight", "undesirable_weight")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def nll_coef(self) -> float:
@@ -84,33 +97,20 @@ class DpoConfig:
         return 0.2 if self.loss == "sigmoid" else 0.0
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A prompt with a chosen and a rejected answer, rendered."""
-
-    chosen: Rendered
-    rejected: Rendered
-
-
-def sequence_log_probs(model: Transformer, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Return the summed log-probability in nats of each row's counted targets, shape (B,)."""
-    hidden_ND = model(inputs_BT).flatten(0, 1)
-    targets_N = targets_BT.flatten()
-    counted_N = targets_N >= 0
-    rows = select_rows(counted_N, int(counted_N.sum()))
-    log_probs = token_log_probs(hidden_ND[rows], model.output_weight, targets_N[rows], model.config.logit_softcap)
-    return torch.zeros(inputs_BT.shape[0], device=inputs_BT.device).index_add(0, rows // inputs_BT.shape[1], log_probs)
+def sides_log_probs(model: Transformer, inputs_BRT: torch.Tensor, targets_BRT: torch.Tensor) -> torch.Tensor:
+    """Return the summed log-probability in nats of the counted targets of each example's sequences, shape (B, R)."""
+    return sequence_log_probs(model, inputs_BRT.flatten(0, 1), targets_BRT.flatten(0, 1)).view(inputs_BRT.shape[:2])
 
 
 def pairs_loss(policy: Transformer, batch: tuple[torch.Tensor, ...], config: DpoConfig) -> tuple[torch.Tensor, int, dict[str, float]]:
-    """Return (loss_sum, num_pairs, metrics) of (inputs, targets, reference log-probabilities (B, 2)), chosen rows before rejected ones.
+    """Return (loss_sum, num_pairs, metrics) of (inputs, targets (B, 2, T), reference log-probabilities (B, 2)), chosen before rejected.
 
     Beside the loss's own metrics: both answers' log-probabilities in nats and tokens and, with a reference, chosen_fell, the pairs whose
     chosen answer has become less likely than it was, all as sums over pairs.
     """
-    inputs_BT, targets_BT, reference_B2 = batch
-    chosen_B, rejected_B = sequence_log_probs(policy, inputs_BT, targets_BT).chunk(2)
-    tokens_B, other_tokens_B = (targets_BT >= 0).sum(1).chunk(2)
+    inputs_B2T, targets_B2T, reference_B2 = batch
+    chosen_B, rejected_B = sides_log_probs(policy, inputs_B2T, targets_B2T).unbind(1)
+    tokens_B, other_tokens_B = (targets_B2T >= 0).sum(2).unbind(1)
     references = (None, None) if config.loss in REFERENCE_FREE else reference_B2.unbind(1)
     pairs = Pairs(chosen_B, rejected_B, references[0], references[1], tokens_B, other_tokens_B)
     total, count, metrics = preference_loss(config.loss, pairs, **config.loss_options)
@@ -121,149 +121,183 @@ def pairs_loss(policy: Transformer, batch: tuple[torch.Tensor, ...], config: Dpo
     return total - config.nll_coef * chosen_B.sum(), count, metrics
 
 
+class PairedRows:
+    """Pairs as batches of a loss of pairs."""
+
+    def __init__(self, pairs: Sequence[Pair], config: DpoConfig, pad_id: int):
+        self.pairs, self.config, self.pad_id = pairs, config, pad_id
+        self.lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]
+        self.needs_reference = config.loss not in REFERENCE_FREE
+        self.sides = 2
+
+    def reference_batch(self, part: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return the sequences whose log-probabilities under the reference the loss reads."""
+        return pad_sides(((self.pairs[i].chosen, self.pairs[i].rejected) for i in part), self.pad_id)
+
+    def batches(self, parts: Sequence[np.ndarray], reference: np.ndarray, policy: Transformer) -> list[Batch]:
+        """Return a step's micro-batches."""
+        return [(*self.reference_batch(part), torch.from_numpy(reference[part])) for part in parts]
+
+    def loss(self, policy: Transformer, batch: Batch) -> tuple[torch.Tensor, int, dict[str, float]]:
+        return pairs_loss(policy, batch, self.config)
+
+    def tokens(self, i: int) -> list[int]:
+        """Return the tokens that name a pair in a message."""
+        return self.pairs[i].chosen.tokens
+
+    def counts(self) -> dict[str, int]:
+        """Return what the summary says of the data."""
+        return {"pairs": len(self.pairs)}
+
+
+class LabelledRows:
+    """Labelled answers as batches of a loss of single answers."""
+
+    def __init__(self, answers: Sequence[LabelledAnswer], config: DpoConfig, pad_id: int):
+        self.answers, self.config, self.pad_id = answers, config, pad_id
+        self.lengths = [len(row.answer.tokens) for row in answers]
+        self.wanted = np.array([row.wanted for row in answers])
+        self.needs_reference = True
+        self.sides = 2 if config.loss == "kto" else 1
+        self.device = choose_device(config.train.device)
+
+    def reference_batch(self, part: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return the sequences whose log-probabilities under the reference the loss reads: the answers, and kto's mismatched ones."""
+        rows = [self.answers[i] for i in part]
+        return pad_sides([[row.answer] if row.mismatched is None else [row.answer, row.mismatched] for row in rows], self.pad_id)
+
+    def batches(self, parts: Sequence[np.ndarray], reference: np.ndarray, policy: Transformer) -> list[Batch]:
+        """Return a step's micro-batches, with the step's reference point under the policy as it is."""
+        answers = [pad_sides(([self.answers[i].answer] for i in part), self.pad_id) for part in parts]
+        wanted = [torch.from_numpy(self.wanted[part]) for part in parts]
+        references = [torch.from_numpy(reference[part]) for part in parts]
+        point = self._point(parts, answers, wanted, references, policy)
+        return [
+            (*batch, labels, values[:, 0], torch.full((len(labels),), point)) for batch, labels, values in zip(answers, wanted, references)
+        ]
+
+    def _point(self, parts, answers, wanted, references, policy: Transformer) -> float:
+        if self.config.loss == "apo_zero_unpaired":
+            return 0.0
+        measured = answers
+        if self.config.loss == "kto":
+            measured = [pad_sides(([self.answers[i].mismatched] for i in part), self.pad_id) for part in parts]
+        with torch.no_grad():
+            found = [sides_log_probs(policy, *move_batch(batch, self.device))[:, 0].float().cpu() for batch in measured]
+        side = 1 if self.config.loss == "kto" else 0
+        return reference_point(self.config.loss, found, [values[:, side] for values in references], wanted, self.config.beta or 0.1)
+
+    def loss(self, policy: Transformer, batch: Batch) -> tuple[torch.Tensor, int, dict[str, float]]:
+        return unpaired_loss(policy, batch, self.config.loss, self.config.loss_options)
+
+    def tokens(self, i: int) -> list[int]:
+        """Return the tokens that name an answer in a message."""
+        return self.answers[i].answer.tokens
+
+    def counts(self) -> dict[str, int]:
+        """Return what the summary says of the data."""
+        return {"answers": len(self.answers), "wanted": int(self.wanted.sum())}
+
+
 def train_dpo(
     out: Path,
     model_run: Path,
-    pairs_file: Path,
+    data: Path,
     config: DpoConfig,
     *,
     resume: bool = False,
     argv: list[str] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Run:
-    """Tune a run's model on pairs ({"prompt", "chosen", "rejected"} a line) and publish it as out/model.
+    """Tune a run's model on preferences, in any format of formats.FORMATS, and publish it as out/model.
 
-    The reference is the model as it comes in; its log-probabilities are computed once and kept in the run.
+    Rankings become pairs, and pairs two labelled answers for a loss of single answers. The reference is the model as it comes in; its
+    log-probabilities are computed once and kept in the run. What is read and left out is told through `warn`, with row numbers.
     """
     source = find_model(model_run)
     tokenizer = Tokenizer.load(source)
-    pad_id = tokenizer.pad_id or 0
+    found = read_preferences(data, config)
+    if found.rejected or set(found.detected) != {found.kind}:
+        warn(f"{data}: {found.describe()}")
 
     def prepare(config: DpoConfig) -> Job:
         model = load_decoder(source)
-        pairs, rejected = read_pairs(pairs_file, tokenizer, model.config.max_seq_len)
-        if rejected:
-            warn(f"{pairs_file}: {len(rejected)} lines rejected ({'; '.join(rejected[:3])})")
-        lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]
-        buckets = LengthBuckets(lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
-        row_tokens = None if config.tokens is None else config.tokens // 2  # a pair is two rows
-        reference = np.zeros((len(pairs), 2), dtype=np.float32)
+        rows, left_out = load_rows(tokenizer, found, config, model.config.max_seq_len, data, warn)
+        buckets = LengthBuckets(rows.lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
+        row_tokens = None if config.tokens is None else config.tokens // rows.sides
+        reference = np.zeros((len(rows.lengths), rows.sides), dtype=np.float32)
 
         def begin(run: Run, config: DpoConfig) -> None:
-            if config.loss not in REFERENCE_FREE:
-                reference[:] = reference_log_probs(run, model, pairs, config, pad_id)
+            if rows.needs_reference:
+                reference[:] = reference_log_probs(
+                    run, lambda: load_decoder(source), lambda model, batch: sides_log_probs(model, *batch),
+                    rows.reference_batch, rows.lengths, config.micro_batch_size, config.train,
+                )  # fmt: skip
 
-        def batches_at(step: int):
-            return [(*pad_pairs(pairs, part, pad_id), torch.from_numpy(reference[part])) for part in buckets.indices(step)]
-
-        def loss(policy: Transformer, batch):
-            return pairs_loss(policy, batch, config)
-
-        def describe_batch(step: int, rows: Sequence[int] | None) -> str:
+        def describe_batch(step: int, chosen: Sequence[int] | None) -> str:
             indices = np.concatenate(buckets.indices(step)).tolist()
-            return describe_examples("pair", indices, rows, lambda i: tokenizer.decode(pairs[i].chosen.tokens[:40]))
+            return describe_examples("pair", indices, chosen, lambda i: tokenizer.decode(rows.tokens(i)[:40]))
 
         def summarise(summary: dict[str, Any]) -> dict[str, Any]:
-            counts = {"pairs": len(pairs), "rejected_lines": len(rejected), "epochs": summary["steps"] / buckets.steps_per_epoch}
-            return {name: value for name, value in summary.items() if name != "tokens"} | counts | {"pairs_seen": summary["tokens"]}
+            counts = rows.counts() | {"rejected_lines": len(found.rejected), "left_out": len(left_out)}
+            kept = {name: value for name, value in summary.items() if name != "tokens"}
+            return kept | counts | {"epochs": summary["steps"] / buckets.steps_per_epoch, "pairs_seen": summary["tokens"]}
 
         return Job(
             model,
-            loss,
-            batches_at,
+            rows.loss,
+            lambda step: rows.batches(buckets.indices(step), reference, model),
             steps=buckets.steps_for(config.epochs, row_tokens),
             tokenizer=tokenizer,
             description="preference tuning",
-            data={"pairs_sha256": file_sha256(pairs_file), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
+            data={"pairs_sha256": file_sha256(data), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
             describe_batch=describe_batch,
             begin=begin,
             summarise=summarise,
         )
 
-    return run_job(out, "dpo", config, prepare, parents=[model_run, pairs_file], resume=resume, argv=argv, warn=warn)
+    return run_job(out, "dpo", config, prepare, parents=[model_run, data], resume=resume, argv=argv, warn=warn)
 
 
-def pad_pairs(pairs: list[Pair], part: np.ndarray, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs and targets of the chosen rows, then the rejected rows."""
-    rows = [pairs[i].chosen for i in part] + [pairs[i].rejected for i in part]
-    return pad_rows([row.tokens for row in rows], [row.loss_mask for row in rows], pad_id)
-
-
-def reference_log_probs(run: Run, model: Transformer, pairs: list[Pair], config: DpoConfig, pad_id: int) -> np.ndarray:
-    """Return the incoming model's log-probabilities of chosen and rejected answers, shape (pairs, 2); computed once.
-
-    They are computed in the dtype that the policy trains in, so that the first margin is zero.
-    """
-    path = run.path / REFERENCE_FILE
-    if path.exists():
-        return np.load(path)
-    order = np.argsort([len(pair.chosen.tokens) for pair in pairs], kind="stable")
-    parts = np.array_split(order, max(1, len(order) // config.micro_batch_size))
-    device = choose_device(config.train.device)
-    frozen = copy.deepcopy(model).to(device, DTYPES[config.train.dtype or "float32"])
-
-    def score(part: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return sequence_log_probs(frozen, *move_batch(pad_pairs(pairs, part, pad_id), device)).view(2, -1).T.cpu().numpy()
-
-    result = np.zeros((len(pairs), 2), dtype=np.float32)
-    with open_workers(config.train.num_threads or 1, device) as workers:
-        _fill(result, parts, workers, score)
-    buffer = io.BytesIO()
-    np.save(buffer, result)
-    write_atomic(path, buffer.getvalue())
-    return result
-
-
-def _fill(result: np.ndarray, parts: list[np.ndarray], workers: Workers | InlineWorker, score: Callable[[np.ndarray], np.ndarray]) -> None:
-    for part, scores in zip(parts, workers.map(score, parts)):
-        result[part] = scores
-
-
-def read_pairs(path: Path, tokenizer: Tokenizer, max_seq_len: int) -> tuple[list[Pair], list[str]]:
-    """Read preference pairs from JSON Lines; return them rendered, and a reason for each line left out.
-
-    A line is {"prompt": text or messages, "chosen": text, "rejected": text}.  Raises UserError when none is valid.
-    """
-    pairs, rejected = [], []
+def read_preferences(data: Path, config: DpoConfig) -> Examples:
+    """Read what the loss learns from. Raises UserError, with the way out, for labelled answers under a loss of pairs."""
+    if config.is_unpaired:
+        return read_examples(data, "unpaired")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            pairs.append(_parse_pair(line, tokenizer, max_seq_len))
-        except UserError as error:
-            rejected.append(f"line {number}: {error}")
-    if not pairs:
-        raise UserError(f"{path} holds no valid pair{': ' + rejected[0] if rejected else ''}. Each line needs prompt, chosen and rejected.")
-    return pairs, rejected
+        return read_examples(data, "preference")
+    except UserError:
+        if _holds_labels(data):
+            raise UserError(
+                f"{data} holds labelled single answers, which loss={config.loss} does not learn from. "
+                "Use --loss kto, bco or apo_zero_unpaired."
+            ) from None
+        raise
 
 
-def _parse_pair(line: str, tokenizer: Tokenizer, max_seq_len: int) -> Pair:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON: {error.msg}") from None
-    missing = [key for key in ("prompt", "chosen", "rejected") if not isinstance(record, dict) or key not in record]
-    if missing:
-        raise UserError(f"no {missing[0]!r}")
-    prompt = record["prompt"]
-    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    check_messages(messages)
-    rendered = []
-    for key in ("chosen", "rejected"):
-        if not isinstance(record[key], str):
-            raise UserError(f"{key!r} is not text")
-        rendered.append(render(tokenizer, [*messages, {"role": "assistant", "content": record[key]}]))
-        if len(rendered[-1].tokens) > max_seq_len + 1:
-            raise UserError(f"{len(rendered[-1].tokens)} tokens exceed the context of {max_seq_len}")
-    return Pair(*(_only_last_answer(r, len(render(tokenizer, messages).tokens)) for r in rendered))
+def _holds_labels(data: Path) -> bool:
+    with contextlib.suppress(UserError):
+        return read_examples(data).kind == "unpaired"
+    return False
 
 
-def _only_last_answer(rendered: Rendered, prompt_tokens: int) -> Rendered:
-    """Keep the loss on the answer after the prompt, not on earlier answers of the conversation."""
-    mask = [flag and i >= prompt_tokens for i, flag in enumerate(rendered.loss_mask)]
-    return Rendered(rendered.tokens, mask)
+def load_rows(
+    tokenizer: Tokenizer, found: Examples, config: DpoConfig, context: int, data: Path, warn: Callable[[str], None]
+) -> tuple[PairedRows | LabelledRows, LeftOut]:
+    """Render what was read, say what is left out, and return the rows. Raises UserError when none is left."""
+    limit, pad_id = min(config.max_seq_len or context, context), tokenizer.pad_id or 0
+    if config.is_unpaired:
+        answers, left_out = render_labelled(tokenizer, found, limit, mismatch=config.loss == "kto", seed=config.train.seed)
+        rows: PairedRows | LabelledRows = LabelledRows(answers, config, pad_id)
+        wanted = sum(row.wanted for row in answers)
+        if advice := weight_advice(wanted, len(answers) - wanted, config.loss, config.loss_options):
+            warn(f"{data}: {advice}")
+    else:
+        pairs, left_out = render_pairs(tokenizer, found, limit)
+        rows = PairedRows(pairs, config, pad_id)
+    shown = "; ".join(f"row {number}: {reason}" for number, reason in left_out[:SHOWN])
+    if not rows.lengths:
+        raise UserError(f"{data} holds no {found.kind} row that can be learnt: {shown}.")
+    if left_out:
+        more = f"; and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+        warn(f"{data}: {len(left_out)} left out, {len(rows.lengths)} used ({shown}{more})")
+    return rows, left_out

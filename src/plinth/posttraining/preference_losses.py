@@ -312,11 +312,12 @@ def mixed_loss(pairs: Pairs, weights: Mapping[str, float], options: Mapping[str,
     return torch.stack(parts).sum(0)
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise UserError for an unknown loss and for an option that it does not read."""
-    if name not in PREFERENCE_LOSSES:
-        raise UserError(f"loss={name!r} is not one of {', '.join(PREFERENCE_LOSSES)}.")
-    known = list(inspect.signature(PREFERENCE_LOSSES[name]).parameters)[1:]
+def check_options(name: str, options: Mapping[str, Any], losses: Mapping[str, Callable[..., Tensor]] = PREFERENCE_LOSSES) -> None:
+    """Raise UserError for an unknown loss and for an option that it does not read; options are the keyword-only arguments."""
+    if name not in losses:
+        raise UserError(f"loss={name!r} is not one of {', '.join(losses)}.")
+    arguments = inspect.signature(losses[name]).parameters.values()
+    known = [argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
     unread = [option for option in options if option not in known]
     if unread:
         raise UserError(f"{unread[0]}={options[unread[0]]} is not read by the loss {name}, which takes {', '.join(known)}. Leave it out.")

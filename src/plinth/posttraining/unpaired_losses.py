@@ -20,8 +20,8 @@ def kto_reference_point(mismatched_B: Tensor, reference_mismatched_B: Tensor) ->
 def kto(
     ratio_B: Tensor,
     desirable_B: Tensor,
-    *,
     reference_point: Tensor | float,
+    *,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
@@ -40,7 +40,7 @@ def apo_zero_unpaired(ratio_B: Tensor, desirable_B: Tensor, *, beta: float = 0.1
     return kto(ratio_B, desirable_B, reference_point=0.0, beta=beta)
 
 
-def bco(ratio_B: Tensor, desirable_B: Tensor, *, shift: Tensor | float = 0.0, beta: float = 0.1) -> Tensor:
+def bco(ratio_B: Tensor, desirable_B: Tensor, shift: Tensor | float = 0.0, *, beta: float = 0.1) -> Tensor:
     """−log σ(β ratio − δ) where desirable, −log σ(δ − β ratio) elsewhere; `shift` is δ, a running mean of both classes' rewards.
 
     Source: Jung et al. 2024 (BCO), arXiv:2404.04656.
