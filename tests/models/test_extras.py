@@ -10,7 +10,8 @@ from plinth.config import UserError, read_json
 from plinth.models.config import EXTRAS, DecoderConfig
 from plinth.models.cost import activation_bytes_per_token, count_params, decode_bytes_per_token, forward_flops_per_token
 from plinth.models.formats.decoder_config import read_config, write_config
-from plinth.models.hub import export_tensors, import_tensors, load_model, save_model
+from plinth.models.formats.tensors import InMemory, fill
+from plinth.models.hub import export_tensors, format_of, load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.ops.kernels import library, why_not
 from plinth.training.compile import compiled_blocks
@@ -257,8 +258,7 @@ def test_multipliers_are_folded_into_the_weights_of_the_options_too():
     config = replace(BASE, **{name: value for name, value in OPTIONS.items() if name != "logit_softcap"}, output_multiplier=0.5)
     model = random_model(config)
     plain = replace(config, output_multiplier=1.0, norm_eps=config.norm_eps * 0.25, learnable_norm=True)
-    folded = Transformer(plain)
-    folded.load_state_dict(import_tensors(plain, export_tensors(model), "test"))
+    folded = fill(format_of(plain), plain, InMemory(export_tensors(model)), torch.float32, "test")
     with torch.no_grad():
         torch.testing.assert_close(folded.logits(folded(tokens())), model.logits(model(tokens())), atol=1e-4, rtol=1e-4)
 

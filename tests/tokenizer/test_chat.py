@@ -1,12 +1,9 @@
 """The renderer: golden tokens and masks, the same ids from the template, and reading messages."""
 
-import gzip
-import json
-
 import pytest
 
 from plinth.config import UserError
-from plinth.tokenizer.chat import for_template, read_messages, render, to_turns
+from plinth.tokenizer.chat import for_template, render, to_turns
 from plinth.tokenizer.chat_template import CHAT_TEMPLATE
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import MIN_VOCAB_SIZE, train_tokenizer
@@ -118,14 +115,6 @@ def test_calls_and_results_are_written_into_the_turns(tokenizer):
     assert sum(rendered.loss_mask) == len(turns[2][1].encode()) + 1 + len(b"done") + 1
 
 
-def test_tools_are_read_with_their_conversation(tmp_path):
-    write_lines(tmp_path / "m.jsonl", {"messages": WITH_TOOLS[0], "tools": [WEATHER]}, {"messages": WITH_TOOLS[0]})
-    (first, second), rejects = read_messages(tmp_path / "m.jsonl")
-    assert rejects.count == 0
-    assert [message["role"] for message in first] == ["system", "user", "assistant"] and "get_weather" in first[0]["content"]
-    assert to_turns(first)[2] == to_turns(second)[1]
-
-
 @pytest.mark.parametrize(
     ("messages", "tools", "error"),
     [
@@ -164,46 +153,6 @@ def test_a_tokenizer_without_headers_is_refused():
 
     with pytest.raises(UserError, match=r"no special token <\|end\|>"):
         render(Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE())), CONVERSATIONS[0])
-
-
-def write_lines(path, *lines) -> None:
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
-
-
-def test_read_messages_counts_bad_lines_and_shows_three(tmp_path):
-    path = tmp_path / "messages.jsonl"
-    good = {"messages": CONVERSATIONS[0], "fact_id": "f1"}
-    write_lines(path, good, b"{oops", b"", {"message": []}, [1], b"\xff", {"messages": [{"role": "user", "content": "a"}]}, good)
-    conversations, rejects = read_messages(path)
-    assert conversations == [CONVERSATIONS[0]] * 2
-    assert rejects.count == 5
-    assert [line for line, _ in rejects.examples] == [2, 4, 5]
-    assert rejects.describe().startswith("5 rejected (line 2: not JSON: Expecting property name")
-    assert rejects.describe().endswith("; and 2 more)")
-    assert "Did you mean message?" in rejects.describe()
-
-
-def test_read_messages_reads_gzip_and_says_nothing_when_all_is_well(tmp_path):
-    path = tmp_path / "messages.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps({"messages": CONVERSATIONS[1]}).encode() + b"\r\n"))
-    conversations, rejects = read_messages(path)
-    assert conversations == [CONVERSATIONS[1]]
-    assert rejects.describe() == ""
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="damaged gzip"):
-        read_messages(path)
-
-
-def test_read_messages_refuses_a_file_without_a_valid_line(tmp_path):
-    path = tmp_path / "messages.jsonl"
-    with pytest.raises(UserError, match="does not exist"):
-        read_messages(path)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match="no valid conversation: it is empty"):
-        read_messages(path)
-    write_lines(path, {"messages": [{"role": "user", "content": "a"}]})
-    with pytest.raises(UserError, match="line 1: no message of the assistant"):
-        read_messages(path)
 
 
 @pytest.mark.oracle

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from plinth.config import UserError, nearest
 from plinth.data.parallel import read_lines
-from plinth.tokenizer.chat import Rejects
+from plinth.data.rejects import Rejects
 
 Task = Literal["classify", "tag", "answer"]
 OUTSIDE = "O"  # the tag of words that belong to no entity

@@ -12,8 +12,8 @@ import torch
 
 from plinth.config import UserError
 from plinth.data.images import SUFFIXES, ImageProcessor
+from plinth.data.rejects import Rejects
 from plinth.models.dual_encoder import LEGACY_END, TextTowerConfig
-from plinth.tokenizer.chat import Rejects
 from plinth.tokenizer.encode import Tokenizer
 
 METADATA = "metadata.jsonl"

@@ -16,7 +16,7 @@ from plinth import __version__
 from plinth.config import UserError, read_json, save_json
 from plinth.models.formats import clip, decoder, encoder, encoder_decoder, llava, recurrent, reward
 from plinth.models.formats.layout import Format
-from plinth.models.formats.tensors import InMemory, fill, publish
+from plinth.models.formats.tensors import fill, publish
 from plinth.models.tensor_file import TensorFiles, save_tensors
 from plinth.models.transformer import Transformer
 from plinth.run import file_sha256, publish_dir
@@ -143,14 +143,6 @@ def format_of(config: Any) -> Format:
 def export_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights in fp32 under their published names: fused projections split, multipliers folded in."""
     return publish(format_of(model.config), model, torch.float32)
-
-
-def import_tensors(config: Any, tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
-    """Return the model's state in fp32 from tensors under their published names. Inverse of `export_tensors`.
-
-    Raises UserError for a tensor that is missing, superfluous or of the wrong shape; `where` begins its text.
-    """
-    return fill(format_of(config), config, InMemory(tensors), torch.float32, where).state_dict()
 
 
 def _check_hashes(path: Path) -> None:

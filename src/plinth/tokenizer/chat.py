@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from plinth.config import UserError, nearest, read_bytes
+from plinth.config import UserError, nearest
 from plinth.tokenizer.encode import ASSISTANT, END, SYSTEM, USER, Tokenizer
 from plinth.tokenizer.published_template import render_published
 from plinth.tokenizer.tool_format import (
@@ -24,7 +22,6 @@ from plinth.tokenizer.tool_format import (
 Message = dict[str, Any]
 HEADERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 ROLES = (*HEADERS, "tool")
-SHOWN_REJECTS = 3
 
 
 @dataclass(frozen=True)
@@ -35,27 +32,6 @@ class Rendered:
     """Token ids."""
     loss_mask: list[bool]
     """Of each token, whether the model is taught to predict it: the assistant's text and the <|end|> behind it."""
-
-
-@dataclass
-class Rejects:
-    """Lines that were left out, counted, with the first three shown."""
-
-    count: int = 0
-    """Rejected lines."""
-    examples: list[tuple[int, str]] = field(default_factory=list)
-    """(line number from 1, reason) of the first ones."""
-
-    def add(self, line: int, reason: str) -> None:
-        self.count += 1
-        if len(self.examples) < SHOWN_REJECTS:
-            self.examples.append((line, reason))
-
-    def describe(self) -> str:
-        """Return one line, empty when nothing was rejected."""
-        shown = "; ".join(f"line {line}: {reason}" for line, reason in self.examples)
-        more = f"; and {self.count - len(self.examples)} more" if self.count > len(self.examples) else ""
-        return f"{self.count} rejected ({shown}{more})" if self.count else ""
 
 
 def render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool = False, tools: list[Tool] | None = None) -> Rendered:
@@ -146,44 +122,3 @@ def check_messages(messages: Any) -> None:
             raise UserError(f"messages[{i}] has no 'content'.{nearest('content', message)}")
         if not isinstance(message["content"], str):
             raise UserError(f"messages[{i}].content is of type {type(message['content']).__name__}, not text.")
-
-
-def read_messages(path: Path | str) -> tuple[list[list[Message]], Rejects]:
-    """Read conversations from a JSON Lines file (or .gz): each line an object {"messages": [{"role", "content"}, ...]}.
-
-    Lines that are malformed, or that hold no answer of the assistant to learn from, are counted with their numbers; blank lines are
-    skipped. Raises UserError when the file is absent or no line is valid.
-    """
-    conversations: list[list[Message]] = []
-    rejects = Rejects()
-    for number, line in enumerate(read_bytes(Path(path)).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            conversations.append(_parse_conversation(line))
-        except UserError as error:
-            rejects.add(number, str(error).rstrip("."))
-    if not conversations:
-        why = rejects.describe() or "it is empty"
-        raise UserError(f'{path} holds no valid conversation: {why}. Each line must be {{"messages": [{{"role": ..., "content": ...}}]}}.')
-    return conversations, rejects
-
-
-def _parse_conversation(line: bytes) -> list[Message]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError("not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(record, dict):
-        raise UserError("not an object with 'messages'")
-    if "messages" not in record:
-        raise UserError(f"no 'messages'.{nearest('messages', record)}")
-    check_messages(record["messages"])
-    if not any(message["role"] == "assistant" for message in record["messages"]):
-        raise UserError("no message of the assistant, so there is nothing to learn from")
-    if record.get("tools"):
-        return [{"role": role, "content": text} for role, text in to_turns(record["messages"], record["tools"])]
-    kept = ("role", "content", "tool_calls")
-    return [{key: message[key] for key in kept if key in message} for message in record["messages"]]
