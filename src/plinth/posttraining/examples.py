@@ -46,6 +46,8 @@ class Preference:
     """by how much it is better, where the file says so"""
     tools: list[dict[str, Any]] | None = None
     """functions that the assistant may call"""
+    probability: float | None = None
+    """how likely it is better, where the file says so: a label of several judges, or of a model"""
 
 
 @dataclass(frozen=True)

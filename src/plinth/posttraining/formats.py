@@ -150,10 +150,17 @@ def _number(record: Record, name: str) -> float | None:
     raise UserError(f"{name}={value!r} is not a number")
 
 
+def _probability(record: Record) -> float | None:
+    value = _number(record, "probability")
+    if value is not None and not 0 <= value <= 1:
+        raise UserError(f"probability={value!r} does not lie between 0 and 1")
+    return value
+
+
 def _read_preference(record: Record) -> Row:
     prompt = _prompt(record)
     chosen, rejected = (read_answer(record[name], prompt, name) for name in ("chosen", "rejected"))
-    return Preference(prompt, chosen, rejected, _number(record, "margin"), _tools(record))
+    return Preference(prompt, chosen, rejected, _number(record, "margin"), _tools(record), _probability(record))
 
 
 def _read_implicit(record: Record) -> Row:
@@ -163,7 +170,7 @@ def _read_implicit(record: Record) -> Row:
         if isinstance(value, str) and not is_transcript(value):
             raise UserError(f'no prompt, and {name} is neither messages nor a transcript ("\\n\\nHuman: ...\\n\\nAssistant: ...")')
         sides.append(split_transcript(value) if isinstance(value, str) else read_turns(value, name))
-    return Preference(*split_pair(*sides), _number(record, "margin"), _tools(record))
+    return Preference(*split_pair(*sides), _number(record, "margin"), _tools(record), _probability(record))
 
 
 def _read_ranking(record: Record) -> Row:
@@ -218,20 +225,21 @@ def _refuse(why: str) -> Callable[[Record], Row]:
 
 
 _PROMPT_FIELDS = "prompt question instruction input system history messages conversations"
+_PAIR_FIELDS = "chosen rejected margin probability"
 _TOKENS = _refuse("holds token ids, whose tokenizer and mask nobody can check. Give the text instead")
 _STEPS = _refuse("has a label for each step, which no method here learns from")
 FORMATS = (
     Format("pre-tokenized", None, _has("input_ids|prompt_ids"), _TOKENS, ""),
     Format("summarize-from-feedback", "preference", _has("info", "summaries", "choice"), _read_summaries, "info summaries choice"),
-    Format("preference", "preference", _asks("chosen", "rejected"), _read_preference, f"{_PROMPT_FIELDS} chosen rejected margin tools"),
+    Format("preference", "preference", _asks("chosen", "rejected"), _read_preference, f"{_PROMPT_FIELDS} {_PAIR_FIELDS} tools"),
     Format(
         "hh-rlhf transcripts",
         "preference",
         lambda record: is_transcript(record.get("chosen")) and is_transcript(record.get("rejected")),
         _read_implicit,
-        "chosen rejected margin",
+        _PAIR_FIELDS,
     ),
-    Format("preference, prompt within", "preference", _has("chosen", "rejected"), _read_implicit, "chosen rejected margin tools"),
+    Format("preference, prompt within", "preference", _has("chosen", "rejected"), _read_implicit, f"{_PAIR_FIELDS} tools"),
     Format("stepwise labels", None, _has("completions", "labels"), _STEPS, ""),
     Format("ranking", "ranking", _asks("completions"), _read_ranking, f"{_PROMPT_FIELDS} completions scores ranks rank"),
     Format("unpaired", "unpaired", _asks("completion|response", "label"), _read_unpaired, f"{_PROMPT_FIELDS} completion response label"),

@@ -1,0 +1,207 @@
+"""Training of a reward model on answers in order of preference: Bradley-Terry on every pair of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from plinth.config import UserError
+from plinth.data.buckets import LengthBuckets
+from plinth.models.hub import load_decoder, load_model, read_config, save_model
+from plinth.models.reward import RewardConfig, RewardModel
+from plinth.posttraining.batches import describe_examples
+from plinth.posttraining.formats import read_examples
+from plinth.posttraining.masks import render_row
+from plinth.posttraining.reward import LoadedReward
+from plinth.posttraining.reward_data import Batch, Choice, Choices, TooLong, batch_of, read_choices, repeated_prompts, split_tail
+from plinth.posttraining.reward_losses import bradley_terry_loss, ranked_pairs
+from plinth.run import Run, file_sha256, find_model
+from plinth.tokenizer.encode import Tokenizer
+from plinth.training.job import Job, run_job
+from plinth.training.loop import TrainConfig
+from plinth.training.optim import OptimizerConfig
+
+REFERENCES = 512  # answers that normalisation looks at where no file names others
+
+
+@dataclass(frozen=True)
+class RewardTuning:
+    """Loss, batches and schedule of a reward model."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            warmup_steps=5, keep_pre_decay=False, compile=False, optimizer=OptimizerConfig(lr=3e-4, muon_lr=2e-3)
+        )
+    )
+    """optimizer and schedule; not compiled on a GPU, as its batches have many shapes"""
+    epochs: float = 1.0
+    """passes over the prompts; more than one or two learn the answers by heart"""
+    prompts_per_step: int = 32
+    """prompts an update, each with all its answers"""
+    micro_batch_size: int = 16
+    """prompts a forward pass"""
+    center_coef: float = 0.01
+    """weight of the squared sum of a pair's scores, which keeps them around 0"""
+    max_seq_len: int | None = None
+    """longest prompt with an answer, in tokens (default: the model's context)"""
+    too_long: TooLong = "leave_out"
+    """what becomes of longer ones: leave_out, or cut_start (the prompt loses its beginning); both are counted and said"""
+    held_out_share: float = 0.1
+    """share of the file, at its end, that is not trained on but reported on; 0 for none"""
+    normalise: Literal["none", "mean", "mean_std"] = "mean"
+    """scores of the reference answers after training: left as they are, shifted to mean 0, or to mean 0 and deviation 1"""
+    normalise_before: bool = False
+    """let the untrained model's scores of the reference answers have mean 0 and deviation 1"""
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or self.prompts_per_step < 1 or self.micro_batch_size < 1:
+            raise UserError(f"epochs={self.epochs} must be positive, prompts_per_step and micro_batch_size at least 1.")
+        if self.center_coef < 0:
+            raise UserError(f"center_coef={self.center_coef} must be 0 or more.")
+        if not 0 <= self.held_out_share < 1:
+            raise UserError(f"held_out_share={self.held_out_share} must lie in [0, 1).")
+
+
+def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> tuple[torch.Tensor, float, dict[str, float]]:
+    """Return (Σ over prompts of the mean loss of their pairs, prompts with a pair, metrics) of a batch as `reward_data.batch_of` makes it.
+
+    Every answer goes through the model once, whatever the number of its pairs. Metrics, summed over prompts: accuracy, margin, score.
+    Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1; for a pair that is Bradley-Terry's likelihood.
+    """
+    tokens_PGT, lengths_PG, ranks_PG, margin_P, probability_P = batch
+    present_PG = lengths_PG > 0
+    scores_PG = tokens_PGT.new_zeros(lengths_PG.shape, dtype=torch.float32)
+    scores_PG = scores_PG.masked_scatter(present_PG, model(tokens_PGT[present_PG], lengths_PG[present_PG]))
+    prompt_M, better_M, worse_M, weight_M = ranked_pairs(ranks_PG)
+    weight_M = weight_M.float()
+    loss, _, metrics = bradley_terry_loss(
+        scores_PG[prompt_M, better_M], scores_PG[prompt_M, worse_M], margin_B=margin_P[prompt_M], center_coef=center_coef,
+        probability_B=probability_P[prompt_M], weight_B=weight_M,
+    )  # fmt: skip
+    with torch.no_grad():
+        metrics["score"] = float((scores_PG.sum(1) / present_PG.sum(1))[prompt_M] @ weight_M)
+    return loss, len(prompt_M.unique()), metrics
+
+
+def start_model(source: Path, seed: int) -> RewardModel:
+    """Return a reward model on a decoder's weights, or the reward model that the folder holds."""
+    if isinstance(read_config(source)[1], RewardConfig):
+        model = load_model(source)
+        assert isinstance(model, RewardModel)
+        return model
+    return RewardModel.from_decoder(load_decoder(source), torch.Generator().manual_seed(seed))
+
+
+def normalise(model: RewardModel, tokenizer: Tokenizer, references: Sequence[Sequence[int]], *, unit: bool) -> tuple[float, float]:
+    """Shift the model's scores of the reference answers to mean 0, with `unit` to deviation 1 too; return mean and deviation before.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.1 (mean 0 and deviation 1); Ouyang et al. 2022, appendix C.2 (mean 0).
+    """
+    scores = LoadedReward(model, tokenizer).score_tokens(references).double()
+    mean, deviation = float(scores.mean()), float(scores.std(correction=0))
+    gain = 1 / deviation if unit and deviation > 0 else 1.0
+    model.rescale(gain, -mean * gain)
+    return mean, deviation
+
+
+def reference_rows(tokenizer: Tokenizer, choices: Sequence[Choice], path: Path | None, limit: int) -> list[list[int]]:
+    """Return the answers that normalisation looks at: a file's conversations, else the best answers of the first choices.
+
+    Raises UserError for a conversation that is longer than `limit` tokens.
+    """
+    if path is None:
+        return [choice.rows[choice.ranks.index(min(choice.ranks))] for choice in choices[:REFERENCES]]
+    rows = [part.rendered.tokens for row in read_examples(path, "messages").rows for part in render_row(tokenizer, row)]
+    if (longest := max(map(len, rows))) > limit:
+        raise UserError(f"{path} has a conversation of {longest} tokens, more than max_seq_len={limit}. Shorten it.")
+    return rows
+
+
+Report = Callable[[LoadedReward, Sequence[Choice], Sequence[Choice]], dict[str, Any]]
+"""(model, training choices, held-out choices) → what the run's summary says of the held-out ones"""
+
+
+def train_reward(
+    out: Path,
+    model_run: Path,
+    data: Path,
+    config: RewardTuning,
+    *,
+    held_out: Path | None = None,
+    references: Path | None = None,
+    report: Report | None = None,
+    resume: bool = False,
+    argv: list[str] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Train a reward model on a run's decoder, or go on with a reward model, and publish it as out/model.
+
+    `data` holds pairs or rankings in any format of formats.FORMATS. Held out is the file `held_out`, else the tail of `data`; `report`
+    is asked about it. Rows left out, cut or rejected are counted in the run's summary and told through `warn`.
+    """
+    source = find_model(model_run)
+    tokenizer = Tokenizer.load(source)
+
+    def prepare(config: RewardTuning) -> Job:
+        model = start_model(source, config.train.seed)
+        limit = config.max_seq_len or model.config.max_seq_len
+        found = read_choices(data, tokenizer, limit, config.too_long)
+        training, tail = split_tail(found.choices, 0.0 if held_out else config.held_out_share)
+        other = read_choices(held_out, tokenizer, limit, config.too_long) if held_out else Choices(tail, found.examples)
+        tell(warn, data, found, limit)
+        if held_out:
+            tell(warn, held_out, other, limit)
+        if repeated := repeated_prompts(training, other.choices):
+            warn(f"{repeated} of {len(other.choices)} held-out prompts are trained on too, with other answers or the same.")
+        buckets = LengthBuckets(
+            [choice.longest for choice in training], config.prompts_per_step, config.micro_batch_size, config.train.seed
+        )
+        rows = reference_rows(tokenizer, training, references, limit)
+
+        def begin(run: Run, config: RewardTuning) -> None:
+            if config.normalise_before:
+                normalise(model, tokenizer, rows, unit=True)
+
+        def publish(folder: Path) -> None:
+            if config.normalise != "none":
+                normalise(model, tokenizer, rows, unit=config.normalise == "mean_std")
+            save_model(model, tokenizer, folder)
+
+        def summarise(summary: dict[str, Any]) -> dict[str, Any]:
+            counts = {"prompts": len(training), "held_out_prompts": len(other.choices), "repeated_prompts": repeated, **found.counts()}
+            told = report(LoadedReward(model, tokenizer), training, other.choices) if report and other.choices else {}
+            rest = {name: value for name, value in summary.items() if name != "tokens"}
+            return rest | counts | {"epochs": summary["steps"] / buckets.steps_per_epoch, "prompts_seen": summary["tokens"]} | told
+
+        def loss(model: Any, batch: Batch):
+            return reward_loss(model, batch, config.center_coef)
+
+        return Job(
+            model,
+            loss,
+            lambda step: [batch_of([training[i] for i in part], tokenizer.pad_id or 0) for part in buckets.indices(step)],
+            steps=buckets.steps_for(config.epochs, None),
+            tokenizer=tokenizer,
+            description="reward model",
+            data={"data_sha256": file_sha256(data), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
+            describe_batch=lambda step, chosen: describe_examples(
+                "row", np.concatenate(buckets.indices(step)).tolist(), chosen, lambda i: tokenizer.decode(training[i].rows[0][:40])
+            ),
+            begin=begin,
+            publish=publish,
+            summarise=summarise,
+        )
+
+    return run_job(out, "reward", config, prepare, parents=[model_run, data], resume=resume, argv=argv, warn=warn)
+
+
+def tell(warn: Callable[[str], None], path: Path, found: Choices, limit: int) -> None:
+    """Say what was recognised in a file, and what was left out or cut of it."""
+    long = found.describe_long(limit)
+    if found.examples.rejected or long:
+        warn(f"{path}: {found.examples.describe()}" + (f"; {long}" if long else ""))
