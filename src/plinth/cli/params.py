@@ -87,13 +87,15 @@ def headline(record: dict[str, Any]) -> list[str]:
 
 
 def memory_table(record: dict[str, Any]) -> Table:
-    gpus = record["train_memory"]["gpus"]
-    table = Table(box=box.SIMPLE_HEAD, title=f"state to train, on each of {gpus} accelerators", title_justify="left")
+    """Return what training state takes; one unit for all numbers, so that they fit into 80 columns."""
+    states, shardings = record["train_memory"]["states"], ("none", "zero1", "zero2", "zero3")
+    unit, divisor = ("GiB", GIB) if max(row["none"] for row in states) >= 10 * GIB else ("MiB", 2**20)
+    title = f"state to train, {unit} on each of {record['train_memory']['gpus']} accelerators"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for name in ("", "bytes each", "unsharded", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in record["train_memory"]["states"]:
-        sizes = (gib(row[sharding]) for sharding in ("none", "zero1", "zero2", "zero3"))
-        table.add_row(row["optimizer"], str(row["bytes_a_parameter"]), *sizes)
+    for row in states:
+        table.add_row(row["optimizer"], str(row["bytes_a_parameter"]), *(f"{row[sharding] / divisor:,.1f}" for sharding in shardings))
     return table
 
 
