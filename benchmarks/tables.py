@@ -13,6 +13,7 @@ from pathlib import Path
 
 from decoder_tables import decoder_speed_table
 from image_tables import image_table
+from ulmfit_tables import ulmfit_table
 
 from counts_tables import counts_table, memory_table, slide_audit
 from encoder_tables import encoder_table
@@ -414,6 +415,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/translation.md", "translation", translation_table),
     ("docs/encoders.md", "encoders", measured("encoder_pretraining", encoder_table)),
     ("docs/recurrent.md", "length bottleneck", measured("length_bottleneck", length_table)),
+    ("docs/transfer.md", "ulmfit", measured("ulmfit", ulmfit_table)),
     ("docs/images.md", "shapes world", measured("shapes_world", image_table)),
     ("docs/exchange.md", "import speed", measured("import_speed", import_table)),
 ]

@@ -1,4 +1,4 @@
-"""`plinth predict`: labels, tags or answers from a finetuned encoder, and how right they are where the data says so."""
+"""`plinth predict`: labels, tags or answers from a finetuned encoder or classifier, and how right they are where the data says so."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ import tyro
 from plinth.cli.output import emit, say
 from plinth.config import UserError, write_atomic
 from plinth.data.labelled import OUTSIDE, from_texts, read_examples
-from plinth.evaluation.predictions import predict, score_predictions
-from plinth.inference.encoding import TextEncoder
-from plinth.inference.labelling import AnswerOptions, check_task
+from plinth.evaluation.predictions import open_predictor, predict, score_predictions
+from plinth.inference.labelling import AnswerOptions
 
 SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Options:
-    """Predict labels, tags or answers with a finetuned encoder; where the data has the right ones, score them.
+    """Predict labels, tags or answers with a finetuned encoder or classifier; where the data has the right ones, score them.
 
-    The data are as `plinth finetune` takes them; the labels may be left out.
+    The data are as `plinth finetune` and `plinth transfer classify` take them; the labels may be left out.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """run or model folder of a finetuned encoder"""
+    """run or model folder of a finetuned encoder or classifier"""
     data: Annotated[Path | None, tyro.conf.Positional] = None
     """examples, with the right labels or without"""
     text: tuple[str, ...] = ()
@@ -46,8 +45,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth predict", args=argv)
-    encoder = TextEncoder.load(options.run)
-    task = check_task(encoder)
+    encoder, task = open_predictor(options.run)
     examples = examples_of(options, task)
     found = [asdict(one) for one in predict(encoder, task, examples, truncate=options.truncate, answers=options.answers)]
     scores = {name: score.to_dict() for name, score in score_predictions(task, examples, found).items()}

@@ -61,6 +61,32 @@ def text_rows(
     return rows
 
 
+def causal_rows(
+    examples: Sequence[TextExample], tokenizer: Tokenizer, labels: Mapping[str, int], longest: int | None, truncate: bool, backwards: bool
+) -> list[Row]:
+    """Return a row an example for a language model: what begins a document, then the text, and for a pair the same again.
+
+    One longer than `longest` tokens (None: no limit) is cut at its end with `truncate`, else raises UserError. `backwards` turns the
+    tokens behind the first round.
+    """
+    begin = [] if tokenizer.start_id is None else [tokenizer.start_id]
+    firsts = tokenizer.encode_batch([example.text for example in examples])
+    seconds = tokenizer.encode_batch([example.pair or "" for example in examples])
+    rows = []
+    for number, (example, first, second) in enumerate(zip(examples, firsts, seconds)):
+        ids = first if example.pair is None else [*first, *begin, *second]
+        if longest is not None and len(begin) + len(ids) > longest and not truncate:
+            raise UserError(
+                f"example {number + 1} has {len(begin) + len(ids)} tokens, more than {longest}. Shorten it, or pass --truncate to cut it."
+            )
+        ids = ids if longest is None else ids[: longest - len(begin)]
+        row = [*begin, *(reversed(ids) if backwards else ids)]
+        if not row:
+            raise UserError(f"example {number + 1} is empty, and the tokenizer has no token that begins a text. Leave it out.")
+        rows.append(Row(number, row, [0] * len(row), label=_number(labels, example.label, number)))
+    return rows
+
+
 def _number(labels: Mapping[str, int], label: str | None, number: int) -> int:
     if label is not None and label not in labels:
         raise UserError(f"example {number + 1} has the label {label!r}, which the model does not know. It knows {', '.join(labels)}.")

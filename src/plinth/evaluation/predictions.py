@@ -1,20 +1,40 @@
-"""Predictions of a finetuned encoder on examples, and their scores where the examples have the right labels."""
+"""Predictions of a finetuned encoder or text classifier on examples, and their scores where the examples have the right labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from plinth.evaluation.labelled import score_answers, score_labels, score_tags
 from plinth.evaluation.statistics import Score
 from plinth.inference.encoding import TextEncoder
-from plinth.inference.labelling import AnswerOptions, classify_texts, find_answers, tag_words
+from plinth.inference.labelling import AnswerOptions, check_task, classify_texts, find_answers, tag_words
+from plinth.inference.text_classifier import LoadedClassifier
+from plinth.models.hub import read_config
+from plinth.models.text_classifier import TextClassifierConfig
+from plinth.run import find_model
+
+
+def open_predictor(path: Path) -> tuple[TextEncoder | LoadedClassifier, str]:
+    """Open a run or model folder that predicts, and say for which task. Raises UserError for another model."""
+    if isinstance(read_config(find_model(path))[1], TextClassifierConfig):
+        return LoadedClassifier.load(path), "classify"
+    encoder = TextEncoder.load(path)
+    return encoder, check_task(encoder)
 
 
 def predict(
-    encoder: TextEncoder, task: str, examples: Sequence[Any], *, truncate: bool = False, answers: AnswerOptions | None = None
+    encoder: TextEncoder | LoadedClassifier,
+    task: str,
+    examples: Sequence[Any],
+    *,
+    truncate: bool = False,
+    answers: AnswerOptions | None = None,
 ) -> list[Any]:
     """Return a Label, Tags or Found for each example."""
+    if isinstance(encoder, LoadedClassifier):
+        return list(encoder.classify(examples, truncate))
     if task == "classify":
         return list(classify_texts(encoder, examples, truncate))
     return list(tag_words(encoder, examples)) if task == "tag" else list(find_answers(encoder, examples, answers))

@@ -14,7 +14,7 @@ from torch import nn
 
 from plinth import __version__
 from plinth.config import UserError, read_json, save_json
-from plinth.models.formats import clip, decoder, encoder, encoder_decoder, llava, recurrent, reward
+from plinth.models.formats import clip, decoder, encoder, encoder_decoder, llava, recurrent, reward, text_classifier
 from plinth.models.formats.layout import Format
 from plinth.models.formats.tensors import fill, publish
 from plinth.models.tensor_file import TensorFiles, save_tensors
@@ -35,6 +35,7 @@ FORMATS: dict[str, Format] = {  # the first that reads a config.json is the fold
     "recurrent seq2seq": recurrent.SEQ2SEQ,
     "clip": clip.FORMAT,
     "llava": llava.FORMAT,
+    "text classifier": text_classifier.FORMAT,
 }
 
 

@@ -196,19 +196,23 @@ class AwdLstm(nn.Module):
         state: list[State] | None = None,
         generator: torch.Generator | None = None,
         lengths_B: torch.Tensor | None = None,
+        frozen: int = 0,
     ) -> LstmRun:
         """Read tokens on from a state (default: none before) and return every layer's outputs at every position.
 
-        `generator` turns dropout on. `lengths_B` is for text padded on the right.
+        `generator` turns dropout on. `lengths_B` is for text padded on the right. No gradient reaches the first `frozen` of the
+        `depth_groups`: the embedding, and then layer after layer.
         """
-        config = self.config
-        x = word_dropout(self.embed(tokens_BT), tokens_BT, config.vocab_size, config.embedding_dropout, generator)
-        x = locked_dropout(x, config.input_dropout, generator)
+        config, learns = self.config, torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns and not frozen):
+            x = word_dropout(self.embed(tokens_BT), tokens_BT, config.vocab_size, config.embedding_dropout, generator)
+            x = locked_dropout(x, config.input_dropout, generator)
         raw, hidden, after = [], [], []
         for i, (layer, before) in enumerate(zip(self.layers, state or self.zero_state(tokens_BT.shape[0]))):
-            output, layer_state = layer(x, before, lengths_B, layer.weights(config.weight_dropout, generator))
             rate = config.output_dropout if i == len(self.layers) - 1 else config.hidden_dropout
-            x = locked_dropout(output, rate, generator)
+            with torch.set_grad_enabled(learns and i + 1 >= frozen):
+                output, layer_state = layer(x, before, lengths_B, layer.weights(config.weight_dropout, generator))
+                x = locked_dropout(output, rate, generator)
             raw.append(output)
             hidden.append(x)
             after.append(layer_state)

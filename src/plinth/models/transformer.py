@@ -127,19 +127,24 @@ class Transformer(nn.Module):
         segments_BT: torch.Tensor | None = None,
         routings: list[Routing] | None = None,
         embedded_BTD: torch.Tensor | None = None,
+        frozen: int = 0,
     ) -> torch.Tensor:
         """Return hidden states after the last norm, times the output multiplier, shape (B, T, D).
 
         What the routers of experts decide is appended to `routings`, a block after the other.
 
         With segments, attention keeps to each and positions restart in it, as if each stood alone. `embedded_BTD` takes the place of
-        the tokens' rows of the embedding table: among them an image may stand.
+        the tokens' rows of the embedding table: among them an image may stand. No gradient reaches the first `frozen` of the
+        `depth_groups`: the embedding, and then block after block.
         """
-        positions, views = self._views(tokens_BT, segments_BT)
-        x, delta = self._embedded(tokens_BT, positions, embedded_BTD), None
-        first = self._first(x)
+        learns = torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns and not frozen):
+            positions, views = self._views(tokens_BT, segments_BT)
+            x, delta = self._embedded(tokens_BT, positions, embedded_BTD), None
+            first = self._first(x)
         for i, layer in enumerate(self.layers):
-            x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT, routings)
+            with torch.set_grad_enabled(learns and i + 1 >= frozen):
+                x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT, routings)
         return self._output(self.final_norm.add(x, delta)[1])
 
     @torch.no_grad()
@@ -212,6 +217,19 @@ class Transformer(nn.Module):
             parts[f"layers.{i}.attention.out.weight"] = (config.hidden_size,)
             parts |= {f"layers.{i}.mlp.{name}": rows for name, rows in self.layers[i].mlp.matrix_parts().items()}
         return parts
+
+    def depth_groups(self) -> list[list[str]]:
+        """Return the parameters' names from the input to the output: embeddings, each block, and what stands over all blocks.
+
+        Finetuning gives each group a rate of its own (Howard and Ruder 2018, arXiv:1801.06146). A tied head is in the first group; the last
+        is empty where nothing of it has weights.
+        """
+        groups: list[list[str]] = [[] for _ in range(len(self.layers) + 2)]
+        for name, _ in self.named_parameters():
+            kind, _, rest = name.partition(".")
+            place = int(rest.split(".")[0]) + 1 if kind == "layers" else 0 if kind in ("embed", "position_embed") else -1
+            groups[place].append(name)
+        return groups
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return next-token scores, shape (..., V); fp32 where they are capped."""

@@ -106,6 +106,10 @@ class Tokenizer:
             return b"" if skip_special else (self._backend.id_to_token(token_id) or "").encode()
         return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
 
+    def pieces(self) -> list[str | None]:
+        """Return how the vocabulary spells each id; None where it has none."""
+        return [self._backend.id_to_token(i) for i in range(self.vocab_size)]
+
     def special_id(self, name: str) -> int | None:
         """Return the id of a special token such as `<|user|>`, or None when this tokenizer lacks it."""
         token_id = self._backend.token_to_id(name)

@@ -44,6 +44,8 @@ class Job:
     """operations of a training step a counted token, for MFU"""
     scales: dict[str, Scale] | None = None
     """factors on the rates by parameter"""
+    lr_scale: Callable[[int], float] | None = None
+    """factor on the rates at a step counted from 0 (default: the configuration's warm-up and decay)"""
     generators: Mapping[str, torch.Generator] | None = None
     """generators that the loss draws from: saved and restored"""
     extra_state: Mapping[str, Stateful] | None = None
@@ -91,7 +93,7 @@ def run_job(
     more: dict[str, Any] = {} if job.describe_batch is None else {"describe_batch": job.describe_batch}
     summary = train(
         run, job.model, job.loss, job.batches_at, config.train,
-        description=job.description, data=job.data, flops_per_token=job.flops_per_token, scales=job.scales,
+        description=job.description, data=job.data, flops_per_token=job.flops_per_token, scales=job.scales, lr_scale=job.lr_scale,
         generators=job.generators, extra_state=job.extra_state, data_metrics=job.step_metrics, resume=resume, warn=warn, **more,
     )  # fmt: skip
     if job.publish is None:

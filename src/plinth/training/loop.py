@@ -151,6 +151,7 @@ def train(
     flops_per_token: float | None = None,
     matmul_flops_per_s: float | None = None,
     scales: dict[str, Scale] | None = None,
+    lr_scale: Callable[[int], float] | None = None,
     masters: Any = None,
     describe_batch: DescribeBatch = lambda step, rows: f"rows {list(rows)} of step {step + 1}" if rows else f"all of step {step + 1}",
     data_metrics: Callable[[int], dict[str, float]] = lambda steps: {},
@@ -163,7 +164,8 @@ def train(
     """Train `model` in place for config.steps updates and return a summary; the model ends in float32.
 
     `batches_at(step)` gives the micro-batches of a step and must depend on nothing but the step: that makes a
-    resumed run equal an uninterrupted one bit for bit. `scales` are the optimizer's factors by parameter. `masters` are the weights of
+    resumed run equal an uninterrupted one bit for bit. `scales` are the optimizer's factors by parameter, `lr_scale`
+    gives the one at a step where it is not the configuration's own schedule. `masters` are the weights of
     a `model` that is spread over ranks (ShardedWeights); without, they are made here. Then each rank calls this with its own share of
     the batches and a run of its own, of which only the leader's is kept; and the model stays spread.
     `data_metrics(steps)` says what so many steps have read, for their line of the metrics.
@@ -207,11 +209,11 @@ def train(
         progress.update(position.step)
         for step in range(position.step, config.steps):
             began = time.perf_counter()
-            lr_scale, batches = config.lr_scale(step), batches_at(step)
+            factor, batches = (lr_scale or config.lr_scale)(step), batches_at(step)
             try:
                 result = train_step(
                     masters, loss_function, batches, optimizer, workers,
-                    lr_scale=lr_scale, clip_grad_norm=config.clip_grad_norm, gradients=gradients,
+                    lr_scale=factor, clip_grad_norm=config.clip_grad_norm, gradients=gradients,
                     allows=partial(guard.allows, step),
                 )  # fmt: skip
             except BadBatchError as error:
@@ -220,7 +222,7 @@ def train(
                 raise
             position = Position(step + 1, position.tokens + int(result.count), clock.read())
             note = telemetry.log(
-                step + 1, result, lr=config.optimizer.lr * lr_scale, step_s=time.perf_counter() - began,
+                step + 1, result, lr=config.optimizer.lr * factor, step_s=time.perf_counter() - began,
                 time_s=position.time_s, tokens=position.tokens, incident=guard.incident, more=data_metrics(step + 1),
             )  # fmt: skip
             progress.update(1, note=note)

@@ -78,11 +78,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Scale:
-    """Factors on the configured learning rate (AdamW's or Muon's), weight decay and eps, for one parameter."""
+    """Factors on the configured learning rate (AdamW's or Muon's), weight decay and eps, for one parameter; and when it begins to move."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
     eps: float = 1.0
+    begin: int = 0
+    """updates that leave the parameter as it is; then it moves as if training had just begun"""
 
 
 class Optimizer:
@@ -107,22 +109,25 @@ class Optimizer:
     def step(self, grads: dict[str, torch.Tensor], lr_scale: float, workers: Any) -> None:
         """Update the master weights in place; `lr_scale` multiplies the peak rates."""
         self.num_updates += 1
-        jobs: list[Callable[[], None]] = [lambda: self._adamw(grads, lr_scale)]
+        jobs: list[Callable[[], None]] = [lambda: self._adamw({name: grad for name, grad in grads.items() if self._moves(name)}, lr_scale)]
         if self.masters.ranks is None:
             jobs += [self._muon_job(grads, lr_scale, share) for share in self._muon_shares(workers.num_threads)]
         elif self.parts:
             jobs += [lambda: self._muon_over_ranks(grads, lr_scale)]
         workers.map(lambda job: job(), jobs[::-1])
 
+    def _moves(self, name: str) -> bool:
+        return self.num_updates > self.scales[name].begin
+
     def _adamw(self, grads: dict[str, torch.Tensor], lr_scale: float) -> None:
         config = self.config
-        updates = torch.full((), float(self.num_updates), device=self.masters.device)
         groups = defaultdict(list)  # one call for all tensors with the same rates
         for name in grads:
             if name not in self.parts:
                 decayed = self.masters.tensors[name].dim() >= 2 and "embed" not in name
                 groups[decayed, self.scales[name]].append(name)
         for (decayed, scale), group in groups.items():
+            updates = torch.full((), float(self.num_updates - scale.begin), device=self.masters.device)
             torch._fused_adamw_(
                 [self.masters.tensors[name] for name in group],
                 [grads[name] for name in group],
@@ -143,6 +148,8 @@ class Optimizer:
         """Split the matrices (name, first row, last row) into shares of one shape, each small enough for a core's cache."""
         by_shape = defaultdict(list)
         for name, rows in self.parts.items():
+            if not self._moves(name):
+                continue
             start = 0
             for count in rows:
                 by_shape[count, self.masters.tensors[name].shape[1]].append((name, start, start + count))
@@ -183,7 +190,7 @@ class Optimizer:
     def _muon_over_ranks(self, grads, lr_scale: float) -> None:
         """Move this rank's shards; the ranks deal the matrices among them and send each other the shards of directions and updates."""
         masters: Any = self.masters  # a ShardedWeights
-        names = list(self.parts)
+        names = [name for name in self.parts if self._moves(name)]
         shares = [(name, 0, masters.tensors[name].shape[0]) for name in names]
         polynomials = quintics(self.config.polynomials, self.config.newton_schulz_steps)
         updates = masters.orthogonalise(dict(zip(names, self._directions(grads, shares))), polynomials)

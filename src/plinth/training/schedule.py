@@ -24,6 +24,18 @@ def warmup_stable_decay(step: int, *, steps: int, warmup_steps: int, decay_steps
     return floor + (1.0 - floor) * (1.0 - math.sqrt((decayed + 1) / (decay_steps + 1)))
 
 
+def slanted_triangular(step: int, *, steps: int, cut_fraction: float = 0.1, ratio: float = 32.0) -> float:
+    """Rise linearly from 1 / ratio to 1 over the first `cut_fraction` of the steps, at least one, and fall linearly back over the rest.
+
+    `step` counts from 0.  Source: Howard and Ruder 2018, arXiv:1801.06146, equation 3.
+    Differs: the paper falls over cut · (1 / cut_fraction - 1) steps, with cut rounded down, which ends before the training does and then
+    gives negative rates; ours falls over the steps that are left. Where cut_fraction · steps is whole the two are equal.
+    """
+    cut = min(max(1, math.floor(steps * cut_fraction)), steps)
+    share = step / cut if step < cut else 1.0 - (step - cut) / max(1, steps - cut)
+    return (1.0 + share * (ratio - 1.0)) / ratio
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stretch of training with one shape of batch."""

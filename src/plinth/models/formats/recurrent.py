@@ -40,7 +40,7 @@ def own_format(config: type, model_type: str, architecture: str, build: Callable
     return Format(config, (model_type,), read_config, write_config, build, layout, used_by=used_by)
 
 
-AWD_LSTM = own_format(AwdLstmConfig, "plinth_awd_lstm", "PlinthAwdLstm", AwdLstm, "plinth generate")
+AWD_LSTM = own_format(AwdLstmConfig, "plinth_awd_lstm", "PlinthAwdLstm", AwdLstm, "plinth generate, transfer")
 SEQ2SEQ = own_format(
     RecurrentSeq2SeqConfig, "plinth_recurrent_seq2seq", "PlinthRecurrentSeq2Seq", RecurrentSeq2Seq, "plinth translate, attend"
 )
