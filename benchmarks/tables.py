@@ -15,6 +15,7 @@ from decoder_tables import decoder_speed_table
 from image_tables import image_table
 from ulmfit_tables import ulmfit_table
 
+from adapter_tables import qlora_table
 from counts_tables import counts_table, memory_table, slide_audit
 from encoder_tables import encoder_table
 from exchange_tables import import_table
@@ -417,6 +418,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/recurrent.md", "length bottleneck", measured("length_bottleneck", length_table)),
     ("docs/transfer.md", "ulmfit", measured("ulmfit", ulmfit_table)),
     ("docs/images.md", "shapes world", measured("shapes_world", image_table)),
+    ("docs/posttraining.md", "qlora memory", measured("qlora_memory", qlora_table)),
     ("docs/exchange.md", "import speed", measured("import_speed", import_table)),
 ]
 

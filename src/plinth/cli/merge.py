@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -23,6 +23,9 @@ class Options:
     """run of `plinth sft --adapter.rank N`, or a folder that PEFT saved"""
     out: Path
     """model folder to write; must not hold anything yet"""
+    onto: Literal["dequantised", "original"] | None = None
+    """for an adapter trained on a base of 4 bits: add it to that base, read back into whole weights (dequantised: what was trained), or
+    to the base as it was (original: something else)"""
     json: bool = False
     """answer with one JSON object on standard output"""
 
@@ -30,7 +33,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when the folder is taken or the adapter does not fit the model."""
     options = tyro.cli(Options, prog="plinth merge", args=argv)
-    folder, count = merge_adapter(options.run, options.adapter, options.out)
+    folder, count = merge_adapter(options.run, options.adapter, options.out, options.onto)
 
     def render(console: Console) -> None:
         text = f"{folder}: an adapter of {count:,} parameters merged. Next: plinth generate {folder}"

@@ -6,8 +6,9 @@ is fused in ours.  Source: PEFT's `LoraConfig` and `get_peft_model_state_dict`, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +22,8 @@ from plinth.run import find_model, publish_dir
 from plinth.tokenizer.encode import Tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+QUANTISATION = "quantisation.json"  # beside them where the base was held in 4 bits; other programs do not read it
+Onto = Literal["dequantised", "original"]
 PREFIX = "base_model.model."
 KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 # Fields of PEFT's configuration that would change what is computed, and the values with which they do not.
@@ -66,6 +69,8 @@ def save_adapter(model: Transformer, folder: Path, base: str | None = None) -> N
     with publish_dir(folder) as temporary:
         save_json(temporary / CONFIG, _peft_config(modules[0].adapter, projections, base))
         save_tensors(tensors, temporary / WEIGHTS, {"format": "pt"})
+        if modules[0].adapter.quantise:
+            save_json(temporary / QUANTISATION, {"base": modules[0].adapter.quantise})
 
 
 def _published(part: torch.Tensor, kind: str, projection: Projection) -> torch.Tensor:
@@ -93,13 +98,14 @@ def _peft_config(config: LoraConfig, projections: list[Projection], base: str | 
     }
 
 
-def load_adapter(model: Transformer, folder: Path) -> Transformer:
+def load_adapter(model: Transformer, folder: Path, quantise: Literal["nf4"] | None = None) -> Transformer:
     """Put the adapters of a folder in PEFT's format on the model, in place, all else frozen; returns the model.
 
+    With `quantise` the matrices below them are rounded to 4 bits.
     Raises UserError, before anything is changed, for a kind of adapter that we do not compute, and for tensors that are missing, of
     another shape, or without a place in the model.
     """
-    config = read_adapter_config(folder)
+    config = replace(read_adapter_config(folder), quantise=quantise)
     files = TensorFiles([folder / WEIGHTS])
     matrices = adaptable(model)
     shapes = dict(files.shapes())
@@ -171,15 +177,31 @@ def find_adapter(path: Path) -> Path:
     raise UserError(f"{path} holds no adapter ({CONFIG}). Name a run of `plinth sft --adapter.rank N`, or a folder that PEFT saved.")
 
 
-def merge_adapter(base: Path, adapter: Path, out: Path) -> tuple[Path, int]:
+def trained_on(folder: Path) -> Literal["nf4"] | None:
+    """Return the format in which an adapter's base was held while it was trained, None for whole weights or where nothing says so."""
+    return read_json(folder / QUANTISATION)["base"] if (folder / QUANTISATION).is_file() else None
+
+
+def merge_adapter(base: Path, adapter: Path, out: Path, onto: Onto | None = None) -> tuple[Path, int]:
     """Write the model of `base` with the adapter of `adapter` merged, in fp32, to `out`; returns the folder and the adapter's parameters.
 
-    Raises UserError when `out` holds anything, or the adapter does not fit.
+    An adapter trained on 4 bits fits those: `onto` says whether it is added to the base rounded and read back (dequantised), which
+    computes what was trained, or to the original, which does not.
+    Raises UserError when `out` holds anything, the adapter does not fit, or it was trained on 4 bits and `onto` is not given.
     """
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is not empty. Name a new folder.")
-    source = find_model(base)
-    model = load_adapter(load_decoder(source), find_adapter(adapter))
+    source, folder = find_model(base), find_adapter(adapter)
+    format = trained_on(folder)
+    if format is not None and onto is None:
+        raise UserError(
+            f"{folder} was trained on a base of 4 bits ({format}), and {base} has whole weights: added to them it would compute "
+            "something that nobody trained or measured. Pass --onto dequantised for the model that was trained, in whole weights, "
+            "or --onto original if you want the sum all the same."
+        )
+    if format is None and onto == "dequantised":
+        raise UserError(f"{folder} was trained on whole weights: leave out --onto dequantised.")
+    model = load_adapter(load_decoder(source), folder, format if onto == "dequantised" else None)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     save_model(merge(model), Tokenizer.load(source), out)
     return out, count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from plinth.models.hub import format_of
 from plinth.models.mlp import Linear
 from plinth.models.transformer import Transformer
 from plinth.ops.linear import linear, linear_rows
+from plinth.ops.nf4 import Nf4, dequantise_nf4, nf4_linear, quantise_nf4
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -33,13 +35,15 @@ class LoraConfig:
     """DoRA: learn the norm of each row of the adapted matrices too"""
     targets: tuple[str, ...] | None = None
     """published names of the projections adapted, such as q_proj v_proj (default: all of attention and of the feed-forward layers)"""
+    quantise: Literal["nf4"] | None = None
+    """hold the matrices under the adapters in 4 bits (QLoRA); what is learnt fits the rounded matrices (default: as they are)"""
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise UserError(f"adapter.rank={self.rank} must be at least 1. Leave it out to train all weights.")
         if self.alpha <= 0:
             raise UserError(f"adapter.alpha={self.alpha} must be positive.")
-        if self.rank is None and (self.rank_stabilised or self.dora or self.targets is not None):
+        if self.rank is None and (self.rank_stabilised or self.dora or self.targets is not None or self.quantise):
             raise UserError("adapter.rank is not given, but other options of adapters are. Add --adapter.rank 16.")
 
     @property
@@ -78,8 +82,9 @@ class AdaptedLinear(Linear):
 
     A is drawn and B is 0, so that nothing changes at first. n holds the norms of the rows of W + s B A, counted as constants in the
     gradient, and m starts as those of W. `frozen` is W; `lora_a` (P r, D) and `lora_b`, `magnitude` (rows of the P adapted projections)
-    are stacked.
-    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3 (DoRA).
+    are stacked. With config.quantise W is rounded to 4 bits and held so: `frozen` is None, and `packed` has its parts.
+    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3 (DoRA); Dettmers et al.
+    2023, arXiv:2305.14314, eq. 5 (QLoRA).
     Differs: norms are taken in fp32 whatever the dtype; a row of norm 0 stays 0 with DoRA; there is no dropout.
     """
 
@@ -87,13 +92,30 @@ class AdaptedLinear(Linear):
         nn.Module.__init__(self)
         assert config.rank is not None
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.frozen, self.bias = base.weight, base.bias
+        self.frozen, self.bias = (None if config.quantise else base.weight), base.bias
+        if config.quantise:
+            self._hold(quantise_nf4(base.weight))
         self.projections, self.adapter = tuple(projections), config
         self.rank, self.scaling = config.rank, config.scaling
         adapted = [projection.rows for projection in projections if projection.is_adapted]
-        self.lora_a = nn.Parameter(self.frozen.new_empty(len(adapted) * config.rank, self.in_features))
-        self.lora_b = nn.Parameter(self.frozen.new_zeros(sum(adapted), config.rank))
-        self.magnitude = nn.Parameter(self._adapted_rows(self.frozen.detach().float().norm(dim=1))) if config.dora else None
+        self.lora_a = nn.Parameter(base.weight.new_empty(len(adapted) * config.rank, self.in_features))
+        self.lora_b = nn.Parameter(base.weight.new_zeros(sum(adapted), config.rank))
+        self.magnitude = nn.Parameter(self._adapted_rows(self.base_weight().norm(dim=1))) if config.dora else None
+
+    def _hold(self, weight: Nf4) -> None:
+        """Keep the parts of a rounded matrix as buffers, which move with the module and are in no file."""
+        for name in ("codes_N", "scales_G", "steps_S"):
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+
+    @property
+    def packed(self) -> Nf4:
+        """Return the matrix in 4 bits, where it is held so."""
+        assert self.frozen is None
+        return Nf4((self.out_features, self.in_features), self.codes_N, self.scales_G, self.steps_S)
+
+    def base_weight(self) -> torch.Tensor:
+        """Return W in fp32, without gradient: made anew from 4 bits where it is held so."""
+        return dequantise_nf4(self.packed) if self.frozen is None else self.frozen.detach().float()
 
     @torch.no_grad()
     def init_adapter(self, generator: torch.Generator) -> None:
@@ -115,15 +137,20 @@ class AdaptedLinear(Linear):
             small(next(hidden).contiguous(), b) * self.scaling if b is not None else x.new_zeros(*x.shape[:-1], projection.rows)
             for projection, b in self._parts(self.lora_b)
         ]
-        y = product(x, self.frozen) + torch.cat(added, -1)
+        y = self._base_product(x, product) + torch.cat(added, -1)
         if self.magnitude is not None:
             y = y * self._row_factors().to(y.dtype)
         return y if self.bias is None else y + self.bias
 
+    def _base_product(self, x: torch.Tensor, product: Product) -> torch.Tensor:
+        if self.frozen is not None:
+            return product(x, self.frozen)
+        return nf4_linear(x, self.packed) if product is linear else product(x, dequantise_nf4(self.packed, x.dtype))
+
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The merged matrix in the model's dtype, computed anew: what reads a decoder's matrices reads what it computes."""
-        return self.merged_weight().to(self.frozen.dtype)
+        return self.merged_weight().to(self.lora_a.dtype)
 
     def merged_weight(self) -> torch.Tensor:
         """Return the matrix that alone computes what this does, fp32."""
@@ -135,10 +162,10 @@ class AdaptedLinear(Linear):
         """Return W + s B A, fp32, without gradient."""
         a = iter(self.lora_a.detach().float().split(self.rank))
         added = [
-            b.detach().float() @ next(a) if b is not None else self.frozen.new_zeros(projection.rows, self.in_features, dtype=torch.float32)
+            b.detach().float() @ next(a) if b is not None else torch.zeros(projection.rows, self.in_features, device=self.lora_a.device)
             for projection, b in self._parts(self.lora_b)
         ]
-        return self.frozen.detach().float() + self.scaling * torch.cat(added)
+        return self.base_weight() + self.scaling * torch.cat(added)
 
     def _row_factors(self) -> torch.Tensor:
         """Return m / n by row, 1 where there is no adapter, fp32; its gradient reaches m alone."""
