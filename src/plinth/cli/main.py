@@ -32,6 +32,7 @@ VERBS = {
     "sft": ("plinth.cli.sft", "supervised finetuning on messages"),
     "merge": ("plinth.cli.merge", "an adapter (LoRA, rsLoRA, DoRA; PEFT's format) added to the weights of its model"),
     "prefer": ("plinth.cli.prefer", "preference tuning on pairs: DPO and its kin"),
+    "feedback": ("plinth.cli.feedback", "preference pairs from a judge, asked in both orders: soft labels and how far to trust it"),
     "distill": ("plinth.cli.distill", "a student that learns a teacher's distributions of the next token"),
     "known": ("plinth.cli.known", "what a model knows of its training questions, and data that teach it to decline the rest"),
     "reward": ("plinth.cli.reward", "a reward model from pairs or rankings, beside the length and the words alone"),

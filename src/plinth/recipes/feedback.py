@@ -1,0 +1,87 @@
+"""AI feedback from a file of answers to a file of preference pairs, with a report on the judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plinth.config import UserError, save_json, to_dict, write_atomic
+from plinth.evaluation.judging import judge_report
+from plinth.inference.chat_model import ChatModel, KeptAnswers, LocalModel
+from plinth.inference.endpoint import Endpoint, EndpointConfig
+from plinth.posttraining.feedback import JudgeConfig, judge_pairs, preference_row, read_comparisons
+from plinth.posttraining.principles import read_principles
+from plinth.run import Progress, file_sha256
+
+KEPT_FILE = "asked.jsonl"
+
+
+@dataclass(frozen=True)
+class FeedbackConfig:
+    """How pairs are judged, and which are written."""
+
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """how the judge is asked"""
+    principles: Path | None = None
+    """constitution: a text file with one principle a line, of which one is drawn for each pair (default: the question alone)"""
+    min_probability: float = 0.5
+    """least probability of the better answer for a pair to be written"""
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.min_probability < 1:
+            raise UserError(f"min_probability={self.min_probability} must be at least 0.5 and below 1.")
+
+
+def open_model(run: Path | None, endpoint: EndpointConfig) -> ChatModel:
+    """Return the model of a run, or the one behind a server. Raises UserError unless one of them is named."""
+    if (run is None) == (endpoint.url is None):
+        raise UserError("name one model to ask: a run or model folder, or a server with --endpoint.url and --endpoint.model.")
+    return Endpoint(endpoint) if run is None else LocalModel.load(run)
+
+
+def make_feedback(
+    answers: Path, model: ChatModel, out: Path, config: FeedbackConfig, warn: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Judge the pairs of answers in a file; write out/pairs.jsonl and out/report.json, and return the report.
+
+    What the judge said is kept in out/asked.jsonl as it comes: called again after an interruption, this goes on from there.
+    Rows that hold no two answers, pairs that the judge did not decide or was not sure enough of are counted.
+    """
+    comparisons, rejected = read_comparisons(answers)
+    if rejected:
+        shown = "; ".join(f"row {number}: {reason}" for number, reason in rejected[:3])
+        warn(f"{answers}: {len(rejected)} rows rejected ({shown})")
+    principles = [] if config.principles is None else read_principles(config.principles)
+    kept = KeptAnswers(model, out / KEPT_FILE)
+    with Progress(len(comparisons), "judging", "pair") as progress:
+        found = judge_pairs(kept, comparisons, config.judge, principles, progress.update)
+    decided = [(pair, judged) for pair, judged in zip(comparisons, found) if judged is not None]
+    if not decided:
+        raise UserError(f"the judge chose neither 1 nor 2 in any of {len(comparisons)} pairs. Take another judge, or another question.")
+    sure = [(p, j) for p, j in decided if abs(j.probability - 0.5) > 0 and max(j.probability, 1 - j.probability) >= config.min_probability]
+    write_lines(out / "pairs.jsonl", (preference_row(pair, judged, model.identity) for pair, judged in sure))
+    report = {
+        "judge": model.identity,
+        "answers": {"path": str(answers), "sha256": file_sha256(answers)},
+        "config": to_dict(config),
+        "rejected_rows": len(rejected),
+        "undecided": len(comparisons) - len(decided),
+        "unsure": len(decided) - len(sure),
+        "written": len(sure),
+        "asked": kept.asked,
+        "known": kept.known,
+        **judge_report([(j.as_given, j.swapped) for _, j in decided], [p.human for p, _ in decided], [p.row for p, _ in decided]),
+    }
+    save_json(out / "report.json", report)
+    return report
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows as JSON Lines, all or nothing, and return their number."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(lines))
+    return len(lines)
