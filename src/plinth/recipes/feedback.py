@@ -17,6 +17,7 @@ from plinth.posttraining.principles import read_principles
 from plinth.run import Progress, file_sha256
 
 KEPT_FILE = "asked.jsonl"
+TIE = 1e-6  # a judge that goes by the position alone gives 0.5 but for rounding
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def make_feedback(
     decided = [(pair, judged) for pair, judged in zip(comparisons, found) if judged is not None]
     if not decided:
         raise UserError(f"the judge chose neither 1 nor 2 in any of {len(comparisons)} pairs. Take another judge, or another question.")
-    sure = [(p, j) for p, j in decided if abs(j.probability - 0.5) > 0 and max(j.probability, 1 - j.probability) >= config.min_probability]
+    sure = [(pair, judged) for pair, judged in decided if abs(judged.probability - 0.5) >= max(config.min_probability - 0.5, TIE)]
     write_lines(out / "pairs.jsonl", (preference_row(pair, judged, model.identity) for pair, judged in sure))
     report = {
         "judge": model.identity,
