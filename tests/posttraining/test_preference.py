@@ -1,5 +1,6 @@
 """DPO: the published loss, the masks, and the reference that is computed once."""
 
+import dataclasses
 import json
 import math
 
@@ -15,7 +16,7 @@ from plinth.posttraining.formats import read_examples
 from plinth.posttraining.inspection import inspect_data
 from plinth.posttraining.pairs import pad_sides, render_pairs
 from plinth.posttraining.preference import DpoConfig, pairs_loss, sides_log_probs, train_dpo
-from plinth.posttraining.preference_losses import REFERENCE_FREE, Pairs, preference_loss
+from plinth.posttraining.preference_losses import REFERENCE_FREE, Pairs, cdpo, preference_loss
 from plinth.posttraining.sft import SftConfig, render_examples, train_sft
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
@@ -126,6 +127,20 @@ def test_metrics_show_lengths_and_whether_the_chosen_answer_fell(tmp_path, token
         _, count, metrics = pairs_loss(model, (*sides(pairs), own + torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), DpoConfig())
     assert count == 2 and metrics["chosen_fell"] == 1.0
     assert metrics["chosen_tokens"] == sum(sum(p.chosen.loss_mask) for p in pairs) < metrics["rejected_tokens"]
+
+
+def test_soft_labels_are_learnt_by_cdpo_and_named_where_they_are_not(tmp_path, tokenizer, model_dir):
+    records = [pair("copy", "seek") | {"probability": 0.5}, pair("open", "move") | {"probability": 0.5}]
+    file, told = write_lines(tmp_path / "pairs.jsonl", records), []
+    config = DpoConfig(train=quick(3), loss="cdpo", pairs_per_step=2, micro_batch_size=1)
+    run = train_dpo(tmp_path / "even", model_dir, file, config, warn=told.append)
+    assert not told and all(abs(line["grad_norm"]) < 1e-6 for line in run.metrics()[:1])  # an even pair pulls nowhere
+    hard = train_dpo(tmp_path / "hard", model_dir, file, dataclasses.replace(config, loss="sigmoid"), warn=told.append)
+    assert hard.metrics()[0]["grad_norm"] > 1e-3 and "the probabilities of 2 pairs are not read; --loss cdpo" in told[0]
+    margin, epsilon = torch.tensor([2.0, -1.0]), torch.tensor([0.3, 0.0])
+    values = cdpo(Pairs(margin, torch.zeros(2), torch.zeros(2), torch.zeros(2)), beta=1.0, epsilon=epsilon)
+    expected = [-0.7 * math.log(1 / (1 + math.exp(-2))) - 0.3 * math.log(1 / (1 + math.exp(2))), -math.log(1 / (1 + math.exp(1)))]
+    torch.testing.assert_close(values, torch.tensor(expected))
 
 
 def test_cross_entropy_is_added_to_dpo_alone_unless_asked():

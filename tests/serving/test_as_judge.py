@@ -13,7 +13,9 @@ def test_options_and_answers_equal_the_engines(make_text_engine, base_url):
     conversation = [{"role": "user", "content": "def main"}]
     best = local.text.chat([conversation], SamplingParams(temperature=0.0, max_tokens=1, logprobs=20))[0].top_logprobs[0]
     names = [local.text.tokenizer.decode([token]) for token, _ in best]
-    options = [name for name in names if name.strip().isascii() and name == name.strip() and [n.strip() for n in names].count(name) == 1][:2]
+    options = [name for name in names if name.strip().isascii() and name == name.strip() and [n.strip() for n in names].count(name) == 1][
+        :2
+    ]
     assert len(options) == 2
     given, expected = (model.option_logprobs([conversation], options)[0] for model in (served, local))
     assert given == pytest.approx(expected, abs=1e-4)

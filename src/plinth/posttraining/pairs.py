@@ -27,6 +27,8 @@ class Pair:
     """the prompt with the worse answer"""
     margin: float | None = None
     """by how much it is better, where the file says so"""
+    probability: float | None = None
+    """how likely it is better, where the file says so"""
 
 
 def render_pairs(tokenizer: Tokenizer, found: Examples, max_seq_len: int) -> tuple[list[Pair], LeftOut]:
@@ -53,7 +55,7 @@ def render_pair(tokenizer: Tokenizer, row: Preference, max_seq_len: int) -> Pair
     chosen, rejected = (part.rendered for part in parts)
     if chosen.tokens == rejected.tokens:
         raise UserError("chosen and rejected are the same")
-    return Pair(chosen, rejected, row.margin)
+    return Pair(chosen, rejected, row.margin, row.probability)
 
 
 def check_learnable(rendered: Rendered, name: str, max_seq_len: int) -> None:

@@ -53,7 +53,8 @@ class DpoConfig:
     beta: float | None = None
     """strength of the tie to the reference model; None takes the loss's own, 0.1 for most"""
     epsilon: float | None = None
-    """share of labels taken to be the wrong way round, for the losses that read it; None takes the loss's own"""
+    """share of labels taken to be the wrong way round, for the losses that read it; None takes the loss's own, with cdpo each pair's own
+    where the file has probabilities"""
     gamma: float | None = None
     """margin of simpo; None takes 1"""
     desirable_weight: float | None = None
@@ -105,15 +106,18 @@ def sides_log_probs(model: Transformer, inputs_BRT: torch.Tensor, targets_BRT: t
 def pairs_loss(policy: Transformer, batch: tuple[torch.Tensor, ...], config: DpoConfig) -> tuple[torch.Tensor, int, dict[str, float]]:
     """Return (loss_sum, num_pairs, metrics) of (inputs, targets (B, 2, T), reference log-probabilities (B, 2)), chosen before rejected.
 
+    A fourth tensor (B,) holds each pair's own epsilon.
+
     Beside the loss's own metrics: both answers' log-probabilities in nats and tokens and, with a reference, chosen_fell, the pairs whose
     chosen answer has become less likely than it was, all as sums over pairs.
     """
-    inputs_B2T, targets_B2T, reference_B2 = batch
+    inputs_B2T, targets_B2T, reference_B2, *epsilon = batch
     chosen_B, rejected_B = sides_log_probs(policy, inputs_B2T, targets_B2T).unbind(1)
     tokens_B, other_tokens_B = (targets_B2T >= 0).sum(2).unbind(1)
     references = (None, None) if config.loss in REFERENCE_FREE else reference_B2.unbind(1)
     pairs = Pairs(chosen_B, rejected_B, references[0], references[1], tokens_B, other_tokens_B)
-    total, count, metrics = preference_loss(config.loss, pairs, **config.loss_options)
+    options = config.loss_options | ({"epsilon": epsilon[0]} if epsilon else {})
+    total, count, metrics = preference_loss(config.loss, pairs, **options)
     metrics["chosen_log_prob"], metrics["rejected_log_prob"] = float(chosen_B.sum().detach()), float(rejected_B.sum().detach())
     metrics["chosen_tokens"], metrics["rejected_tokens"] = float(tokens_B.sum()), float(other_tokens_B.sum())
     if references[0] is not None:
@@ -129,6 +133,9 @@ class PairedRows:
         self.lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]
         self.needs_reference = config.loss not in REFERENCE_FREE
         self.sides = 2
+        self.soft = sum(pair.probability is not None for pair in pairs)
+        self.epsilon = torch.tensor([0.0 if pair.probability is None else 1 - pair.probability for pair in pairs])
+        self.reads_epsilon = config.loss == "cdpo" and config.epsilon is None and self.soft > 0
 
     def reference_batch(self, part: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Return the sequences whose log-probabilities under the reference the loss reads."""
@@ -136,7 +143,8 @@ class PairedRows:
 
     def batches(self, parts: Sequence[np.ndarray], reference: np.ndarray, policy: Transformer) -> list[Batch]:
         """Return a step's micro-batches."""
-        return [(*self.reference_batch(part), torch.from_numpy(reference[part])) for part in parts]
+        own = [(self.epsilon[torch.from_numpy(part)],) if self.reads_epsilon else () for part in parts]
+        return [(*self.reference_batch(part), torch.from_numpy(reference[part]), *more) for part, more in zip(parts, own)]
 
     def loss(self, policy: Transformer, batch: Batch) -> tuple[torch.Tensor, int, dict[str, float]]:
         return pairs_loss(policy, batch, self.config)
@@ -294,6 +302,8 @@ def load_rows(
     else:
         pairs, left_out = render_pairs(tokenizer, found, limit)
         rows = PairedRows(pairs, config, pad_id)
+        if rows.soft and not rows.reads_epsilon:
+            warn(f"{data}: the probabilities of {rows.soft} pairs are not read; --loss cdpo without --epsilon learns from them.")
     shown = "; ".join(f"row {number}: {reason}" for number, reason in left_out[:SHOWN])
     if not rows.lengths:
         raise UserError(f"{data} holds no {found.kind} row that can be learnt: {shown}.")

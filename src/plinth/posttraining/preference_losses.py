@@ -102,7 +102,7 @@ def sigmoid(pairs: Pairs, *, beta: float = 0.1, divergence: str = "reverse_kl", 
     return -F.logsigmoid(beta * (scores[0] - scores[1]))
 
 
-def cdpo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.1) -> Tensor:
+def cdpo(pairs: Pairs, *, beta: float = 0.1, epsilon: float | Tensor = 0.1) -> Tensor:
     """−(1−ε) log σ(βΔ) − ε log σ(−βΔ): DPO where a label is wrong with probability ε.
 
     Source: Mitchell 2023, "A note on DPO with noisy preferences".
@@ -241,8 +241,8 @@ def _smoothed(difference_B: Tensor, beta: float, epsilon: float) -> Tensor:
     return -(1 - epsilon) * F.logsigmoid(beta * difference_B) - epsilon * F.logsigmoid(-beta * difference_B)
 
 
-def _check_epsilon(epsilon: float) -> None:
-    if not 0 <= epsilon < 0.5:
+def _check_epsilon(epsilon: float | Tensor) -> None:
+    if not isinstance(epsilon, Tensor) and not 0 <= epsilon < 0.5:
         raise UserError(f"epsilon={epsilon} is not in [0, 0.5). It is the share of labels that are the wrong way round.")
 
 
