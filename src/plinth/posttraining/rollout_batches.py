@@ -36,6 +36,8 @@ class RolloutBatches:
     """rows that stay together, one after the other"""
     seed: int = 0
     """of the order of rows"""
+    reshuffle: bool = True
+    """deal each pass anew"""
     number: int = field(default=-1, init=False)
     """the roll-out that is held"""
 
@@ -72,7 +74,7 @@ class RolloutBatches:
             raise UserError(
                 f"a roll-out has {groups} groups for minibatches={self.minibatches}. Sample more prompts, or lower minibatches."
             )
-        order = np.random.Generator(np.random.PCG64([self.seed, number, epoch])).permutation(groups)
+        order = np.random.Generator(np.random.PCG64([self.seed, number, epoch if self.reshuffle else 0])).permutation(groups)
         chosen = order[groups * minibatch // self.minibatches : groups * (minibatch + 1) // self.minibatches]
         lengths = (self._rows["mask"].sum(1) + self._rows["prompt_tokens"]).view(groups, self.group_size).amax(1).numpy()
         chosen = chosen[np.argsort(lengths[chosen], kind="stable")]

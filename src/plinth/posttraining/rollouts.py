@@ -190,6 +190,11 @@ class Sampler:
         workers, _ = self._ready()
         return score_rows(model or self.model, rows, workers, temperature=self.config.temperature)
 
+    @property
+    def workers(self) -> Workers | InlineWorker:
+        """The threads that sample, for what else there is to do between updates."""
+        return self._workers or self._ready()[0]
+
     def close(self) -> None:
         """End the threads and free the engines' memory."""
         if isinstance(self._workers, Workers):

@@ -55,6 +55,7 @@ POINT_SHARES = {2: 0.1, 1: 0.25, 0: 0.3, -1: 0.25, -2: 0.1}
 LIMIT = 4  # sentences that may earn points
 BEST_POINTS = LIMIT * max(POINTS)
 OPTIMUM = 1.0
+REVIEW_EVERY = 4
 HELDOUT_EVERY = 6  # one prompt of so many is held out
 _SENTENCE = re.compile(rf"(The (\w+)|It) ({'|'.join(VERBS)}) (\w+)")
 
@@ -199,11 +200,18 @@ STORY_LINES = (
 
 
 def stories(count: int, seed: int = 0) -> list[str]:
-    """Return `count` short texts for pretraining, of the same words, good and bad alike; a model's loss on others is its general loss."""
+    """Return `count` short texts for pretraining, of the same words, good and bad alike; a model's loss on others is its general loss.
+
+    One in REVIEW_EVERY is a prompt with a review of the grammar below it.
+    """
     rng = random.Random(f"reviews stories {seed}")
-    adjectives = list(POINTS_OF)
+    adjectives, asked = list(POINTS_OF), prompts("train")
     texts = []
-    for _ in range(count):
+    for i in range(count):
+        if i % REVIEW_EVERY == 0:
+            prompt = rng.choice(asked)
+            texts.append(f"{prompt}\n{draw_review(prompt, rng)}")
+            continue
         name, friend, thing, place = rng.choice(NAMES), rng.choice(NAMES), rng.choice(THINGS), rng.choice(PLACES)
         lines = []
         for _ in range(rng.randint(3, 6)):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -39,6 +39,8 @@ class TrainConfig:
     """updates over which the learning rate rises"""
     decay_fraction: float = 0.4
     """share of the updates, at the end, over which the learning rate falls to zero"""
+    decay: Literal["sqrt", "linear"] = "sqrt"
+    """how it falls: as 1 - sqrt, or linearly"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """the optimizer"""
     clip_grad_norm: float = 1.0
@@ -119,7 +121,8 @@ class TrainConfig:
         """Return the factor of the peak learning rates at a step counted from 0."""
         assert self.steps is not None
         decay_steps = self.steps - self.decay_start
-        return warmup_stable_decay(step, steps=self.steps, warmup_steps=self.warmup_steps, decay_steps=decay_steps)
+        linear = self.decay == "linear"
+        return warmup_stable_decay(step, steps=self.steps, warmup_steps=self.warmup_steps, decay_steps=decay_steps, linear=linear)
 
     @property
     def decay_start(self) -> int:

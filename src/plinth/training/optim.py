@@ -40,6 +40,8 @@ class OptimizerConfig:
     """decay of AdamW's second moment"""
     eps: float = 1e-10
     """added to the root of AdamW's second moment"""
+    tensorflow_eps: bool = False
+    """add it to the root before the moment's bias is taken out, as TensorFlow 1 did: at step t it weighs 1/sqrt(1 - beta2**t) as much"""
     momentum: float = 0.95
     """decay of Muon's momentum (Nesterov)"""
     weight_decay: float = 0.1
@@ -139,10 +141,13 @@ class Optimizer:
                 beta1=config.beta1,
                 beta2=config.beta2,
                 weight_decay=config.weight_decay * scale.weight_decay if decayed else 0.0,
-                eps=config.eps * scale.eps,
+                eps=self._eps() * scale.eps,
                 amsgrad=False,
                 maximize=False,
             )
+
+    def _eps(self) -> float:
+        return self.config.eps * ((1.0 - self.config.beta2**self.num_updates) ** -0.5 if self.config.tensorflow_eps else 1.0)
 
     def _muon_shares(self, num_shares: int) -> list[list[tuple[str, int, int]]]:
         """Split the matrices (name, first row, last row) into shares of one shape, each small enough for a core's cache."""

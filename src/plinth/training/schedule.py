@@ -11,8 +11,8 @@ from typing import NamedTuple
 from plinth.config import UserError
 
 
-def warmup_stable_decay(step: int, *, steps: int, warmup_steps: int, decay_steps: int, floor: float = 0.0) -> float:
-    """Rise linearly over `warmup_steps`, stay at 1, fall as 1 - sqrt over the last `decay_steps` to `floor`.
+def warmup_stable_decay(step: int, *, steps: int, warmup_steps: int, decay_steps: int, floor: float = 0.0, linear: bool = False) -> float:
+    """Rise linearly over `warmup_steps`, stay at 1, fall as 1 - sqrt, or linearly, over the last `decay_steps` to `floor`.
 
     `step` counts from 0.  Source: Hägele et al. 2024, arXiv:2405.18392 (the 1 - sqrt cooldown).
     """
@@ -21,6 +21,8 @@ def warmup_stable_decay(step: int, *, steps: int, warmup_steps: int, decay_steps
     decayed = step - (steps - decay_steps)
     if decayed < 0:
         return 1.0
+    if linear:
+        return floor + (1.0 - floor) * (1.0 - decayed / decay_steps)
     return floor + (1.0 - floor) * (1.0 - math.sqrt((decayed + 1) / (decay_steps + 1)))
 
 

@@ -1,0 +1,81 @@
+"""Where the reward of sampled completions comes from: a rule that is known exactly, or a learnt reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from plinth.config import UserError, nearest
+from plinth.models.reward import RewardModel
+from plinth.posttraining.prompts import Prompt
+from plinth.posttraining.reward import LoadedReward, load_reward
+from plinth.run import find_model, tree_sha256
+from plinth.tasks import reviews
+
+Rule = Callable[[Prompt, str], float]
+RULES: dict[str, Rule] = {"reviews": lambda prompt, answer: reviews.reward(prompt.text, answer)}
+"""rewards that are known rules, by name"""
+
+
+class RewardSource(Protocol):
+    """Gives answers their scores."""
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """Return the score of each answer to its prompt."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this reward from others, for the resume."""
+        ...
+
+
+@dataclass(frozen=True)
+class RuleReward:
+    """A rule of RULES."""
+
+    name: str
+    """its name"""
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        return [RULES[self.name](prompt, answer) for prompt, answer in zip(prompts, answers)]
+
+    def identity(self) -> dict[str, Any]:
+        return {"reward": self.name}
+
+
+@dataclass(frozen=True)
+class LearntReward:
+    """A reward model."""
+
+    loaded: LoadedReward
+    """the model with its tokenizer"""
+    folder: Path
+    """where it was loaded from"""
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        return self.loaded.score([prompt.messages for prompt in prompts], answers)
+
+    def identity(self) -> dict[str, Any]:
+        return {"reward": "learnt", "reward_sha256": tree_sha256(self.folder)}
+
+    @property
+    def model(self) -> RewardModel:
+        return self.loaded.model
+
+
+def open_rule(name: str) -> RuleReward:
+    """Return a rule by its name. Raises UserError for one that there is not."""
+    if name not in RULES:
+        raise UserError(f"{name!r} is no rule of {', '.join(RULES)}.{nearest(name, RULES)}")
+    return RuleReward(name)
+
+
+def open_reward(spec: str, device: str = "cpu") -> RewardSource:
+    """Return the rule of RULES that `spec` names, else the reward model in the run or folder that it names."""
+    if spec in RULES:
+        return open_rule(spec)
+    if not Path(spec).exists():
+        raise UserError(f"reward={spec!r} is neither a run of a reward model nor a known rule ({', '.join(RULES)}).{nearest(spec, RULES)}")
+    return LearntReward(load_reward(Path(spec), device=device), find_model(Path(spec)))
