@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from plinth.ops.attention import plain_qk_norm_rope_attention, qk_norm_rope_attention
-from plinth.ops.loss import linear_cross_entropy, token_log_probs
+from plinth.ops.loss import linear_cross_entropy, token_log_probs, token_scores
 from plinth.ops.norm import add_rms_norm, rms_norm
 from plinth.ops.rope import apply_rope, rope_table
 from plinth.ops.swiglu import swiglu
@@ -91,6 +91,41 @@ def test_a_hopeless_prediction_costs_much_but_stays_finite():
 def test_token_log_probs_of_a_uniform_model():
     log_probs = token_log_probs(torch.zeros(3, 4), torch.ones(10, 4), torch.arange(3))
     torch.testing.assert_close(log_probs, torch.full((3,), -torch.tensor(10.0).log().item()))
+
+
+def plain_scores(hidden, weight, targets, temperature):
+    logs = torch.log_softmax(hidden.float() @ weight.float().T / temperature, -1)
+    return logs.gather(1, targets[:, None].clamp_min(0))[:, 0] * (targets >= 0), -(logs.exp() * logs).sum(-1)
+
+
+@pytest.mark.parametrize("rows, width, elements", [(11, 16, 200), (11, 16, 1 << 20), (96, 32, 64 * 32), (96, 32, 1 << 20)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_log_probs_equal_their_formula_in_any_chunks(rows, width, elements, dtype, tolerance, temperature, monkeypatch):
+    """With shapes that our kernels take and that they do not, in several chunks and in one."""
+    monkeypatch.setattr("plinth.ops.loss.CHUNK_ELEMENTS", elements)
+    targets = torch.arange(rows) % 64
+    targets[[2, 7, 10]] = -1  # do not count
+    weights = torch.linspace(-1, 1, rows)  # unlike the gradient of a sum
+    inputs = [leaf(rows, width, dtype=dtype), leaf(64, width, seed=1, dtype=dtype)]
+    assert_same(
+        lambda h, w: token_scores(h, w, targets, temperature=temperature)[0] * weights,
+        lambda h, w: plain_scores(h, w, targets, temperature)[0] * weights,
+        inputs,
+        tolerance,
+    )
+    found, entropy = token_scores(*inputs, targets, temperature=temperature, entropy=True)
+    expected = plain_scores(*inputs, targets, temperature)
+    torch.testing.assert_close(found, expected[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(entropy, expected[1].detach(), rtol=tolerance, atol=tolerance)
+    assert found.requires_grad and not entropy.requires_grad
+
+
+def test_the_gradient_of_token_log_probs_can_be_taken_twice():
+    hidden, weight, targets = leaf(4, 8), leaf(9, 8, seed=1), torch.arange(4)
+    found = token_log_probs(hidden, weight, targets).sum()
+    first, second = (torch.autograd.grad(found, hidden, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
 
 
 def test_rope_turns_by_the_distance_only():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from plinth.ops import kernels
-from plinth.ops.chunked_loss import chunked_cross_entropy
+from plinth.ops.chunked_loss import chunk_rows, chunked_cross_entropy
 from plinth.ops.linear import WeightGradient, collected, takes_rows
 from plinth.ops.softcap import softcap, softcapped_cross_entropy
 from plinth.ops.vocab_parallel import spread_cross_entropy
@@ -124,11 +124,105 @@ def biased_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_
     return linear_cross_entropy(torch.cat([hidden_ND, ones_N1, zeros_NC], 1), wide_VC, targets_N)
 
 
+class _TokenLogProbs(torch.autograd.Function):
+    """Goes by chunks, and computes the logits anew for the gradient where there are several: at most one chunk is ever kept."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N, temperature, entropy):
+        fused = temperature == 1.0 and not entropy and takes_rows(hidden_ND, weight_VD)
+        found_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        entropy_N = torch.empty_like(found_N) if entropy else None
+        parts, grad_NV = _parts(hidden_ND, weight_VD), None
+        for part in parts:
+            logits_NV = F.linear(hidden_ND[part], weight_VD)
+            if fused:
+                grad_NV = _fused_gradient(logits_NV, targets_N[part], found_N[part])
+                found_N[part].neg_()
+                continue
+            logs_NV = torch.log_softmax(_cooled(logits_NV.float(), temperature), -1)
+            found_N[part] = logs_NV.gather(1, targets_N[part, None].clamp_min(0))[:, 0] * (targets_N[part] >= 0)
+            if entropy_N is not None:
+                entropy_N[part] = -(logs_NV.exp() * logs_NV).sum(-1)
+            if len(parts) == 1 and any(ctx.needs_input_grad):
+                grad_NV = _minus_targets(logs_NV.exp_(), targets_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
+        ctx.options, ctx.kept = (temperature, fused), grad_NV if len(parts) == 1 else None
+        ctx.sums = collected(weight_VD) if fused and ctx.needs_input_grad[1] else None
+        if entropy_N is not None:
+            ctx.mark_non_differentiable(entropy_N)
+        return found_N, entropy_N
+
+    @staticmethod
+    def backward(ctx, grad_N, _):
+        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
+        temperature, fused = ctx.options
+        weight_wanted, grad_hidden = ctx.needs_input_grad[1], torch.empty_like(hidden_ND)
+        sums = ctx.sums or WeightGradient(weight_VD.shape)
+        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if weight_wanted and not fused else None
+        for part in _parts(hidden_ND, weight_VD):
+            if ctx.kept is not None:
+                grad_NV, ctx.kept = ctx.kept, None
+            elif fused:
+                grad_NV = _fused_gradient(F.linear(hidden_ND[part], weight_VD), targets_N[part], torch.empty(part.stop - part.start))
+            else:
+                logits_NV = _cooled(F.linear(hidden_ND[part], weight_VD).float(), temperature)
+                grad_NV = _minus_targets(torch.softmax(logits_NV, -1), targets_N[part])
+            grad_NV = grad_NV.mul_((grad_N[part] * (targets_N[part] >= 0) / -temperature)[:, None]).to(weight_VD.dtype)
+            torch.mm(grad_NV, weight_VD, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += grad_NV.t() @ hidden_ND[part]
+            elif weight_wanted:
+                sums.add(grad_NV, hidden_ND[part].contiguous())
+        if grad_weight is not None:
+            return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None
+        return grad_hidden, sums.rounded() if weight_wanted and ctx.sums is None else None, None, None, None
+
+
+def _parts(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:
+    """Return the chunks of rows: on a CPU small ones, on a GPU few large ones."""
+    count, vocab_size = len(hidden_ND), len(weight_VD)
+    rows = max(32, CHUNK_ELEMENTS // vocab_size // 32 * 32) if hidden_ND.device.type == "cpu" else max(1, chunk_rows(count, vocab_size))
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def _cooled(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits_NV if temperature == 1.0 else logits_NV.div_(temperature)
+
+
+def _fused_gradient(logits_NV: torch.Tensor, targets_N: torch.Tensor, losses_N: torch.Tensor) -> torch.Tensor:
+    """Turn logits into the probabilities minus the one-hot targets, and write the cross-entropies; a target below 0 gives zeros."""
+    kernels.call("cross_entropy", logits_NV, targets_N.contiguous(), losses_N, *logits_NV.shape)
+    return logits_NV
+
+
+def _minus_targets(probs_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    wanted_N1 = targets_N[:, None].clamp_min(0)
+    return probs_NV.scatter_add_(1, wanted_N1, torch.full(wanted_N1.shape, -1.0, device=probs_NV.device))
+
+
 def token_log_probs(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, cap: float | None = None) -> torch.Tensor:
     """Return log-probabilities in nats of `targets_N`, fp32, shape (N,); differentiable, for preference losses.
 
     A target below zero gets 0. With a cap the logits are bounded by `ops.softcap` first.
     """
-    logits = F.linear(hidden_ND, weight_VD).float()
-    logits = logits if cap is None else softcap(logits, cap)
-    return -F.cross_entropy(logits, targets_N, ignore_index=-1, reduction="none")
+    return token_scores(hidden_ND, weight_VD, targets_N, cap)[0]
+
+
+def token_scores(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    cap: float | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return log-probabilities in nats of `targets_N` with gradient, and where asked for the entropy in nats, without; fp32 (N,).
+
+    The logits, bounded by `ops.softcap` where there is a cap, are divided by the temperature. All of them are never held at once, but
+    with a cap. A target below zero gets 0.
+    """
+    if cap is None:
+        return _TokenLogProbs.apply(hidden_ND, weight_VD, targets_N, temperature, entropy)
+    logs_NV = torch.log_softmax(softcap(F.linear(hidden_ND, weight_VD).float(), cap) / temperature, -1)
+    found_N = logs_NV.gather(1, targets_N[:, None].clamp_min(0))[:, 0] * (targets_N >= 0)
+    return found_N, -(logs_NV.detach().exp() * logs_NV.detach()).sum(-1) if entropy else None

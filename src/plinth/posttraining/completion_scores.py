@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from plinth.data.buckets import padded_width
 from plinth.models.transformer import Transformer
-from plinth.ops.softcap import softcap
+from plinth.ops.loss import token_scores
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,13 @@ def completion_log_probs(
     batch_BT = torch.arange(len(mask_BT), device=mask_BT.device)[:, None].expand_as(mask_BT)
     counted = mask_BT.flatten().nonzero()[:, 0]
     hidden_ND = hidden_BTD[batch_BT.flatten()[counted], sources_BT.flatten()[counted]]
-    logits_NV = F.linear(hidden_ND, model.output_weight).float()
-    if model.config.logit_softcap is not None:
-        logits_NV = softcap(logits_NV, model.config.logit_softcap)
     targets_N = rows["completions"].flatten()[counted].long()
-    logs_NV = torch.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, -1)
-    found_N = logs_NV.gather(1, targets_N[:, None])[:, 0]
+    cap = model.config.logit_softcap
+    found_N, entropy_N = token_scores(hidden_ND, model.output_weight, targets_N, cap, temperature, entropy)
 
     def spread(values_N: torch.Tensor) -> torch.Tensor:
         return values_N.new_zeros(mask_BT.numel()).index_put((counted,), values_N).view(mask_BT.shape)
 
-    entropy_BT = spread(-(logs_NV.detach().exp() * logs_NV.detach()).sum(-1)) if entropy else None
+    entropy_BT = None if entropy_N is None else spread(entropy_N)
     states = hidden_BTD[batch_BT, sources_BT] if hidden else None
     return CompletionScores(spread(found_N), entropy_BT, states)
