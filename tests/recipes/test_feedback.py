@@ -143,7 +143,7 @@ def test_the_key_is_sent_and_what_is_missing_is_said(tmp_path, monkeypatch):
         asked = endpoint(url, api_key_env="JUDGE_KEY")
         with pytest.raises(UserError, match="gave no top_logprobs"):
             asked.option_logprobs([[{"role": "user", "content": "x"}]], ("1", "2"))
-        assert asked.answers([[{"role": "user", "content": "x"}]], [SamplingParams(seed=3)]) == ["1"]
+        assert asked.answers([[{"role": "user", "content": "x"}]], [SamplingParams(seed=3)]) == [("1", True)]
     assert server.headers[0]["Authorization"] == "Bearer sesame" and server.bodies[1]["seed"] == 3
     with pytest.raises(UserError, match="could not be reached"):
         endpoint("http://127.0.0.1:9/v1", tries=2).answers([[]], [SamplingParams()])

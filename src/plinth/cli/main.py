@@ -33,6 +33,11 @@ VERBS = {
     "merge": ("plinth.cli.merge", "an adapter (LoRA, rsLoRA, DoRA; PEFT's format) added to the weights of its model"),
     "prefer": ("plinth.cli.prefer", "preference tuning on pairs: DPO and its kin"),
     "feedback": ("plinth.cli.feedback", "preference pairs from a judge, asked in both orders: soft labels and how far to trust it"),
+    "revise": ("plinth.cli.revise", "answers that a model criticises and rewrites by a constitution, as data to learn from"),
+    "best-of": (
+        "plinth.cli.best_of",
+        "the best of several answers to each prompt, by a reward, a verifier or a judge, as data to learn from",
+    ),
     "distill": ("plinth.cli.distill", "a student that learns a teacher's distributions of the next token"),
     "known": ("plinth.cli.known", "what a model knows of its training questions, and data that teach it to decline the rest"),
     "reward": ("plinth.cli.reward", "a reward model from pairs or rankings, beside the length and the words alone"),

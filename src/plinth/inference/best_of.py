@@ -5,6 +5,7 @@ The prompt is read once for all of them. What each choice cost is told beside it
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -70,6 +71,24 @@ def best_of(completions: Sequence[TextCompletion], score: Scorer) -> TextComplet
     if not completions:
         raise UserError("there is no completion to choose from.")
     return max(completions, key=score)
+
+
+def best_of_kl(n: int) -> float:
+    """Return log n − (n−1)/n: nats between the best of n and the sampler, where no two completions have one score; else no more.
+
+    Source: Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; Beirami et al. 2024, arXiv:2401.01879, for the bound.
+    """
+    if n < 1:
+        raise UserError(f"n={n} must be at least 1.")
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_mean(scores: Sequence[float], n: int) -> float:
+    """Return the mean score of the best of n, without bias, from len(scores) ≥ n completions: over all choices of n of them."""
+    if not 1 <= n <= len(scores):
+        raise UserError(f"n={n} is not between 1 and {len(scores)}, the number of scores.")
+    chances = [math.comb(i, n - 1) / math.comb(len(scores), n) for i in range(len(scores))]
+    return math.fsum(chance * score for chance, score in zip(chances, sorted(scores)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from plinth.inference.sampling_params import SamplingParams
 from plinth.inference.text import TextEngine
@@ -19,13 +19,22 @@ OptionLogprobs = list[float] | None
 BATCH = 64  # conversations asked at once; what was answered before an interruption is kept
 
 
+class Answer(NamedTuple):
+    """What a model wrote."""
+
+    text: str
+    """the answer"""
+    finished: bool
+    """whether the model ended it; else it was cut off for its length"""
+
+
 class ChatModel(Protocol):
     """Answers conversations, and says how likely it is to begin its answer with each of some words."""
 
     identity: dict[str, Any]
     """what its answers depend on beside the question"""
 
-    def answers(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[str]:
+    def answers(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[Answer]:
         """Return the answer to each conversation, with parameters of its own."""
         ...
 
@@ -46,9 +55,9 @@ class LocalModel:
         folder = find_model(Path(path))
         return cls(TextEngine.load(folder, max_batch=max_batch), {"model": str(path), "model_sha256": tree_sha256(folder)})
 
-    def answers(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[str]:
+    def answers(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[Answer]:
         """Return the answer to each conversation."""
-        return [completion.text for completion in self.text.chat(conversations, params)]
+        return [Answer(each.text, each.finish_reason == "stop") for each in self.text.chat(conversations, params)]
 
     def option_logprobs(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[OptionLogprobs]:
         """Return the log-probability of each option behind the assistant's header, summed over its tokens."""
@@ -78,10 +87,11 @@ class KeptAnswers:
                 continue
         self._broken = bool(written) and not written.endswith(b"\n")
 
-    def answers(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[str]:
+    def answers(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[Answer]:
         """Return the answer to each conversation."""
         keys = [self._key("answer", conversation, asdict(each)) for conversation, each in zip(conversations, params)]
-        return self._through(keys, lambda part: self.model.answers([conversations[i] for i in part], [params[i] for i in part]))
+        found = self._through(keys, lambda part: self.model.answers([conversations[i] for i in part], [params[i] for i in part]))
+        return [Answer(*each) for each in found]
 
     def option_logprobs(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[OptionLogprobs]:
         """Return the log-probability of each option."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plinth.config import UserError
-from plinth.inference.chat_model import Conversation, OptionLogprobs
+from plinth.inference.chat_model import Answer, Conversation, OptionLogprobs
 from plinth.inference.sampling_params import SamplingParams
 
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
@@ -59,17 +59,17 @@ class Endpoint:
         self.config, self.url = config, config.url.rstrip("/")
         self.identity: dict[str, Any] = {"url": self.url, "model": config.model}
 
-    def answers(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[str]:
+    def answers(self, conversations: Sequence[Conversation], params: Sequence[SamplingParams]) -> list[Answer]:
         """Return the answer to each conversation; of the parameters those that OpenAI's interface names are sent."""
 
-        def ask(i: int) -> str:
+        def ask(i: int) -> Answer:
             chosen = params[i]
             wanted = {
                 "temperature": chosen.temperature, "top_p": chosen.top_p, "max_tokens": chosen.max_tokens, "seed": chosen.seed,
                 "stop": list(chosen.stop) or None,
             }  # fmt: skip
             choice = self._ask(conversations[i], {name: value for name, value in wanted.items() if value is not None})
-            return (choice.get("message") or {}).get("content") or ""
+            return Answer((choice.get("message") or {}).get("content") or "", choice.get("finish_reason", "stop") == "stop")
 
         return self._all(ask, len(conversations))
 

@@ -182,7 +182,7 @@ def _questions(judge: ChatModel, shown: Sequence[tuple[Comparison, tuple[str, st
         SamplingParams(temperature=config.temperature, max_tokens=config.reasoning_tokens, seed=config.seed + place) for place in places
     ]
     thoughts = judge.answers(asked, params)
-    return [[*question, {"role": "assistant", "content": thought}, _user(CHOOSE)] for question, thought in zip(asked, thoughts)]
+    return [[*question, {"role": "assistant", "content": thought.text}, _user(CHOOSE)] for question, thought in zip(asked, thoughts)]
 
 
 def _user(text: str) -> Message:
