@@ -191,7 +191,7 @@ def make_build(build: Path) -> Path:
     write_evaluation(build, "dpo", 0.631, 0.14, 0.12, 2.84)
     fewer_false = Score(0.17, 600, 0.016, (0.139, 0.201), {}).to_dict()
     write(build / "evals/differences.json", {"dpo - sft": {"invented_refusal": fewer_false, "known_exact": score(0.004, 2400, 0.01)}})
-    shutil.copy(build / "pretrain/provenance.json", build / "provenance.json")
+    write(build / "provenance.json", json.loads((build / "pretrain/provenance.json").read_text()) | {"stage": "build"})
     write(build / "config.json", {"text": ["stdlib"], "budget": "5m", "sft": None, "pairs": None, "seed": 7})
     times = {"curate": 21.4, "tokenizer": 4.8, "pack": 6.1, "probe": 9.7, "pretrain": 191.2, "sft": 44.0, "dpo": 25.3, "evaluate": 31.9}
     lines = [{"stage": name, "time_s": seconds, "energy_j": 20 * seconds, "energy_source": METER} for name, seconds in times.items()]

@@ -69,7 +69,7 @@ class BuildFiles:
         summary = self.json(f"{name}/DONE", f"summary of {NAMES[name]}", quiet=True) if there else {}
         return {
             "name": name,
-            "state": _state(run) if there else "not run",
+            "state": run_state(run) if there else "not run",
             "summary": summary,
             "config": self.json(f"{name}/config.json", f"configuration of {NAMES[name]}") if there else {},
             "provenance": self.json(f"{name}/provenance.json", f"provenance of {NAMES[name]}") if there else {},
@@ -77,7 +77,8 @@ class BuildFiles:
         }
 
 
-def _state(run: Run) -> str:
+def run_state(run: Run) -> str:
+    """Return done, what it failed of, or how far it is."""
     if run.is_done:
         return "done"
     failed = run.path / "FAILED.txt"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from rich import box
 from rich.console import Group
@@ -19,14 +17,11 @@ from plinth.config import write_atomic
 from plinth.evaluation import formats, verdict
 from plinth.evaluation.build_files import NAMES
 from plinth.evaluation.charts import Interval, Series, interval_chart, line_chart, smooth
+from plinth.evaluation.page import render_page
 from plinth.evaluation.report_data import report_data
 
 __all__ = ["report_card", "report_data", "write_report"]
 
-WORDS = (
-    *(formats.share, formats.points, formats.plain, formats.duration, formats.size, formats.joules),
-    *(formats.money, formats.quantity, formats.score, formats.interval, formats.count),
-)
 SLOTS = {"pretrain": 3, "sft": 2, "dpo": 1}
 MARKS = {"better": ("▲", "better", "green"), "worse": ("▼", "worse", "red"), "unclear": ("≈", "no clear difference", "dim")}
 CURVE_NAMES = {
@@ -49,17 +44,8 @@ def write_report(build_dir: Path, data: Mapping[str, Any] | None = None) -> Path
 
 def render_report(data: Mapping[str, Any]) -> str:
     """The HTML page of what `report_data` returned. All text from the data is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("plinth.evaluation", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update({function.__name__: function for function in WORDS}, NAMES=NAMES)
-    environment.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str)
     goal_chart = Markup(_goal_chart(data))
-    return environment.get_template("report.html.j2").render(data=data, goal_chart=goal_chart, curves=_curve_charts(data))
+    return render_page("report.html.j2", data=data, goal_chart=goal_chart, curves=_curve_charts(data))
 
 
 def _goal_chart(data: Mapping[str, Any]) -> str:

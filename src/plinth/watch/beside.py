@@ -33,8 +33,8 @@ def stage_of(run: Path) -> str | None:
 
 
 def report_of(run: Path) -> Path | None:
-    """Return the report of a build, or of the build that a run is a stage of, where it has been written."""
-    reports = (folder / "report.html" for folder in (run, run.parent) if stage_of(folder) == "build")
+    """Return the report of a run or build, or of the build that a run is a stage of, where it has been written."""
+    reports = (folder / "report.html" for folder in (run, run.parent) if folder == run or stage_of(folder) == "build")
     return next((report for report in reports if report.is_file()), None)
 
 

@@ -1,0 +1,61 @@
+"""What the numbers in metrics.jsonl are called, their unit, and what to make of them; of every stage."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Words(NamedTuple):
+    """How a logged number is spoken of."""
+
+    label: str
+    """its name for readers"""
+    unit: str = ""
+    """nats, tokens, share, ...; empty where it has none"""
+    about: str = ""
+    """one line on how to read it"""
+
+
+WORDS = {
+    "loss_nats": Words("loss", "nats", "What the step makes smaller: per token, pair or completion, as the stage counts."),
+    "heldout_loss_nats": Words(
+        "held-out loss", "nats", "On examples that are not trained on; when it rises, training has gone on too long."
+    ),
+    "accuracy": Words("chosen preferred", "share", "Pairs whose chosen answer scores above the rejected one; 0.5 is a coin."),
+    "margin": Words("reward margin", "nats", "How far chosen answers score above rejected ones."),
+    "reward": Words("reward", "", "Mean reward of the sampled completions."),
+    "score": Words("score", "", "Reward of the completion without the penalty for leaving the reference."),
+    "kl": Words("distance to the reference", "nats", "Kullback-Leibler divergence a completion; the price of the reward."),
+    "entropy": Words("entropy", "nats", "How undecided the policy is a token; a fall to zero means that it says one thing only."),
+    "clip_fraction": Words("clipped", "share", "Tokens whose ratio left the clipping range, so that they gave no gradient."),
+    "value_clip_fraction": Words("values clipped", "share", "Values that moved further than the clipping range."),
+    "value_loss": Words("value loss", "", "Squared error of the critic."),
+    "policy_loss": Words("policy loss", "", "Clipped surrogate; its level says little, its trend less: read the reward."),
+    "explained_variance": Words("critic's explained variance", "share", "1 is a perfect critic; at or below 0 the critic is of no use."),
+    "chosen_log_prob": Words("log-probability, chosen", "nats", "When it falls together with the rejected one's, likelihood is displaced."),
+    "rejected_log_prob": Words("log-probability, rejected", "nats"),
+    "chosen_fell": Words("chosen answers that fell", "share", "Pairs whose chosen answer is less likely than before tuning."),
+    "chosen_tokens": Words("length, chosen", "tokens"),
+    "rejected_tokens": Words("length, rejected", "tokens"),
+    "zero_spread_groups": Words("groups without spread", "share", "Prompts whose completions all got one reward: they teach nothing."),
+    "completion_tokens": Words("length of completions", "tokens", "Growth without reward is padding."),
+    "finished": Words("completions that ended", "share", "The others were cut off at the length limit."),
+    "lr": Words("learning rate"),
+    "grad_norm": Words("gradient norm", "", "Before clipping; jumps point at bad batches."),
+    "tokens_per_s": Words("speed", "counted tokens/s"),
+    "mfu": Words("use of the machine", "share", "Model FLOPs against this machine's measured peak."),
+}
+
+GROUPS = (
+    ("What is learnt", ("loss_nats", "heldout_loss_nats", "accuracy", "margin", "reward", "score", "policy_loss", "value_loss",
+                        "explained_variance")),
+    ("How far the model moves", ("kl", "entropy", "clip_fraction", "value_clip_fraction", "chosen_log_prob", "rejected_log_prob",
+                                 "chosen_fell")),
+    ("Answers", ("completion_tokens", "finished", "chosen_tokens", "rejected_tokens", "zero_spread_groups")),
+    ("The optimizer", ("lr", "grad_norm", "tokens_per_s", "mfu")),
+)  # fmt: skip
+
+
+def words_of(name: str) -> Words:
+    """Return how a logged number is spoken of; one that is not known here keeps its name."""
+    return WORDS.get(name) or Words(name.replace("_", " "))
