@@ -13,6 +13,7 @@ from pathlib import Path
 
 from decoder_tables import decoder_speed_table
 from image_tables import image_table
+from reward_tables import reward_table
 from ulmfit_tables import ulmfit_table
 
 from adapter_tables import qlora_table
@@ -413,6 +414,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/models.md", "decoder speed", measured("decoder_speed", decoder_speed_table)),
     ("docs/models.md", "families", measured("families", families_table)),
     ("docs/proteins.md", "protein encoder", protein_encoder),
+    ("docs/reward_models.md", "hh-rlhf", measured("reward_model", reward_table)),
     ("docs/translation.md", "translation", translation_table),
     ("docs/encoders.md", "encoders", measured("encoder_pretraining", encoder_table)),
     ("docs/recurrent.md", "length bottleneck", measured("length_bottleneck", length_table)),

@@ -46,9 +46,10 @@ def test_the_verdict_says_better_not_told_apart_or_worse():
 
 
 def test_reliability_worked_by_hand():
-    bins = reliability([0.1, 0.15, 0.9, 1.0], [0, 1, 1, 1], bins=2)
+    probabilities, outcomes = np.array([0.1, 0.15, 0.9, 1.0]), np.array([0, 1, 1, 1])
+    bins = reliability(probabilities, outcomes, bins=2)
     assert [(each.n, each.share) for each in bins] == [(2, 0.5), (2, 1.0)]
-    assert expected_calibration_error(bins) == pytest.approx(0.5 * (0.5 - 0.125) + 0.5 * 0.05)
+    assert expected_calibration_error(probabilities, outcomes, bins=2) == pytest.approx(0.5 * (0.5 - 0.125) + 0.5 * 0.05)
     assert log_loss([0.0, 2.0], [1, 0]) == pytest.approx((math.log(2) + math.log(1 + math.exp(2))) / 2)
     with pytest.raises(ValueError, match="one length"):
         reliability([0.5], [1, 0])

@@ -12,6 +12,7 @@ from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_decoder, load_model, save_model
 from plinth.models.reward import RewardModel, align
 from plinth.models.transformer import Transformer
+from plinth.recipes.parity import PROBES
 
 TINY = DecoderConfig(
     vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48, max_seq_len=64
@@ -97,7 +98,10 @@ def test_transformers_gives_equal_scores(name, tmp_path):
     tokens, mask = padded(ROWS, 0, 3, 0)
     with torch.no_grad():
         scores = theirs(input_ids=tokens, attention_mask=mask.long()).logits[:, 0]
+        alone = theirs(input_ids=tokens[2:, :7]).logits
     torch.testing.assert_close(model.score_padded(tokens, mask), scores + 0.75, rtol=1e-4, atol=1e-4)
+    probed = PROBES["reward model"].ours(model, {"input_ids": tokens[2:, :7]})  # what `plinth import` compares
+    torch.testing.assert_close(probed.detach(), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_other_verbs_refuse_it_by_name_and_classifiers_are_no_reward_models(tmp_path):

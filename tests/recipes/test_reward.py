@@ -80,3 +80,15 @@ def test_a_single_held_out_prompt_leaves_the_difference_without_an_interval(trai
     (trained / "one.jsonl").write_text("\n".join(lines[:3]))
     assert main(["reward", "score", str(trained / "run"), "--data", str(trained / "one.jsonl")]) == 0
     assert "? to ?" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_published_reward_model_is_imported_and_scores_alike(trained, capsys):
+    folder, pairs = str(trained / "imported"), str(trained / "pairs.jsonl")
+    assert main(["import", str(trained / "run/model"), "--out", folder, "--no-check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["family"] == "reward model" and "plinth reward score" in found["used_by"]
+    reports = []
+    for path in (folder, str(trained / "run/model")):
+        assert main(["reward", "score", path, "--data", pairs, "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0] == reports[1]

@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from plinth.evaluation.statistics import wilson
 
+BINS = 10  # of equal width
 LARGEST_TEMPERATURE = 1000.0
 
 
@@ -34,7 +35,7 @@ class Bin:
 
 
 def reliability(
-    probabilities: Sequence[float], outcomes: Sequence[float], bins: int = 10, low: float = 0.0, high: float = 1.0
+    probabilities: Sequence[float], outcomes: Sequence[float], bins: int = BINS, low: float = 0.0, high: float = 1.0
 ) -> list[Bin]:
     """Return the bins of equal width in [low, high] that hold a prediction; an outcome is 1, 0, or 0.5 for a tie.
 
@@ -54,13 +55,17 @@ def reliability(
     return found
 
 
-def expected_calibration_error(bins: Sequence[Bin]) -> float:
-    """Return the mean distance between confidence and share, weighted by the bins' sizes.
+def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+    """Return the mean distance between confidence and share right over bins of equal width, weighted by their counts.
 
-    Source: Naeini et al. 2015, "Obtaining well calibrated probabilities using Bayesian binning".
+    Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
     """
-    total = sum(each.n for each in bins)
-    return sum(each.n * abs(each.confidence - each.share) for each in bins) / total
+    values, labels = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    if len(values) == 0 or values.min() < 0 or values.max() > 1:
+        raise ValueError(f"a calibration error needs confidences within [0, 1]; got {len(values)}.")
+    places = np.minimum((values * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(places, weights=values - labels, minlength=bins)
+    return float(np.abs(gaps).sum() / len(values))
 
 
 def log_loss(logits: Sequence[float], outcomes: Sequence[float]) -> float:
@@ -89,18 +94,17 @@ def calibrate_differences(differences: Sequence[float]) -> dict[str, Any]:
     x = np.asarray(differences, dtype=np.float64)
     temperature = fit_temperature(x[::2], np.ones(len(x[::2])))
     rest = x[1::2] if len(x) > 1 else x
-    bins, cooled = (confidence_bins(part) for part in (x, rest / temperature))
+    confidence, right = confidences(x)
     return {
-        "bins": [asdict(each) for each in bins],
-        "ece": expected_calibration_error(bins),
+        "bins": [asdict(each) for each in reliability(confidence, right, BINS // 2, 0.5, 1.0)],
+        "ece": expected_calibration_error(confidence, right),
         "log_loss_nats": log_loss(x, np.ones(len(x))),
         "temperature": temperature,
-        "ece_with_temperature": expected_calibration_error(cooled),
+        "ece_with_temperature": expected_calibration_error(*confidences(rest / temperature)),
         "log_loss_nats_with_temperature": log_loss(rest / temperature, np.ones(len(rest))),
     }
 
 
-def confidence_bins(differences: np.ndarray, bins: int = 5) -> list[Bin]:
-    """Return the bins of σ(|difference|) in [0.5, 1] against whether the difference has the right sign; 0 counts half."""
-    outcomes = np.where(differences > 0, 1.0, np.where(differences < 0, 0.0, 0.5))
-    return reliability(expit(np.abs(differences)), outcomes, bins, 0.5, 1.0)
+def confidences(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return σ(|difference|), within [0.5, 1], and whether the difference has the right sign; 0 counts half."""
+    return expit(np.abs(differences)), (np.sign(differences) + 1) / 2

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from plinth.evaluation.calibration import expected_calibration_error
 from plinth.evaluation.statistics import RESAMPLES, Score, cluster_ids, mean_score
-
-BINS = 10  # of equal width, for the calibration error
 
 
 def factuality_scores(samples: Sequence[dict[str, Any]], protocol: dict[str, Any] | None = None, seed: int = 0) -> dict[str, Score]:
@@ -77,19 +76,6 @@ def auroc(confidence: np.ndarray, right: np.ndarray) -> float:
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]  # the mean rank of equal values
     return float((ranks[labels].sum() - hits * (hits + 1) / 2) / (hits * misses))
-
-
-def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """Return the mean distance between confidence and share right over bins of equal width, weighted by their counts.
-
-    Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
-    """
-    values, labels = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    if len(values) == 0 or values.min() < 0 or values.max() > 1:
-        raise ValueError(f"a calibration error needs confidences within [0, 1]; got {len(values)}.")
-    places = np.minimum((values * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(places, weights=values - labels, minlength=bins)
-    return float(np.abs(gaps).sum() / len(values))
 
 
 def _bootstrap(

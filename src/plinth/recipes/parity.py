@@ -75,6 +75,16 @@ def _decoder_logits(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return model.logits(model(inputs["input_ids"]))  # type: ignore[operator]
 
 
+def _conversation(config: Any, tokenizer: Tokenizer | None) -> dict[str, torch.Tensor]:
+    """Return one row, without padding: of several, transformers finds the ends by the padding's id, which a folder may lack."""
+    return {name: rows[:1] for name, rows in _decoder_inputs(config, tokenizer).items()}
+
+
+def _score(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    rows = inputs["input_ids"]
+    return (model(rows, torch.full((len(rows),), rows.shape[1])) - model.config.bias)[:, None]  # type: ignore[union-attr]
+
+
 def _encoder_inputs(config: Any, tokenizer: Tokenizer | None) -> dict[str, torch.Tensor]:
     rows = random_rows(config.vocab_size, config.max_seq_len)
     mask = torch.ones_like(rows)
@@ -126,6 +136,7 @@ def _image_and_text_logits(model: nn.Module, inputs: Inputs) -> torch.Tensor:
 
 ENCODER_OUTPUTS = {"none": "last_hidden_state", "answer": "start_logits"}
 PROBES: dict[str, Probe] = {
+    "reward model": Probe(_conversation, _score, lambda config: "logits"),
     "decoder": Probe(_decoder_inputs, _decoder_logits, lambda config: "logits"),
     "encoder": Probe(_encoder_inputs, _encoder_scores, lambda config: ENCODER_OUTPUTS.get(config.head, "logits"), "attention_mask"),
     "encoder-decoder": Probe(_source_inputs, _target_logits, lambda config: "logits"),
