@@ -43,7 +43,7 @@ def test_without_the_truth_the_most_frequent_answer_counts():
         ("Red.", 0.25, "unknown"),
         ("Yellow.", 0.0, "unknown"),
     ]
-    pairs, _ = factuality_pairs(judged, KnowledgeConfig(reference_free=True, max_refusal_share=0.0))
+    pairs, _ = factuality_pairs(judged, KnowledgeConfig(reference_free=True, max_refusal_pair_share=0.0))
     assert {(pair["chosen"], pair["rejected"]) for pair in pairs} == {("Red.", "Pink."), ("Red.", REFUSAL)}
 
 
@@ -63,7 +63,7 @@ def test_known_facts_keep_their_answer_and_unknown_ones_are_refused_within_the_b
 
 def test_pairs_prefer_truth_to_error_answers_to_silence_and_silence_to_invention():
     judged = judge_knowledge([RIGHT, HALF, NEVER], KnowledgeConfig())
-    pairs, left_out = factuality_pairs(judged, KnowledgeConfig(max_refusal_share=0.5, pairs_per_question=2))
+    pairs, left_out = factuality_pairs(judged, KnowledgeConfig(pairs_per_question=2))
     assert {(pair["fact_id"], pair["kind"], pair["chosen"], pair["rejected"]) for pair in pairs} == {
         ("sky", "factual", "blue", "Red."),
         ("sky", "over_refusal", "blue", REFUSAL),
@@ -73,8 +73,14 @@ def test_pairs_prefer_truth_to_error_answers_to_silence_and_silence_to_invention
         ("void", "unknown", REFUSAL, "Pink."),
     }
     assert left_out == 0 and pairs[0]["prompt"][0]["role"] == "user"
-    fewer, left_out = factuality_pairs(judged, KnowledgeConfig(max_refusal_share=0.2))
+    fewer, left_out = factuality_pairs(judged, KnowledgeConfig(max_refusal_pair_share=0.2))
     assert sum(pair["kind"] == "unknown" for pair in fewer) == 1 and left_out == 1
+
+
+def test_pairs_against_a_refusal_are_no_more_than_pairs_for_one():
+    known = [asked(f"sky {i}", "Blue.", "Blue.", "Blue.") for i in range(20)]
+    pairs, _ = factuality_pairs(judge_knowledge([*known, NEVER], KnowledgeConfig()), KnowledgeConfig())
+    assert Counter(pair["kind"] for pair in pairs) == {"over_refusal": 2, "unknown": 2}
 
 
 def test_a_model_that_knows_nothing_is_told_so():

@@ -36,7 +36,9 @@ class KnowledgeConfig:
     unknown_share: float = 0.1
     """a fact is unknown when at most this share is right; what lies between keeps its answer as the target"""
     max_refusal_share: float = 0.3
-    """largest share of refusals among the targets of sft.jsonl, and of pairs for a refusal in pairs.jsonl, against over-refusal"""
+    """largest share of refusals among the targets of sft.jsonl, against over-refusal"""
+    max_refusal_pair_share: float = 0.5
+    """largest share of pairs for a refusal in pairs.jsonl; pairs against one are never more"""
     pairs_per_question: int = 2
     """preference pairs at most that one question gives"""
     reference_free: bool = False
@@ -54,8 +56,9 @@ class KnowledgeConfig:
             raise UserError(
                 f"unknown_share={self.unknown_share} and known_share={self.known_share} must lie in [0, 1], the first below the second."
             )
-        if not 0 <= self.max_refusal_share < 1:
-            raise UserError(f"max_refusal_share={self.max_refusal_share} must be 0 or more and below 1.")
+        for name in ("max_refusal_share", "max_refusal_pair_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be 0 or more and below 1.")
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} must be positive: equal answers tell nothing.")
 
@@ -142,11 +145,12 @@ def factuality_pairs(judged: Sequence[Judged], config: KnowledgeConfig) -> tuple
     """Return the rows of pairs.jsonl, shuffled, and how many pairs for a refusal the bound left out.
 
     - factual: a right sampled answer over a wrong one to the same question;
-    - over_refusal: a right answer over a refusal, for facts that are known;
-    - unknown: a refusal over a wrong sampled answer, for facts that are unknown.
+    - unknown: a refusal over a wrong sampled answer, for facts that are unknown;
+    - over_refusal: a right answer over a refusal, for facts that are known; no more than pairs for one, or those would come to nothing.
     """
     rng = random.Random(f"knowledge pairs {config.seed}")
-    answers: list[dict[str, Any]] = []
+    factual: list[dict[str, Any]] = []
+    against: list[dict[str, Any]] = []
     refusals: list[dict[str, Any]] = []
     for each in judged:
         question, limit = each.asked, config.pairs_per_question
@@ -154,12 +158,12 @@ def factuality_pairs(judged: Sequence[Judged], config: KnowledgeConfig) -> tuple
             refusals += [_pair(question, REFUSAL, wrong, "unknown") for wrong in each.wrong[:limit]]
             continue
         right = each.right[0] if each.right else each.answer
-        pairs = [_pair(question, right, wrong, "factual") for wrong in each.wrong[:limit]]
-        if each.split == "known" and len(pairs) < limit:
-            pairs.append(_pair(question, right, REFUSAL, "over_refusal"))
-        answers += pairs
-    kept = bounded(refusals, len(answers), config.max_refusal_share, rng)
-    lines = answers + kept
+        factual += [_pair(question, right, wrong, "factual") for wrong in each.wrong[:limit]]
+        if each.split == "known" and len(each.wrong) < limit:
+            against.append(_pair(question, right, REFUSAL, "over_refusal"))
+    against = against if len(against) <= len(refusals) else rng.sample(against, len(refusals))
+    kept = bounded(refusals, len(factual) + len(against), config.max_refusal_pair_share, rng)
+    lines = factual + against + kept
     rng.shuffle(lines)
     return lines, len(refusals) - len(kept)
 
