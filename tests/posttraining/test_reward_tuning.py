@@ -106,7 +106,7 @@ def test_any_split_into_micro_batches_has_the_same_sums(tokenizer, decoder):
     parts = [reward_loss(model, batch_of(part, 7)) for part in (choices[:1], choices[1:3], choices[3:])]
     assert float(whole[0].detach()) == pytest.approx(sum(float(part[0].detach()) for part in parts), rel=1e-5)
     assert whole[1] == sum(part[1] for part in parts) == 3
-    for name in ("accuracy", "margin", "score"):
+    for name in ("accuracy", "margin", "mean_score"):
         assert whole[2][name] == pytest.approx(sum(part[2][name] for part in parts), rel=1e-4, abs=1e-5)
 
 

@@ -39,6 +39,12 @@ def test_the_run_holds_the_report(trained):
     assert set(report["baselines"]) == {"length", "words", "coin"} and report["verdict"].startswith("Right in")
 
 
+def test_the_runs_report_draws_the_calibration(trained, capsys):
+    assert main(["report", str(trained / "run")]) == 0
+    page = (trained / "run/report.html").read_text()
+    assert "reliability" in page and "mean score" in page and "Right in" in page
+
+
 def test_score_reports_on_pairs_with_the_same_baselines(trained, capsys):
     tail = (trained / "pairs.jsonl").read_text().splitlines()[20:]
     (trained / "tail.jsonl").write_text("\n".join(tail))

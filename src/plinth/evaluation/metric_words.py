@@ -25,6 +25,7 @@ WORDS = {
     "margin": Words("reward margin", "nats", "How far chosen answers score above rejected ones."),
     "reward": Words("reward", "", "Mean reward of the sampled completions."),
     "score": Words("score", "", "Reward of the completion without the penalty for leaving the reference."),
+    "mean_score": Words("mean score", "", "Of all answers, the worse ones too; only differences within a prompt say anything."),
     "kl": Words("distance to the reference", "nats", "Kullback-Leibler divergence a completion; the price of the reward."),
     "entropy": Words("entropy", "nats", "How undecided the policy is a token; a fall to zero means that it says one thing only."),
     "clip_fraction": Words("clipped", "share", "Tokens whose ratio left the clipping range, so that they gave no gradient."),
@@ -47,8 +48,8 @@ WORDS = {
 }
 
 GROUPS = (
-    ("What is learnt", ("loss_nats", "heldout_loss_nats", "accuracy", "margin", "reward", "score", "policy_loss", "value_loss",
-                        "explained_variance")),
+    ("What is learnt", ("loss_nats", "heldout_loss_nats", "accuracy", "margin", "mean_score", "reward", "score", "policy_loss",
+                        "value_loss", "explained_variance")),
     ("How far the model moves", ("kl", "entropy", "clip_fraction", "value_clip_fraction", "chosen_log_prob", "rejected_log_prob",
                                  "chosen_fell")),
     ("Answers", ("completion_tokens", "finished", "chosen_tokens", "rejected_tokens", "zero_spread_groups")),

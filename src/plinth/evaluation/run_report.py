@@ -78,8 +78,27 @@ def write_run_report(path: Path, data: Mapping[str, Any] | None = None) -> Path:
     data = data or run_report_data(path)
     page = Path(path) / "report.html"
     groups = [(heading, charts) for heading, names in grouped(data["curves"]) if (charts := [_chart(data, name) for name in names])]
+    if bins := _calibration_bins(data["summary"]):
+        groups.append(("How far its probabilities can be believed", [_reliability_chart(bins)]))
     write_atomic(page, render_page("run_report.html.j2", data=data, groups=groups, words_of=words_of))
     return page
+
+
+def _calibration_bins(summary: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Return the reliability bins of a reward model's report, or none."""
+    held_out = summary.get("held_out")
+    calibration = held_out.get("calibration") if isinstance(held_out, dict) else None
+    return calibration.get("bins", []) if isinstance(calibration, dict) else []
+
+
+def _reliability_chart(bins: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return the chart of shares that came true over the confidence; what stands on the diagonal can be believed."""
+    x = [each["confidence"] for each in bins]
+    series = [Series("came true", x, [each["share"] for each in bins], slot=1), Series("to be believed", x, x, slot=2)]
+    title = f"Share right over confidence, {len(bins)} bins"
+    svg = line_chart(series, title=title, x_label="confidence", y_label="share right")
+    about = "Held-out comparisons by how sure the model is of them; below the second line it is too sure."
+    return {"name": "reliability", "about": about, "svg": Markup(svg)}
 
 
 def grouped(curves: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

@@ -70,7 +70,7 @@ class RewardTuning:
 def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> tuple[torch.Tensor, float, dict[str, float]]:
     """Return (Σ over prompts of the mean loss of their pairs, prompts with a pair, metrics) of a batch as `reward_data.batch_of` makes it.
 
-    Every answer goes through the model once, whatever the number of its pairs. Metrics, summed over prompts: accuracy, margin, score.
+    Every answer goes through the model once, whatever the number of its pairs. Metrics, summed over prompts: accuracy, margin, mean_score.
     Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1; for a pair that is Bradley-Terry's likelihood.
     """
     tokens_PGT, lengths_PG, ranks_PG, margin_P, probability_P = batch
@@ -84,7 +84,7 @@ def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> t
         probability_B=probability_P[prompt_M], weight_B=weight_M,
     )  # fmt: skip
     with torch.no_grad():
-        metrics["score"] = float((scores_PG.sum(1) / present_PG.sum(1))[prompt_M] @ weight_M)
+        metrics["mean_score"] = float((scores_PG.sum(1) / present_PG.sum(1))[prompt_M] @ weight_M)
     return loss, len(prompt_M.unique()), metrics
 
 
