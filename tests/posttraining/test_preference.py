@@ -14,8 +14,8 @@ from plinth.models.transformer import Transformer
 from plinth.posttraining.examples import Conversation
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.inspection import inspect_data
-from plinth.posttraining.pairs import pad_sides, render_pairs
-from plinth.posttraining.preference import DpoConfig, pairs_loss, sides_log_probs, train_dpo
+from plinth.posttraining.pairs import render_pairs, share_sides
+from plinth.posttraining.preference import DpoConfig, pairs_log_probs, pairs_loss, train_dpo
 from plinth.posttraining.preference_losses import REFERENCE_FREE, Pairs, cdpo, preference_loss
 from plinth.posttraining.sft import SftConfig, render_examples, train_sft
 from plinth.tokenizer.train import train_tokenizer
@@ -60,7 +60,7 @@ def rendered_pairs(tokenizer, path, records):
 
 
 def sides(pairs):
-    return pad_sides([(pair.chosen, pair.rejected) for pair in pairs], pad_id=1)
+    return share_sides([(pair.chosen, pair.rejected) for pair in pairs], pad_id=1)
 
 
 def quick(steps, **optimizer):
@@ -87,7 +87,7 @@ def test_dpo_gradient_equals_finite_differences():
 def test_sequence_log_probs_count_the_answer_only(tmp_path, tokenizer, model_dir):
     pairs = rendered_pairs(tokenizer, tmp_path / "pairs.jsonl", [pair("copy", "seek"), pair("open", "move")])
     model = load_model(model_dir)
-    log_probs = sides_log_probs(model, *sides(pairs))
+    log_probs = pairs_log_probs(model, sides(pairs))
     for row, rendered in enumerate([pairs[0].chosen, pairs[0].rejected, pairs[1].chosen, pairs[1].rejected]):
         ids = torch.tensor(rendered.tokens)
         table = model.logits(model(ids[None]))[0].log_softmax(-1)
@@ -123,7 +123,7 @@ def test_metrics_show_lengths_and_whether_the_chosen_answer_fell(tmp_path, token
     pairs = rendered_pairs(tokenizer, tmp_path / "pairs.jsonl", [pair("copy", "seek and tell"), pair("open", "move")])
     model = load_model(model_dir)
     with torch.no_grad():
-        own = sides_log_probs(model, *sides(pairs))
+        own = pairs_log_probs(model, sides(pairs))
         _, count, metrics = pairs_loss(model, (*sides(pairs), own + torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), DpoConfig())
     assert count == 2 and metrics["chosen_fell"] == 1.0
     assert metrics["chosen_tokens"] == sum(sum(p.chosen.loss_mask) for p in pairs) < metrics["rejected_tokens"]

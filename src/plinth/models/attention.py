@@ -14,6 +14,7 @@ from plinth.models.norm import normalisation
 from plinth.ops.attention import attend, attention_probabilities, qk_norm_rope_attention
 from plinth.ops.linear import linear_rows
 from plinth.ops.rope import apply_rope
+from plinth.ops.shared_rows import SharedRows
 
 
 class ValueEmbedding(nn.Module):
@@ -57,20 +58,28 @@ class Attention(nn.Module):
         self.value_embed = ValueEmbedding(config) if config.has_value_embedding(layer) else None
         self.is_fused = is_fused(config)
 
-    def forward(self, x_BTD: torch.Tensor, cos_TE, sin_TE, mask=None, tokens_BT=None) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, cos_TE, sin_TE, mask=None, tokens_BT=None, shared: SharedRows | None = None) -> torch.Tensor:
         """Attend causally within each sequence, or where the mask, (T, T) or (B, 1, T, T), says; returns (B, T, D).
 
-        Without rotary positions cos and sin are None. A value embedding needs the tokens.
+        Without rotary positions cos and sin are None. A value embedding needs the tokens. With `shared` x is rows of it, and the
+        sequences attend that it stands for.
         Under tensor parallelism the projection gives this rank's heads only: its width says how many.
         """
-        config, qkv = self.config, self._project(x_BTD, tokens_BT)
+        qkv = self._project(x_BTD, tokens_BT)
+        if shared is not None:
+            return self.out(shared.collapse(self._attended(shared.expand(qkv), cos_TE, sin_TE, mask)))
+        return self.out(self._attended(qkv, cos_TE, sin_TE, mask))
+
+    def _attended(self, qkv: torch.Tensor, cos_TE, sin_TE, mask) -> torch.Tensor:
+        """Return what the heads (B, T, H + 2 K, E) read, (B, T, H E)."""
+        config = self.config
         kv_heads = qkv.shape[-2] * config.num_kv_heads // (config.num_heads + 2 * config.num_kv_heads)
-        if self.is_fused and mask is None and x_BTD.device.type == "cpu":
+        if self.is_fused and mask is None and qkv.device.type == "cpu":
             shape = {"num_heads": qkv.shape[-2] - 2 * kv_heads, "num_kv_heads": kv_heads, "eps": config.norm_eps}
-            return self.out(qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape))
+            return qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape)
         q, k, v = (x.transpose(1, 2) for x in self._placed(qkv, kv_heads, cos_TE, sin_TE))
         y = attend(q, k, v, scale=config.score_scale, cap=config.attention_softcap, mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
     @torch.no_grad()
     def weights(self, x_BTD: torch.Tensor, cos_TE, sin_TE, mask=None) -> torch.Tensor:

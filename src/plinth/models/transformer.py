@@ -20,6 +20,7 @@ from plinth.ops.linear import linear_rows
 from plinth.ops.moe import Routing
 from plinth.ops.norm import add_rms_norm
 from plinth.ops.segments import positions_in_segments, segment_mask, window_mask
+from plinth.ops.shared_rows import SharedRows
 from plinth.ops.softcap import softcap
 
 # What a parameter's name ends with; of the others, those of one dimension start at 1, and the matrices are drawn.
@@ -41,14 +42,14 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config) if config.has_experts(layer) else feed_forward(config, layer)
         self.post_mlp_norm = normalisation(config, config.hidden_size) if config.post_norms else None
 
-    def forward(self, x, delta, cos, sin, mask=None, tokens=None, routings=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x, delta, cos, sin, mask=None, tokens=None, routings=None, shared=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the residual stream and what is still to be added to it; return the same two. A value embedding needs the tokens.
 
         What a router decides is appended to `routings`. Handing on the sum unfinished lets each sum fuse with the normalisation that
         follows it.
         """
         x, normed = self.attention_norm.add(x, delta)
-        x, normed = self.mlp_norm.add(x, self._after_attention(self.attention(normed, cos, sin, mask, tokens)))
+        x, normed = self.mlp_norm.add(x, self._after_attention(self.attention(normed, cos, sin, mask, tokens, shared)))
         given = (routings,) if isinstance(self.mlp, MixtureOfExperts) else ()
         return x, self._after_mlp(self.mlp(normed, *given))
 
@@ -128,6 +129,7 @@ class Transformer(nn.Module):
         routings: list[Routing] | None = None,
         embedded_BTD: torch.Tensor | None = None,
         frozen: int = 0,
+        shared: SharedRows | None = None,
     ) -> torch.Tensor:
         """Return hidden states after the last norm, times the output multiplier, shape (B, T, D).
 
@@ -135,16 +137,17 @@ class Transformer(nn.Module):
 
         With segments, attention keeps to each and positions restart in it, as if each stood alone. `embedded_BTD` takes the place of
         the tokens' rows of the embedding table: among them an image may stand. No gradient reaches the first `frozen` of the
-        `depth_groups`: the embedding, and then block after block.
+        `depth_groups`: the embedding, and then block after block. With `shared` the tokens are rows in which what several sequences
+        begin with stands once; each token gets the hidden state that it has in its sequence.
         """
         learns = torch.is_grad_enabled()
         with torch.set_grad_enabled(learns and not frozen):
-            positions, views = self._views(tokens_BT, segments_BT)
+            positions, views = self._views(tokens_BT, segments_BT, shared)
             x, delta = self._embedded(tokens_BT, positions, embedded_BTD), None
             first = self._first(x)
         for i, layer in enumerate(self.layers):
             with torch.set_grad_enabled(learns and i + 1 >= frozen):
-                x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT, routings)
+                x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT, routings, shared)
         return self._output(self.final_norm.add(x, delta)[1])
 
     @torch.no_grad()
@@ -161,11 +164,14 @@ class Transformer(nn.Module):
             x, delta = layer(x, delta, *view, tokens_BT)
         return {"self": torch.stack(weights)}
 
-    def _views(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[bool, tuple]]:
+    def _views(
+        self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None, shared: SharedRows | None = None
+    ) -> tuple[torch.Tensor, dict[bool, tuple]]:
         """Return the tokens' positions, and for blocks without a window and with it (cos, sin, mask); a mask of None is causal."""
-        config, length = self.config, tokens_BT.shape[1]
+        config, length = self.config, tokens_BT.shape[1] if shared is None else shared.width
         positions, mask = torch.arange(length, device=tokens_BT.device), None
         if segments_BT is not None:
+            assert shared is None, "rows that share a beginning are no packed rows"
             positions, mask = positions_in_segments(segments_BT), segment_mask(segments_BT)
         rotates = config.position == "rope"
         if not rotates and length > config.max_seq_len:
@@ -177,7 +183,7 @@ class Transformer(nn.Module):
                 mask = near if mask is None else mask & near
             local = self.rotation(positions, local=True) if has_own_rotation(config) else views[False][:2]
             views[True] = (*local, mask)
-        return positions, views
+        return positions if shared is None else shared.positions_BL, views
 
     def _embedded(self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return what enters the first block: token embeddings times their factor, with the places' own where they are learnt.

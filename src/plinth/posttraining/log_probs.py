@@ -11,6 +11,7 @@ import torch
 from plinth.config import write_atomic
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
+from plinth.ops.shared_rows import SharedRows
 from plinth.run import Run
 from plinth.training.device import choose_device, move_batch
 from plinth.training.loop import TrainConfig
@@ -23,12 +24,32 @@ REFERENCE_FILE = "reference_log_probs.npy"
 
 def sequence_log_probs(model: Transformer, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     """Return the summed log-probability in nats of each row's counted targets, shape (B,)."""
-    hidden_ND = model(inputs_BT).flatten(0, 1)
-    targets_N = targets_BT.flatten()
+    owners_BT = torch.arange(len(inputs_BT), device=inputs_BT.device)[:, None].expand_as(inputs_BT)
+    return _summed(model, model(inputs_BT), targets_BT, owners_BT, len(inputs_BT))
+
+
+def shared_log_probs(model: Transformer, inputs_BL: torch.Tensor, targets_BL: torch.Tensor, rows: SharedRows) -> torch.Tensor:
+    """Return the summed log-probability in nats of each sequence's counted targets, shape (B, R).
+
+    It is what `sequence_log_probs` gives for the R sequences of each row alone.
+    """
+    B, R, _ = rows.places_BRT.shape
+    return _summed(model, model(inputs_BL, shared=rows), targets_BL, rows.owners_BL, B * R).view(B, R)
+
+
+def counted_tokens(targets_BL: torch.Tensor, rows: SharedRows) -> torch.Tensor:
+    """Return the counted targets of each sequence, shape (B, R)."""
+    B, R, _ = rows.places_BRT.shape
+    counts = torch.zeros(B * R, dtype=torch.long, device=targets_BL.device)
+    return counts.index_add(0, rows.owners_BL.flatten(), (targets_BL >= 0).flatten().long()).view(B, R)
+
+
+def _summed(model: Transformer, hidden: torch.Tensor, targets: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:
+    targets_N, owners_N = targets.flatten(), owners.flatten()
     counted_N = targets_N >= 0
     rows = select_rows(counted_N, int(counted_N.sum()))
-    log_probs = token_log_probs(hidden_ND[rows], model.output_weight, targets_N[rows], model.config.logit_softcap)
-    return torch.zeros(inputs_BT.shape[0], device=inputs_BT.device).index_add(0, rows // inputs_BT.shape[1], log_probs)
+    log_probs = token_log_probs(hidden.flatten(0, 1)[rows], model.output_weight, targets_N[rows], model.config.logit_softcap)
+    return torch.zeros(count, device=hidden.device).index_add(0, owners_N[rows], log_probs)
 
 
 Score = Callable[[Transformer, tuple[torch.Tensor, ...]], torch.Tensor]

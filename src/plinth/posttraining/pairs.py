@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from plinth.config import UserError
+from plinth.data.buckets import UNCOUNTED, padded_width
+from plinth.ops.shared_rows import SharedRows, share_rows
 from plinth.posttraining.batches import pad_rows
 from plinth.posttraining.examples import Examples, Preference
 from plinth.posttraining.masks import render_row
@@ -72,3 +74,44 @@ def pad_sides(sides: Iterable[Sequence[Rendered]], pad_id: int) -> tuple[torch.T
     rows = [row for example in examples for row in example]
     inputs, targets = pad_rows([row.tokens for row in rows], [row.loss_mask for row in rows], pad_id)
     return inputs.unflatten(0, (len(examples), -1)), targets.unflatten(0, (len(examples), -1))
+
+
+SharedBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""inputs (B, L), targets (B, L) and the three tensors of SharedRows, with a row each, so that a batch can be cut to any of its rows"""
+SHARED_PARTS = 5
+
+
+def shared_tokens(sides: Sequence[Rendered]) -> int:
+    """Return how many inputs the sequences begin with in common before the first one from which a token is learnt."""
+    limit = min(min(len(side.tokens), side.loss_mask.index(True)) for side in sides) - 1
+    first = sides[0].tokens
+    others = [side.tokens for side in sides[1:]]
+    return next((i for i in range(limit) if any(other[i] != first[i] for other in others)), max(limit, 0))
+
+
+def row_tokens(sides: Sequence[Rendered]) -> int:
+    """Return the tokens of sequences as inputs when what they share stands once."""
+    return sum(len(side.tokens) - 1 for side in sides) - (len(sides) - 1) * shared_tokens(sides)
+
+
+def share_sides(examples: Sequence[Sequence[Rendered]], pad_id: int) -> SharedBatch:
+    """Return examples with R sequences each as rows in which what they begin with stands once.
+
+    The input from which a sequence's first learnt token is predicted is its own, so that each input of a row has one target.
+    """
+    shared = [shared_tokens(sides) for sides in examples]
+    inputs = [[side.tokens[:-1] for side in sides] for sides in examples]
+    length = padded_width(max(row_tokens(sides) for sides in examples) + 1)
+    width = padded_width(max(len(row) for rows in inputs for row in rows) + 1)
+    rows, tokens_BL = share_rows(inputs, shared, length, width, pad_id)
+    targets_BRT = torch.full(rows.places_BRT.shape, UNCOUNTED)
+    for b, sides in enumerate(examples):
+        for r, side in enumerate(sides):
+            ids, mask = torch.as_tensor(side.tokens), torch.as_tensor(side.loss_mask)
+            targets_BRT[b, r, : len(ids) - 1] = torch.where(mask, ids, UNCOUNTED)[1:]
+    return tokens_BL, targets_BRT.flatten(1).gather(1, rows.homes_BL), rows.places_BRT, rows.homes_BL, rows.shared_B
+
+
+def shared_rows_of(batch: SharedBatch) -> SharedRows:
+    """Return how a batch's sequences lie in its rows."""
+    return SharedRows(*batch[2:])

@@ -18,8 +18,18 @@ from plinth.models.transformer import Transformer
 from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.examples import Examples
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.log_probs import reference_log_probs, sequence_log_probs
-from plinth.posttraining.pairs import LeftOut, Pair, pad_sides, render_pairs
+from plinth.posttraining.log_probs import counted_tokens, reference_log_probs, sequence_log_probs, shared_log_probs
+from plinth.posttraining.pairs import (
+    SHARED_PARTS,
+    LeftOut,
+    Pair,
+    SharedBatch,
+    pad_sides,
+    render_pairs,
+    row_tokens,
+    share_sides,
+    shared_rows_of,
+)
 from plinth.posttraining.preference_losses import PREFERENCE_LOSSES, REFERENCE_FREE, Pairs, check_options, preference_loss
 from plinth.posttraining.unpaired import LabelledAnswer, reference_point, render_labelled, unpaired_loss, weight_advice
 from plinth.posttraining.unpaired_losses import UNPAIRED_LOSSES
@@ -47,7 +57,7 @@ class DpoConfig:
     epochs: float = 1.0
     """passes over the pairs"""
     tokens: int | None = None
-    """tokens to process, padding included; given, it takes the place of epochs"""
+    """tokens to learn from, each answer's with its prompt's; given, it takes the place of epochs"""
     loss: str = "sigmoid"
     """loss of a pair: sigmoid (DPO), cdpo, robust, hinge, ipo, simpo, orpo, ...; of a labelled answer: kto, apo_zero_unpaired, bco"""
     beta: float | None = None
@@ -103,17 +113,22 @@ def sides_log_probs(model: Transformer, inputs_BRT: torch.Tensor, targets_BRT: t
     return sequence_log_probs(model, inputs_BRT.flatten(0, 1), targets_BRT.flatten(0, 1)).view(inputs_BRT.shape[:2])
 
 
+def pairs_log_probs(model: Transformer, batch: SharedBatch) -> torch.Tensor:
+    """Return the summed log-probability in nats of each pair's two answers, shape (B, 2); their prompt is computed once."""
+    return shared_log_probs(model, batch[0], batch[1], shared_rows_of(batch))
+
+
 def pairs_loss(policy: Transformer, batch: tuple[torch.Tensor, ...], config: DpoConfig) -> tuple[torch.Tensor, int, dict[str, float]]:
-    """Return (loss_sum, num_pairs, metrics) of (inputs, targets (B, 2, T), reference log-probabilities (B, 2)), chosen before rejected.
+    """Return (loss_sum, num_pairs, metrics) of a SharedBatch and reference log-probabilities (B, 2), chosen before rejected.
 
-    A fourth tensor (B,) holds each pair's own epsilon.
+    One tensor more (B,) holds each pair's own epsilon.
 
-    Beside the loss's own metrics: both answers' log-probabilities in nats and tokens and, with a reference, chosen_fell, the pairs whose
-    chosen answer has become less likely than it was, all as sums over pairs.
+    Beside the loss's own metrics: both answers' log-probabilities in nats and tokens and, with a reference, their log-ratios to it and
+    chosen_fell, the pairs whose chosen answer has become less likely than it was, all as sums over pairs.
     """
-    inputs_B2T, targets_B2T, reference_B2, *epsilon = batch
-    chosen_B, rejected_B = sides_log_probs(policy, inputs_B2T, targets_B2T).unbind(1)
-    tokens_B, other_tokens_B = (targets_B2T >= 0).sum(2).unbind(1)
+    shared, (reference_B2, *epsilon) = batch[:SHARED_PARTS], batch[SHARED_PARTS:]
+    chosen_B, rejected_B = pairs_log_probs(policy, shared).unbind(1)
+    tokens_B, other_tokens_B = counted_tokens(shared[1], shared_rows_of(shared)).unbind(1)
     references = (None, None) if config.loss in REFERENCE_FREE else reference_B2.unbind(1)
     pairs = Pairs(chosen_B, rejected_B, references[0], references[1], tokens_B, other_tokens_B)
     options = config.loss_options | ({"epsilon": epsilon[0]} if epsilon else {})
@@ -121,7 +136,9 @@ def pairs_loss(policy: Transformer, batch: tuple[torch.Tensor, ...], config: Dpo
     metrics["chosen_log_prob"], metrics["rejected_log_prob"] = float(chosen_B.sum().detach()), float(rejected_B.sum().detach())
     metrics["chosen_tokens"], metrics["rejected_tokens"] = float(tokens_B.sum()), float(other_tokens_B.sum())
     if references[0] is not None:
-        metrics["chosen_fell"] = float((pairs.chosen_ratio_B.detach() < 0).sum())
+        ratios = pairs.chosen_ratio_B.detach(), pairs.rejected_ratio_B.detach()
+        metrics["chosen_ratio"], metrics["rejected_ratio"] = (float(ratio_B.sum()) for ratio_B in ratios)
+        metrics["chosen_fell"] = float((ratios[0] < 0).sum())
     return total - config.nll_coef * chosen_B.sum(), count, metrics
 
 
@@ -130,7 +147,8 @@ class PairedRows:
 
     def __init__(self, pairs: Sequence[Pair], config: DpoConfig, pad_id: int):
         self.pairs, self.config, self.pad_id = pairs, config, pad_id
-        self.lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in pairs]
+        self.lengths = [row_tokens((pair.chosen, pair.rejected)) + 1 for pair in pairs]
+        self.total_tokens = sum(len(pair.chosen.tokens) + len(pair.rejected.tokens) for pair in pairs)
         self.needs_reference = config.loss not in REFERENCE_FREE
         self.sides = 2
         self.soft = sum(pair.probability is not None for pair in pairs)
@@ -139,7 +157,11 @@ class PairedRows:
 
     def reference_batch(self, part: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Return the sequences whose log-probabilities under the reference the loss reads."""
-        return pad_sides(((self.pairs[i].chosen, self.pairs[i].rejected) for i in part), self.pad_id)
+        return share_sides([(self.pairs[i].chosen, self.pairs[i].rejected) for i in part], self.pad_id)
+
+    def score(self, model: Transformer, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return the log-probabilities of a reference batch, (B, sides)."""
+        return pairs_log_probs(model, batch)
 
     def batches(self, parts: Sequence[np.ndarray], reference: np.ndarray, policy: Transformer) -> list[Batch]:
         """Return a step's micro-batches."""
@@ -164,6 +186,7 @@ class LabelledRows:
     def __init__(self, answers: Sequence[LabelledAnswer], config: DpoConfig, pad_id: int):
         self.answers, self.config, self.pad_id = answers, config, pad_id
         self.lengths = [len(row.answer.tokens) for row in answers]
+        self.total_tokens = sum(self.lengths)
         self.wanted = np.array([row.wanted for row in answers])
         self.needs_reference = True
         self.sides = 2 if config.loss == "kto" else 1
@@ -173,6 +196,10 @@ class LabelledRows:
         """Return the sequences whose log-probabilities under the reference the loss reads: the answers, and kto's mismatched ones."""
         rows = [self.answers[i] for i in part]
         return pad_sides([[row.answer] if row.mismatched is None else [row.answer, row.mismatched] for row in rows], self.pad_id)
+
+    def score(self, model: Transformer, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return the log-probabilities of a reference batch, (B, sides)."""
+        return sides_log_probs(model, *batch)
 
     def batches(self, parts: Sequence[np.ndarray], reference: np.ndarray, policy: Transformer) -> list[Batch]:
         """Return a step's micro-batches, with the step's reference point under the policy as it is."""
@@ -232,14 +259,14 @@ def train_dpo(
         model = load_decoder(source)
         rows, left_out = load_rows(tokenizer, found, config, model.config.max_seq_len, data, warn)
         buckets = LengthBuckets(rows.lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
-        row_tokens = None if config.tokens is None else config.tokens // rows.sides
+        epochs = config.epochs if config.tokens is None else config.tokens / rows.total_tokens
         reference = np.zeros((len(rows.lengths), rows.sides), dtype=np.float32)
 
         def begin(run: Run, config: DpoConfig) -> None:
             if rows.needs_reference:
                 reference[:] = reference_log_probs(
-                    run, lambda: load_decoder(source), lambda model, batch: sides_log_probs(model, *batch),
-                    rows.reference_batch, rows.lengths, config.micro_batch_size, config.train,
+                    run, lambda: load_decoder(source), rows.score, rows.reference_batch,
+                    rows.lengths, config.micro_batch_size, config.train,
                 )  # fmt: skip
 
         def describe_batch(step: int, chosen: Sequence[int] | None) -> str:
@@ -255,7 +282,7 @@ def train_dpo(
             model,
             rows.loss,
             lambda step: rows.batches(buckets.indices(step), reference, model),
-            steps=buckets.steps_for(config.epochs, row_tokens),
+            steps=buckets.steps_for(epochs, None),
             tokenizer=tokenizer,
             description="preference tuning",
             data={"pairs_sha256": file_sha256(data), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
