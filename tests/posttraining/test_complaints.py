@@ -4,10 +4,12 @@ docs/complaints.md lists all fifteen classes with the test of each.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,3 +264,20 @@ def test_no_method_needs_another_trainer_verl_513_trl_7020():
     modules = sorted({VERBS[verb][0] for verb in POST_TRAINING})
     done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+# --- the page ---
+
+ROOT = Path(__file__).parents[2]
+SECTION = re.compile(r"^## (\d+)\. (.*?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+REFERENCE = re.compile(r"\[(test_\w+)\]\(\.\./(tests/[\w/]+\.py)\)")
+
+
+def test_the_page_names_a_test_that_exists_for_each_of_the_fifteen_classes():
+    sections = SECTION.findall((ROOT / "docs" / "complaints.md").read_text(encoding="utf-8"))
+    assert [int(number) for number, _, _ in sections] == list(range(1, 16))
+    for number, title, text in sections:
+        references = REFERENCE.findall(text)
+        assert references and "https://github.com/" in text, f"{number}. {title}"
+        for name, file in references:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file} has no {name}"
