@@ -82,9 +82,10 @@ def test_a_ranking_in_one_element_has_the_gradient_of_its_pairs_with_one_forward
     choices = [make_choice(row, tokenizer) for row in (ranking(), ranking("open", (1, 0)), ranking("seek", (0, 0)))]
     seen = []
     hook = model.trunk.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
-    loss, count, metrics = reward_loss(model, batch_of(choices, 0), 0.02)
+    loss, count, metrics = reward_loss(model, batch_of(choices, 0, 64), 0.02)
     hook.remove()
-    assert seen == [8] and count == 2
+    assert seen == [3] and count == 2  # prompts: each answer is read once, and what they begin with once for all
+    assert choices[0].together == sum(map(len, choices[0].rows)) - 3 * shared_tokens(choices[0].rows)
     expected = torch.zeros((), dtype=torch.float64)
     for choice, weight in ((choices[0], 1 / 5), (choices[1], 1.0)):
         for a, rank in enumerate(choice.ranks):
@@ -102,8 +103,8 @@ def test_any_split_into_micro_batches_has_the_same_sums(tokenizer, decoder):
     choices = [
         make_choice(row, tokenizer) for row in (ranking(), ranking("open", (1, 0)), ranking("seek", (0, 0)), ranking("read", (0, 1, 2)))
     ]
-    whole = reward_loss(model, batch_of(choices, 0))
-    parts = [reward_loss(model, batch_of(part, 7)) for part in (choices[:1], choices[1:3], choices[3:])]
+    whole = reward_loss(model, batch_of(choices, 0, 64))
+    parts = [reward_loss(model, batch_of(part, 7, 64)) for part in (choices[:1], choices[1:3], choices[3:])]
     assert float(whole[0].detach()) == pytest.approx(sum(float(part[0].detach()) for part in parts), rel=1e-5)
     assert whole[1] == sum(part[1] for part in parts) == 3
     for name in ("accuracy", "margin", "mean_score"):
@@ -118,7 +119,7 @@ def test_margin_and_soft_label_worked_by_hand(tokenizer):
     expected = math.log(1 + math.exp(-0.75)) + 2 * (0.75 * math.log(1 + math.exp(1.0)) + 0.25 * math.log(1 + math.exp(-1.0)))
     assert count == 3 and float(loss) == pytest.approx(expected, rel=1e-12)
     row = Preference(user("What?"), answer("A"), answer("B"), margin=0.5, probability=0.8)
-    *_, margins, probabilities = batch_of([make_choice(row, tokenizer)], 0)
+    *_, margins, probabilities = batch_of([make_choice(row, tokenizer)], 0, 64)
     assert margins.tolist() == [0.5] and probabilities.tolist() == pytest.approx([0.8])
 
 
@@ -166,6 +167,21 @@ def test_before_and_after_normalisation_and_a_file_of_references(tmp_path, token
     assert sum(reward.score([f"What does {name} do?" for name in SUBJECTS], ["Well."] * 8)) == pytest.approx(0, abs=1e-3)
     plain = train_reward(tmp_path / "plain", run.path, file, RewardTuning(train=quick(1), held_out_share=0.0, normalise="none"))
     assert load_model(plain.model_dir).config.bias == load_model(run.model_dir).config.bias != 0  # goes on with a reward model
+
+
+def test_learnt_positions_have_no_place_to_spare(tmp_path, tokenizer):
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, intermediate_size=64,
+        max_seq_len=21, position="learned", qk_norm=False,
+    )  # fmt: skip
+    save_model(Transformer(config).init_weights(torch.Generator().manual_seed(0)), tokenizer, tmp_path / "model")
+    file = write_lines(tmp_path / "pairs.jsonl", [pairs(1)[0] | {"prompt": "What does it do? " * 9}, *pairs(5)])
+    config = RewardTuning(train=quick(2), too_long="cut_start", held_out_share=0.2)
+    run = train_reward(tmp_path / "reward", tmp_path / "model", file, config)
+    assert run.summary["cut"] >= 1
+    reward = load_reward(run.path)
+    longest = list(range(21))
+    assert reward.score_tokens([longest]).shape == (1,)
 
 
 def test_resume_gives_the_same_bits(tmp_path, tokenizer, model_dir, monkeypatch):

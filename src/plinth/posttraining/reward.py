@@ -58,7 +58,7 @@ class LoadedReward:
                 raise UserError(f"text {i} has {len(row)} tokens; a reward model of max_seq_len={limit} scores 1 to {limit}.")
         scores = torch.zeros(len(rows))
         for part in like_lengths([len(row) for row in rows], BATCH_TOKENS):
-            tokens_BT, lengths_B = pad_right([rows[i] for i in part], self.tokenizer.pad_id or 0)
+            tokens_BT, lengths_B = pad_right([rows[i] for i in part], self.tokenizer.pad_id or 0, limit)
             scores[part] = self.model(tokens_BT.to(device), lengths_B.to(device)).cpu()
         return scores
 
@@ -75,9 +75,9 @@ def load_reward(run: Path | str, *, device: str = "cpu", dtype: str = "float32")
     return LoadedReward(model.to(device).eval(), Tokenizer.load(folder))
 
 
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (tokens (B, T), lengths (B,)): T is the longest row rounded up to a multiple of WIDTH_STEP."""
-    tokens_BT = torch.full((len(rows), padded_width(max(len(row) for row in rows))), pad_id)
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int, max_seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (tokens (B, T), lengths (B,)): T is the longest row rounded up to a multiple of WIDTH_STEP, at most `max_seq_len`."""
+    tokens_BT = torch.full((len(rows), min(padded_width(max(len(row) for row in rows)), max_seq_len)), pad_id)
     for i, row in enumerate(rows):
         tokens_BT[i, : len(row)] = torch.as_tensor(row)
     return tokens_BT, torch.tensor([len(row) for row in rows])

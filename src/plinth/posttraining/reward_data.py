@@ -12,6 +12,7 @@ import torch
 
 from plinth.config import UserError
 from plinth.data.buckets import padded_width
+from plinth.ops.shared_rows import share_rows
 from plinth.posttraining.examples import Examples, Preference, Ranking
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.masks import render_row
@@ -44,6 +45,11 @@ class Choice:
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(row) for row in self.rows)
+
+    @property
+    def together(self) -> int:
+        """Tokens of all rows when what they begin with stands once."""
+        return sum(map(len, self.rows)) - (len(self.rows) - 1) * shared_tokens(self.rows)
 
     @property
     def prompt_key(self) -> str:
@@ -139,17 +145,20 @@ def repeated_prompts(training: Sequence[Choice], held_out: Sequence[Choice]) -> 
 Batch = tuple[torch.Tensor, ...]
 
 
-def batch_of(choices: Sequence[Choice], pad_id: int) -> Batch:
-    """Return a micro-batch: tokens (P, G, T), lengths (P, G), ranks (P, G), margins (P,) and probabilities (P,).
+def batch_of(choices: Sequence[Choice], pad_id: int, max_seq_len: int) -> Batch:
+    """Return a micro-batch in which a prompt stands once, however many its answers; the answers' rows are shorter than `max_seq_len`.
 
-    G is the largest number of answers; an absent one has length 0 and rank -1.
+    Tokens (P, L), the three tensors of SharedRows, then lengths (P, G), ranks (P, G), margins (P,) and probabilities (P,). G is the largest
+    number of answers; an absent one has rank -1, and the prompt alone in its place.
     """
-    count, width = max(len(choice.rows) for choice in choices), padded_width(max(choice.longest for choice in choices))
-    tokens_PGT = torch.full((len(choices), count, width), pad_id)
-    lengths_PG, ranks_PG = torch.zeros(len(choices), count, dtype=torch.long), torch.full((len(choices), count), -1)
-    for i, choice in enumerate(choices):
-        for k, (row, rank) in enumerate(zip(choice.rows, choice.ranks)):
-            tokens_PGT[i, k, : len(row)] = torch.as_tensor(row)
-            lengths_PG[i, k], ranks_PG[i, k] = len(row), rank
-    margins = torch.tensor([choice.margin for choice in choices])
-    return tokens_PGT, lengths_PG, ranks_PG, margins, torch.tensor([choice.probability for choice in choices])
+    count = max(len(choice.rows) for choice in choices)
+    shared = [shared_tokens(choice.rows) for choice in choices]
+    rows = [choice.rows + [choice.rows[0][: max(1, common)]] * (count - len(choice.rows)) for choice, common in zip(choices, shared)]
+    width = min(padded_width(max(choice.longest for choice in choices) + 1), max_seq_len)  # the last place is for padding
+    length = padded_width(max(sum(map(len, each)) - (count - 1) * common for each, common in zip(rows, shared)) + 1)
+    lie, tokens_PL = share_rows(rows, shared, length, width, pad_id)
+    ranks = torch.tensor([[*choice.ranks, *[-1] * (count - len(choice.rows))] for choice in choices])
+    return (
+        tokens_PL, lie.places_BRT, lie.homes_BL, lie.shared_B, torch.tensor([[len(row) for row in each] for each in rows]), ranks,
+        torch.tensor([choice.margin for choice in choices]), torch.tensor([choice.probability for choice in choices]),
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder, load_model, read_config, save_model
 from plinth.models.reward import RewardConfig, RewardModel
+from plinth.ops.shared_rows import SharedRows
 from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.masks import render_row
@@ -48,7 +49,7 @@ class RewardTuning:
     center_coef: float = 0.01
     """weight of the squared sum of a pair's scores, which keeps them around 0"""
     max_seq_len: int | None = None
-    """longest prompt with an answer, in tokens (default: the model's context)"""
+    """longest prompt with an answer, in tokens (default: one less than the model's context)"""
     too_long: TooLong = "leave_out"
     """what becomes of longer ones: leave_out, or cut_start (the prompt loses its beginning); both are counted and said"""
     held_out_share: float = 0.1
@@ -70,13 +71,12 @@ class RewardTuning:
 def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> tuple[torch.Tensor, float, dict[str, float]]:
     """Return (Σ over prompts of the mean loss of their pairs, prompts with a pair, metrics) of a batch as `reward_data.batch_of` makes it.
 
-    Every answer goes through the model once, whatever the number of its pairs. Metrics, summed over prompts: accuracy, margin, mean_score.
+    Every answer goes through the model once, whatever the number of its pairs, and what a prompt's answers begin with once for all of them.
+    Metrics, summed over prompts: accuracy, margin, mean_score.
     Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1; for a pair that is Bradley-Terry's likelihood.
     """
-    tokens_PGT, lengths_PG, ranks_PG, margin_P, probability_P = batch
-    present_PG = lengths_PG > 0
-    scores_PG = tokens_PGT.new_zeros(lengths_PG.shape, dtype=torch.float32)
-    scores_PG = scores_PG.masked_scatter(present_PG, model(tokens_PGT[present_PG], lengths_PG[present_PG]))
+    tokens_PL, places, homes, shared, lengths_PG, ranks_PG, margin_P, probability_P = batch
+    scores_PG = model.forward_shared(tokens_PL, SharedRows(places, homes, shared), lengths_PG)
     prompt_M, better_M, worse_M, weight_M = ranked_pairs(ranks_PG)
     weight_M = weight_M.float()
     loss, _, metrics = bradley_terry_loss(
@@ -84,7 +84,8 @@ def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> t
         probability_B=probability_P[prompt_M], weight_B=weight_M,
     )  # fmt: skip
     with torch.no_grad():
-        metrics["mean_score"] = float((scores_PG.sum(1) / present_PG.sum(1))[prompt_M] @ weight_M)
+        present_PG = ranks_PG >= 0
+        metrics["mean_score"] = float(((scores_PG * present_PG).sum(1) / present_PG.sum(1))[prompt_M] @ weight_M)
     return loss, len(prompt_M.unique()), metrics
 
 
@@ -149,7 +150,8 @@ def train_reward(
 
     def prepare(config: RewardTuning) -> Job:
         model = start_model(source, config.train.seed)
-        limit = config.max_seq_len or model.config.max_seq_len
+        context = model.config.max_seq_len
+        limit = min(config.max_seq_len or context, context - 1)  # a place behind the last token is kept for padding
         found = read_choices(data, tokenizer, limit, config.too_long)
         training, tail = split_tail(found.choices, 0.0 if held_out else config.held_out_share)
         other = read_choices(held_out, tokenizer, limit, config.too_long) if held_out else Choices(tail, found.examples)
@@ -184,7 +186,7 @@ def train_reward(
         return Job(
             model,
             loss,
-            lambda step: [batch_of([training[i] for i in part], tokenizer.pad_id or 0) for part in buckets.indices(step)],
+            lambda step: [batch_of([training[i] for i in part], tokenizer.pad_id or 0, context) for part in buckets.indices(step)],
             steps=buckets.steps_for(config.epochs, None),
             tokenizer=tokenizer,
             description="reward model",
