@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from e2e.command import SMALL, plinth, write_jsonl
+from plinth.cli.main import main
 
 
 def complain(*arguments, code=1, env=None):
@@ -48,6 +49,12 @@ def test_an_unknown_option_gets_the_nearest_name(tmp_path):
 
 def test_an_unknown_verb_gets_the_nearest_name():
     assert "Did you mean build?" in complain("biuld", code=2)
+
+
+def test_the_first_word_of_several_verbs_lists_them(capsys):
+    assert main(["data", "--help"]) == 0 and main(["data"]) == 2
+    assert capsys.readouterr().out.count("data curate") == 2
+    assert "Did you mean data pack?" in complain("data", "pck", code=2)
 
 
 def test_a_run_directory_that_exists_is_left_alone(built, own_data):

@@ -50,7 +50,7 @@ VERBS = {
     "evaluate": ("plinth.cli.evaluate", "held-out likelihood and questions, with intervals"),
     "samples": ("plinth.cli.samples", "right answers against the number of answers drawn, and what they cost"),
     "watch": ("plinth.cli.watch", "a run or a build as it goes, in the terminal or in the browser"),
-    "report": ("plinth.cli.report", "report.html of a build"),
+    "report": ("plinth.cli.report", "report.html of a build, or of one run of any stage"),
     "attend": ("plinth.cli.attend", "what a model looks at in a text, by layer and head, as one page"),
     "params": ("plinth.cli.params", "parameters, operations, cache and memory of a model, from its config.json"),
     "import": ("plinth.cli.import_model", "a published model, from a folder or the hub, checked and compared with transformers"),
@@ -83,6 +83,10 @@ def main(argv: list[str]) -> int:
             if refused := refuse_processes(verb):
                 return refused
             return run_verb(VERBS[verb][0], argv[length:])
+    if group := [verb for verb in VERBS if verb.startswith(argv[0] + " ")]:
+        if len(argv) == 1 or argv[1] in ("-h", "--help", "help"):
+            print(verb_lines(group))
+            return 0 if len(argv) > 1 else 2
     name = " ".join(word for word in argv[:2] if not word.startswith("-"))
     guess = nearest(name, VERBS) or nearest(argv[0], VERBS)
     print(f"plinth: {argv[0]} is not a verb.{guess} `plinth --help` lists them.", file=sys.stderr)
@@ -130,19 +134,23 @@ def describe_os_error(error: OSError) -> str:
 
 def overview() -> str:
     """Return the text of `plinth --help`."""
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {gloss}" for verb, (_, gloss) in VERBS.items()]
     return "\n".join(
         [
             "usage: plinth VERB [OPTIONS]",
             "",
             "Make a foundation model that you control from the first byte to the last token.",
             "",
-            *lines,
+            verb_lines(list(VERBS)),
             "",
             "`plinth VERB --help` shows its options with units and defaults; --json answers for machines.",
         ]
     )
+
+
+def verb_lines(verbs: list[str]) -> str:
+    """Return a line a verb: its name and what it is for."""
+    width = max(map(len, verbs))
+    return "\n".join(f"  {verb:<{width}}  {VERBS[verb][1]}" for verb in verbs)
 
 
 def entry() -> None:
