@@ -43,6 +43,7 @@ VERBS = {
     "reward": ("plinth.cli.reward", "a reward model from pairs or rankings, beside the length and the words alone"),
     "reward score": ("plinth.cli.reward_score", "the answers of a file scored by a reward model"),
     "ppo": ("plinth.cli.ppo", "a model towards a reward of its own completions, learnt or known, with a critic"),
+    "grpo": ("plinth.cli.grpo", "reinforcement learning with verifiable rewards: GRPO and its kin"),
     "finetune": ("plinth.cli.finetune", "an encoder on labelled texts, words or questions"),
     "predict": ("plinth.cli.predict", "labels, named entities or answers from a finetuned encoder or classifier, and their scores"),
     "fill": ("plinth.cli.fill", "words for the masks in a text, from an encoder"),

@@ -187,13 +187,14 @@ class Sampler:
 
     def score(self, rows: Rows, model: Transformer | None = None) -> torch.Tensor:
         """Return the log-probabilities in nats of all completions under a model, by default the policy, without gradient, (N, C)."""
-        workers, _ = self._ready()
-        return score_rows(model or self.model, rows, workers, temperature=self.config.temperature)
+        return score_rows(model or self.model, rows, self.workers, temperature=self.config.temperature)
 
     @property
     def workers(self) -> Workers | InlineWorker:
         """The threads that sample, for what else there is to do between updates."""
-        return self._workers or self._ready()[0]
+        if self._workers is None:
+            self._workers = Workers(self.num_threads) if self.model.embed.weight.device.type == "cpu" else InlineWorker()
+        return self._workers
 
     def close(self) -> None:
         """End the threads and free the engines' memory."""
@@ -202,13 +203,12 @@ class Sampler:
         self._workers, self._engines = None, []
 
     def _ready(self) -> tuple[Workers | InlineWorker, list[Engine]]:
-        weight = self.model.embed.weight
-        if self._workers is None:
-            self._workers = Workers(self.num_threads) if weight.device.type == "cpu" else InlineWorker()
-            self._engines = [self._new_engine() for _ in range(self._workers.num_threads)]
+        """Return the threads and their engines, which read the weights as they are now."""
+        workers = self.workers
         for engine in self._engines:
             engine.reload(self.model)
-        return self._workers, self._engines
+        self._engines = self._engines or [self._new_engine() for _ in range(workers.num_threads)]
+        return workers, self._engines
 
     def _new_engine(self) -> Engine:
         weight, config = self.model.embed.weight, self.model.config
