@@ -189,8 +189,8 @@ def record(journal: Path, arguments: argparse.Namespace) -> None:
         {
             "task": task, "settings": settings, "threads": sides["plinth"][0]["threads"],
             "sides": {side: summary(lines) for side, lines in sides.items()},
-            "ours_over": {side: ratio(sides["plinth"], lines, "seconds") for side, lines in sides.items() if side != "plinth"},
-            "processor_ours_over": {side: ratio(sides["plinth"], lines, "processor_s") for side, lines in sides.items() if side != "plinth"},
+            "ours_over": ratios(sides, "seconds"),
+            "processor_ours_over": ratios(sides, "processor_s"),
         }
         for (task, settings), sides in groups.items()
     ]  # fmt: skip
@@ -211,10 +211,13 @@ def summary(lines: list[dict]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ratio(ours: list[dict], theirs: list[dict], what: str) -> dict[str, float]:
-    """Return the ratios of rounds of the same number."""
-    pairs = [(a, b) for a in ours for b in theirs if a["round"] == b["round"] != 0]
-    return spread([a[what] / a["examples"] / (b[what] / b["examples"]) for a, b in pairs])
+def ratios(sides: dict[str, list[dict]], what: str) -> dict[str, dict[str, float]]:
+    """Return our part of each peer's, of rounds of the same number."""
+    found = {}
+    for side in [side for side in sides if side != "plinth"]:
+        pairs = [(a, b) for a in sides["plinth"] for b in sides[side] if a["round"] == b["round"] != 0]
+        found[side] = spread([a[what] / a["examples"] / (b[what] / b["examples"]) for a, b in pairs])
+    return found
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/posttraining_sides.py TASK SETTINGS FOLDER THREADS
 
 Reads one JSON object a line, {"examples", "per_step"}, trains one epoch on so many from the weights in FOLDER/hf, and answers with its
-seconds, its processor's seconds, updates, the first update's loss and norm of the gradient, and the process's largest memory so far. What is computed once before
-the first update, the reference's log-probabilities, is within the seconds. With the settings float32 or bfloat16 the optimizer is AdamW
-and an update has as many examples as the peers'; with defaults both are ours.
+seconds, its processor's seconds, updates, the first update's loss and norm of the gradient, and the process's largest memory so far. What
+is computed once before the first update, the reference's log-probabilities, is within the seconds. With the settings float32 or bfloat16
+the optimizer is AdamW and an update has as many examples as the peers'; with defaults both are ours.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Does packing conversations pay in finetuning, against rows of like lengths, padded?
 
-    python benchmarks/sft_packing.py [--rounds 5] [--threads 1]
+    python benchmarks/sft_packing.py [--rounds 3] [--conversations 128]
 
-Forward and backward over the same 512 conversations of random tokens, whose lengths are spread as those of the data set hh-rlhf are
-(log-normal), dealt by `plinth sft` both ways, in alternation; the last half of each is learnt. At the default number of conversations a
-step, and at 8, where fewer of like length are at hand. The figure is conversation tokens a second; ratios are of neighbouring rounds.
+Forward and backward over the same conversations of random tokens, whose lengths are spread as those of the data set hh-rlhf are
+(log-normal), dealt by `plinth sft` both ways, in alternation; the last half of each is learnt. At 64 conversations a step and
+at 8, where fewer of like length are at hand. The figure is conversation tokens a second of one core's time; ratios are of
+neighbouring rounds.
 Writes benchmarks/records/sft_packing.json.
 """
 
@@ -26,7 +27,7 @@ from plinth.training.precision import DTYPES, MasterWeights
 from plinth.training.step import open_workers, split_gradients
 from record import spread, write_record
 
-CONTEXT = 512
+CONTEXT = 256
 SIZE = {"vocab_size": 8192, "hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64, "max_seq_len": CONTEXT}
 MODELS = {
     "Plinth's shape": DecoderConfig(**SIZE, intermediate_size=768),
@@ -36,27 +37,33 @@ MODELS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--conversations", type=int, default=128)
     arguments = parser.parse_args()
-    examples = conversations(512)
+    examples = conversations(arguments.conversations)
     rows = []
     for name, config in MODELS.items():
         for dtype in DTYPES:
-            for sizes in ((128, 64), (8, 8)):
-                rows.append({"model": name, "dtype": dtype, **measure(config, dtype, examples, sizes, arguments)})
+            for sizes in ((64, 32), (8, 8)):
+                rows.append({"model": name, "dtype": dtype, **measure(config, dtype, examples, sizes, arguments.rounds)})
                 print(rows[-1], flush=True)
-    write_record("sft_packing", "Does packing pay in finetuning, against rows of like lengths?", rows, size=SIZE, threads=arguments.threads)
+    write_record(
+        "sft_packing",
+        "Does packing pay in finetuning, against rows of like lengths?",
+        rows,
+        size=SIZE,
+        conversations=arguments.conversations,
+    )
     return 0
 
 
 def conversations(count: int) -> list[Rendered]:
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(150), 0.7, count).astype(int), 16, CONTEXT)
+    lengths = np.clip(rng.lognormal(np.log(75), 0.7, count).astype(int), 16, CONTEXT)
     return [Rendered(rng.integers(0, SIZE["vocab_size"], n).tolist(), [i >= n // 2 for i in range(n)]) for n in lengths]
 
 
-def measure(config: DecoderConfig, dtype: str, examples: list[Rendered], sizes: tuple[int, int], arguments) -> dict:
+def measure(config: DecoderConfig, dtype: str, examples: list[Rendered], sizes: tuple[int, int], rounds: int) -> dict:
     """Time an epoch dealt each way, in alternation, the first round not counted."""
     masters = MasterWeights(Transformer(config).init_weights(torch.Generator().manual_seed(0)), DTYPES[dtype])
     lengths = [len(example.tokens) for example in examples]
@@ -66,14 +73,14 @@ def measure(config: DecoderConfig, dtype: str, examples: list[Rendered], sizes: 
         deals[packing] = deal = deal_examples(lengths, settings, CONTEXT)
         batches[packing] = [batches_of(deal.rows(step), examples, packing) for step in range(deal.steps_per_epoch)]
     rates: dict[bool, list[float]] = {False: [], True: []}
-    with open_workers(arguments.threads) as workers:
-        for number in range(arguments.rounds + 1):
+    with open_workers(1) as workers:
+        for number in range(rounds + 1):
             for packing in (False, True) if number % 2 else (True, False):
-                started = time.perf_counter()
+                started = time.process_time()
                 for step in batches[packing]:
                     split_gradients(masters, causal_lm_loss, step, workers)
                 if number:
-                    rates[packing].append(sum(lengths) / (time.perf_counter() - started))
+                    rates[packing].append(sum(lengths) / (time.process_time() - started))
     return {
         "conversations_per_step": sizes[0],
         "bucketed_fill": sum(length - 1 for length in lengths) / deals[False].padded_tokens(),

@@ -4,7 +4,7 @@
 
 The tasks are sft, dpo, reward and grpo; the settings float32, bfloat16 or defaults. Examples come as tokens, so that all sides train on the
 same ones. Reads one JSON object a line, {"examples", "per_step"}, trains one epoch on so many from the weights in FOLDER/hf, and answers
-with its seconds, its processor's seconds, updates, the first update's loss and norm of the gradient, and the process's largest memory so far.
+with its seconds, its processor's seconds, updates, the first update's loss and norm of the gradient, and the process's largest memory.
 
 TRL's trainers run as they come; with float32 or bfloat16 without gradient checkpointing and saves, which cost time, with defaults with all
 of theirs but the saves. The plain loops are what one writes oneself: padded batches in random order, transformers' own loss or PyTorch's

@@ -14,6 +14,7 @@ from plinth.models.norm import normalisation
 from plinth.ops.attention import attend, attention_probabilities, qk_norm_rope_attention
 from plinth.ops.linear import linear_rows
 from plinth.ops.rope import apply_rope
+from plinth.ops.segments import Runs
 from plinth.ops.shared_rows import SharedRows
 
 
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         self.is_fused = is_fused(config)
 
     def forward(self, x_BTD: torch.Tensor, cos_TE, sin_TE, mask=None, tokens_BT=None, shared: SharedRows | None = None) -> torch.Tensor:
-        """Attend causally within each sequence, or where the mask, (T, T) or (B, 1, T, T), says; returns (B, T, D).
+        """Attend causally within each sequence, or where the mask, (T, T) or (B, 1, T, T) or Runs, says; returns (B, T, D).
 
         Without rotary positions cos and sin are None. A value embedding needs the tokens. With `shared` x is rows of it, and the
         sequences attend that it stands for.
@@ -71,7 +72,14 @@ class Attention(nn.Module):
         return self.out(self._attended(qkv, cos_TE, sin_TE, mask))
 
     def _attended(self, qkv: torch.Tensor, cos_TE, sin_TE, mask) -> torch.Tensor:
-        """Return what the heads (B, T, H + 2 K, E) read, (B, T, H E)."""
+        """Return what the heads (B, T, H + 2 K, E) read, (B, T, H E).
+
+        Runs attend one at a time: what lies between segments costs nothing, and each takes the same kernels as a row of its own.
+        """
+        if isinstance(mask, Runs):
+            parts = zip(qkv.flatten(0, 1).split(mask.lengths), mask.lengths)
+            turned = [(part[None], *(None if x is None else x[:length] for x in (cos_TE, sin_TE)), None) for part, length in parts]
+            return torch.cat([self._attended(*each)[0] for each in turned]).unflatten(0, qkv.shape[:2])
         config = self.config
         kv_heads = qkv.shape[-2] * config.num_kv_heads // (config.num_heads + 2 * config.num_kv_heads)
         if self.is_fused and mask is None and qkv.device.type == "cpu":

@@ -19,7 +19,7 @@ from plinth.ops import kernels
 from plinth.ops.linear import linear_rows
 from plinth.ops.moe import Routing
 from plinth.ops.norm import add_rms_norm
-from plinth.ops.segments import positions_in_segments, segment_mask, window_mask
+from plinth.ops.segments import positions_in_segments, segment_mask, segment_runs, window_mask
 from plinth.ops.shared_rows import SharedRows
 from plinth.ops.softcap import softcap
 
@@ -167,21 +167,29 @@ class Transformer(nn.Module):
     def _views(
         self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None, shared: SharedRows | None = None
     ) -> tuple[torch.Tensor, dict[bool, tuple]]:
-        """Return the tokens' positions, and for blocks without a window and with it (cos, sin, mask); a mask of None is causal."""
+        """Return the tokens' positions, and for blocks without a window and with it (cos, sin, mask); a mask of None is causal.
+
+        On a CPU segments attend one at a time, unless there is a window: rotations are then those of the longest possible one.
+        """
         config, length = self.config, tokens_BT.shape[1] if shared is None else shared.width
         positions, mask = torch.arange(length, device=tokens_BT.device), None
+        turned = positions
         if segments_BT is not None:
             assert shared is None, "rows that share a beginning are no packed rows"
-            positions, mask = positions_in_segments(segments_BT), segment_mask(segments_BT)
+            positions = positions_in_segments(segments_BT)
+            if tokens_BT.device.type == "cpu" and config.sliding_window is None:
+                mask = segment_runs(segments_BT)
+            else:
+                turned, mask = positions, segment_mask(segments_BT)
         rotates = config.position == "rope"
         if not rotates and length > config.max_seq_len:
             raise UserError(f"a text of {length} tokens is longer than the max_seq_len={config.max_seq_len} places learnt. Cut it.")
-        views: dict[bool, tuple] = {False: (*(self.rotation(positions) if rotates else (None, None)), mask)}
+        views: dict[bool, tuple] = {False: (*(self.rotation(turned) if rotates else (None, None)), mask)}
         if config.sliding_window is not None:
             if config.sliding_window < length:
                 near = window_mask(length, config.sliding_window, tokens_BT.device)
                 mask = near if mask is None else mask & near
-            local = self.rotation(positions, local=True) if has_own_rotation(config) else views[False][:2]
+            local = self.rotation(turned, local=True) if has_own_rotation(config) else views[False][:2]
             views[True] = (*local, mask)
         return positions if shared is None else shared.positions_BL, views
 

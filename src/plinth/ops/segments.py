@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The segments of packed rows as stretches of the batch's tokens, row after row, for attention that takes one at a time."""
+
+    lengths: tuple[int, ...]
+    """tokens of each, padding included; they add up to B T"""
+
+
+def segment_runs(segments_BT: torch.Tensor) -> Runs:
+    """Return the runs of equal numbers; one ends where its row does."""
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    starts = begins_BT.flatten().nonzero()[:, 0]
+    return Runs(tuple(torch.diff(starts, append=starts.new_tensor([segments_BT.numel()])).tolist()))
 
 
 def positions_in_segments(segments_BT: torch.Tensor) -> torch.Tensor:
