@@ -15,10 +15,13 @@ from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
+from plinth.posttraining.adapter_files import publish_model, with_adapters
 from plinth.posttraining.batches import describe_examples
+from plinth.posttraining.displacement import displacement, last_means, length_bias
 from plinth.posttraining.examples import Examples
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.log_probs import counted_tokens, reference_log_probs, sequence_log_probs, shared_log_probs
+from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.pairs import (
     SHARED_PARTS,
     LeftOut,
@@ -33,7 +36,7 @@ from plinth.posttraining.pairs import (
 from plinth.posttraining.preference_losses import PREFERENCE_LOSSES, REFERENCE_FREE, Pairs, check_options, preference_loss
 from plinth.posttraining.unpaired import LabelledAnswer, reference_point, render_labelled, unpaired_loss, weight_advice
 from plinth.posttraining.unpaired_losses import UNPAIRED_LOSSES
-from plinth.run import Run, file_sha256, find_model
+from plinth.run import Run, file_sha256, find_model, tree_sha256
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device, move_batch
 from plinth.training.job import Job, run_job
@@ -79,6 +82,8 @@ class DpoConfig:
     """pairs, or labelled answers, a forward pass"""
     max_seq_len: int | None = None
     """longest prompt with its answer in tokens (default: the model's context); longer ones are left out, counted, never cut"""
+    adapter: LoraConfig = field(default_factory=LoraConfig)
+    """train adapters in place of the weights; the reference is the model without them"""
 
     def __post_init__(self) -> None:
         if (self.beta is not None and self.beta <= 0) or self.epochs <= 0 or self.nll_coef < 0:
@@ -247,7 +252,9 @@ def train_dpo(
     """Tune a run's model on preferences, in any format of formats.FORMATS, and publish it as out/model.
 
     Rankings become pairs, and pairs two labelled answers for a loss of single answers. The reference is the model as it comes in; its
-    log-probabilities are computed once and kept in the run. What is read and left out is told through `warn`, with row numbers.
+    log-probabilities are computed once and kept in the run. With adapters these are published as out/adapter, in PEFT's format, and
+    out/model has them merged. What is read and left out is told through `warn`, with row numbers, and at the end if the chosen answers
+    have become less likely.
     """
     source = find_model(model_run)
     tokenizer = Tokenizer.load(source)
@@ -255,8 +262,12 @@ def train_dpo(
     if found.rejected or set(found.detected) != {found.kind}:
         warn(f"{data}: {found.describe()}")
 
+    def fresh(config: DpoConfig) -> Transformer:
+        return with_adapters(load_decoder(source), config.adapter, config.train.seed)  # fresh adapters change nothing
+
     def prepare(config: DpoConfig) -> Job:
-        model = load_decoder(source)
+        model = fresh(config)
+        trained_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         rows, left_out = load_rows(tokenizer, found, config, model.config.max_seq_len, data, warn)
         buckets = LengthBuckets(rows.lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
         epochs = config.epochs if config.tokens is None else config.tokens / rows.total_tokens
@@ -265,7 +276,7 @@ def train_dpo(
         def begin(run: Run, config: DpoConfig) -> None:
             if rows.needs_reference:
                 reference[:] = reference_log_probs(
-                    run, lambda: load_decoder(source), rows.score, rows.reference_batch,
+                    run, lambda: fresh(config), rows.score, rows.reference_batch,
                     rows.lengths, config.micro_batch_size, config.train,
                 )  # fmt: skip
 
@@ -276,7 +287,12 @@ def train_dpo(
         def summarise(summary: dict[str, Any]) -> dict[str, Any]:
             counts = rows.counts() | {"rejected_lines": len(found.rejected), "left_out": len(left_out)}
             kept = {name: value for name, value in summary.items() if name != "tokens"}
-            return kept | counts | {"epochs": summary["steps"] / buckets.steps_per_epoch, "pairs_seen": summary["tokens"]}
+            means = last_means(Run(out).metrics())
+            if said := displacement(means, config.nll_coef):
+                warn(said)
+            adapted = {} if config.adapter.rank is None else {"trained_params": trained_params}
+            epochs = {"epochs": summary["steps"] / buckets.steps_per_epoch, "pairs_seen": summary["tokens"]}
+            return kept | counts | epochs | means | adapted
 
         return Job(
             model,
@@ -285,7 +301,13 @@ def train_dpo(
             steps=buckets.steps_for(epochs, None),
             tokenizer=tokenizer,
             description="preference tuning",
-            data={"pairs_sha256": file_sha256(data), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
+            publish=lambda folder: publish_model(model, tokenizer, folder, str(source)),
+            data={
+                "pairs_sha256": file_sha256(data),
+                "tokenizer_sha256": tokenizer.sha256,
+                "seed": config.train.seed,
+                **({"base_sha256": tree_sha256(source)} if config.adapter.rank is not None else {}),  # checkpoints lack frozen weights
+            },
             describe_batch=describe_batch,
             begin=begin,
             summarise=summarise,
@@ -329,6 +351,8 @@ def load_rows(
     else:
         pairs, left_out = render_pairs(tokenizer, found, limit)
         rows = PairedRows(pairs, config, pad_id)
+        if said := length_bias([sum(pair.chosen.loss_mask) for pair in pairs], [sum(pair.rejected.loss_mask) for pair in pairs]):
+            warn(f"{data}: {said}")
         if rows.soft and not rows.reads_epsilon:
             warn(f"{data}: the probabilities of {rows.soft} pairs are not read; --loss cdpo without --epsilon learns from them.")
     shown = "; ".join(f"row {number}: {reason}" for number, reason in left_out[:SHOWN])
