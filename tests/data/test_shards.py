@@ -43,6 +43,16 @@ def test_every_document_decodes_to_its_text_and_ends_once(packed, tokenizer):
     assert sorted(found) == sorted(TEXTS)
 
 
+def test_backwards_each_document_is_turned_round_and_still_ends_once(packed, tokenizer):
+    folder, _ = packed
+    assert pack_corpus(folder / "corpus", tokenizer, folder / "backwards", backwards=True)["backwards"]
+    there, back = (open_split(folder / name, "train") for name in ("shards", "backwards"))
+    assert np.array_equal(there.offsets, back.offsets)
+    for index in range(there.num_documents):
+        assert np.array_equal(there.document(index)[:-1][::-1], back.document(index)[:-1])
+        assert back.document(index)[-1] == tokenizer.end_of_text_id
+
+
 def test_the_manifest_adds_up(packed, tokenizer):
     folder, manifest = packed
     for split in ("train", "heldout"):

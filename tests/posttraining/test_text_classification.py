@@ -8,6 +8,9 @@ import torch
 
 from plinth.cli.main import main
 from plinth.config import UserError
+from plinth.data.features import causal_rows
+from plinth.data.labelled import TextExample
+from plinth.inference.text_classifier import LoadedClassifier
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
 from plinth.models.recurrent import AwdLstm, AwdLstmConfig
@@ -77,6 +80,22 @@ def test_labels_are_learnt_and_predicted_through_the_commands(folder, tmp_path, 
     assert sum(result["predictions"][0]["probabilities"].values()) == pytest.approx(1)
     assert main(["predict", str(tmp_path / "run"), "--text", "Eve went to Oslo by bus"]) == 0
     assert capsys.readouterr().out.startswith("Oslo ")
+
+
+def test_a_backward_model_reads_texts_turned_round_and_its_probabilities_are_averaged(folder, tmp_path, capsys):
+    for name, backwards in (("there", False), ("back", True)):
+        config = quick(unfreeze="all", head=PooledHeadConfig(backwards=backwards))
+        train_classifier(tmp_path / name, folder / "awd-lstm", folder / "train.jsonl", config)
+    reads = [LoadedClassifier.load(tmp_path / name) for name in ("there", "back")]
+    text = TextExample(example(5)["text"])
+    rows = [causal_rows([text], reads[0].tokenizer, {}, None, False, backwards)[0].tokens for backwards in (False, True)]
+    assert rows[0][0] == rows[1][0] == reads[0].tokenizer.end_of_text_id and rows[1][1:] == rows[0][:0:-1]
+    single = [one.classify([text])[0].probabilities for one in reads]
+    command = ["predict", str(tmp_path / "there"), "--ensemble", str(tmp_path / "back"), "--text", text.text, "--json"]
+    assert main(command) == 0
+    both = json.loads(capsys.readouterr().out)["predictions"][0]
+    assert both["probabilities"] == pytest.approx({label: (single[0][label] + single[1][label]) / 2 for label in PLACES})
+    assert both["label"] == max(both["probabilities"], key=both["probabilities"].get)
 
 
 class Killed(BaseException):

@@ -16,7 +16,7 @@ from plinth.data.shards import open_split
 from plinth.models.hub import load_model
 from plinth.models.recurrent import AwdLstm, AwdLstmConfig
 from plinth.recipes import recurrent_pretraining
-from plinth.recipes.recurrent_pretraining import AwdLstmPretrainConfig, carried_batches, heldout_loss, pretrain_awd_lstm
+from plinth.recipes.recurrent_pretraining import AwdLstmPretrainConfig, carried_batches, heldout_loss, log_frequencies, pretrain_awd_lstm
 from plinth.training.carried_state import CarriedState
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives_recurrent import awd_lstm_loss
@@ -67,6 +67,12 @@ def test_stopped_and_resumed_equals_never_stopped(shards, tmp_path, monkeypatch,
     states = [load_model(one.model_dir).state_dict() for one in (whole, resumed)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert whole.summary["heldout_loss_nats"] == resumed.summary["heldout_loss_nats"]
+
+
+def test_the_heads_bias_begins_at_the_log_frequencies(shards):
+    counts = np.bincount(np.asarray(open_split(shards, "train").tokens[:]), minlength=305) + 1
+    found = log_frequencies([shards], 305).softmax(0)
+    torch.testing.assert_close(found, torch.from_numpy(counts / counts.sum()).float())
 
 
 def test_a_step_begins_with_the_state_that_the_one_before_left(shards):

@@ -26,6 +26,8 @@ class Options:
     """a tokenizer folder, ours or in Hugging Face's format"""
     out: Path
     """folder to write"""
+    backwards: bool = False
+    """turn each document's tokens round, for a language model that reads from the end (see docs/transfer.md)"""
     json: bool = False
     """answer with one JSON object on standard output"""
 
@@ -33,7 +35,7 @@ class Options:
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth data pack", args=argv)
     started = time.monotonic()
-    manifest = pack_corpus(options.corpus, Tokenizer.load(options.tokenizer), options.out)
+    manifest = pack_corpus(options.corpus, Tokenizer.load(options.tokenizer), options.out, backwards=options.backwards)
     result = {"path": str(options.out), **manifest, "time_s": round(time.monotonic() - started, 3)}
     emit(result, options.json, lambda console: show(console, result))
     return 0

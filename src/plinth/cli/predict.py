@@ -12,7 +12,7 @@ import tyro
 from plinth.cli.output import emit, say
 from plinth.config import UserError, write_atomic
 from plinth.data.labelled import OUTSIDE, from_texts, read_examples
-from plinth.evaluation.predictions import open_predictor, predict, score_predictions
+from plinth.evaluation.predictions import averaged, open_predictor, predict, score_predictions
 from plinth.inference.labelling import AnswerOptions
 
 SHOWN = 10
@@ -31,6 +31,8 @@ class Options:
     """examples, with the right labels or without"""
     text: tuple[str, ...] = ()
     """texts instead of a file: to label, to tag, or as contexts of --question"""
+    ensemble: tuple[Path, ...] = ()
+    """classify: further runs whose probabilities are averaged with the first's, for instance one that reads backwards"""
     question: str | None = None
     """answer: what is asked of each --text"""
     out: Path | None = None
@@ -47,7 +49,8 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth predict", args=argv)
     encoder, task = open_predictor(options.run)
     examples = examples_of(options, task)
-    found = [asdict(one) for one in predict(encoder, task, examples, truncate=options.truncate, answers=options.answers)]
+    labels = predict(encoder, task, examples, truncate=options.truncate, answers=options.answers)
+    found = [asdict(one) for one in (with_ensemble(options, task, examples, labels) if options.ensemble else labels)]
     scores = {name: score.to_dict() for name, score in score_predictions(task, examples, found).items()}
     if options.out is not None:
         write_atomic(options.out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found))
@@ -62,6 +65,15 @@ def main(argv: list[str]) -> int:
 
     emit(result, options.json, render)
     return 0
+
+
+def with_ensemble(options: Options, task: Any, examples: list[Any], labels: list[Any]) -> list[Any]:
+    """Return labels by the mean of all runs' probabilities. Raises UserError for another task, and runs of other labels."""
+    others = [open_predictor(run) for run in options.ensemble]
+    if {task, *(other for _, other in others)} != {"classify"}:
+        raise UserError("--ensemble averages labels of texts, so each of the runs must have been finetuned to classify.")
+    found = [predict(encoder, task, examples, truncate=options.truncate) for encoder, _ in others]
+    return averaged([labels, *found], [str(run) for run in (options.run, *options.ensemble)])
 
 
 def examples_of(options: Options, task: Any) -> list[Any]:

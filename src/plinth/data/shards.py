@@ -158,11 +158,12 @@ class SplitWriter:
         return dict(sorted(self._amounts.items()))
 
 
-def pack_corpus(corpus: Path, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
+def pack_corpus(corpus: Path, tokenizer: Tokenizer, out: Path, *, backwards: bool = False) -> dict[str, Any]:
     """Encode both splits of a corpus folder into the shards folder `out` and return its manifest.
 
     The manifest has vocab_size, tokenizer_sha256, corpus_sha256, dtype, end_of_text_id, tokens_*, documents_*, bytes_*,
     mixture {split: {kind: {documents, tokens, bytes}}}, kinds and sha256 of the files. Token counts include one <|endoftext|> a document.
+    `backwards` turns each document's tokens round, for a language model that reads from the end; the manifest says so.
     Raises UserError when `corpus` is none, the tokenizer lacks <|endoftext|>, `out` holds files, or the disk is full; nothing is
     left behind then.
     """
@@ -175,7 +176,7 @@ def pack_corpus(corpus: Path, tokenizer: Tokenizer, out: Path) -> dict[str, Any]
         raise UserError(f"{out} exists already. Pass --out with a new name, or remove it.")
     try:
         with publish_dir(out) as folder:
-            manifest = _pack_into(folder, corpus, tokenizer)
+            manifest = _pack_into(folder, corpus, tokenizer, backwards)
             save_json(folder / "manifest.json", manifest)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -184,7 +185,7 @@ def pack_corpus(corpus: Path, tokenizer: Tokenizer, out: Path) -> dict[str, Any]
     return manifest
 
 
-def _pack_into(folder: Path, corpus: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def _pack_into(folder: Path, corpus: Path, tokenizer: Tokenizer, backwards: bool) -> dict[str, Any]:
     dtype = token_dtype(tokenizer.vocab_size)
     kinds_seen: dict[str, int] = {}
     writers: dict[str, SplitWriter] = {}
@@ -193,7 +194,8 @@ def _pack_into(folder: Path, corpus: Path, tokenizer: Tokenizer) -> dict[str, An
         for split in SPLITS:
             writers[split] = SplitWriter(folder, split, dtype, tokenizer.end_of_text_id, kinds_seen)
             for texts, kinds in _chunks(corpus / f"{split}.parquet"):
-                writers[split].add(tokenizer.encode_batch(texts), texts, kinds)
+                ids = tokenizer.encode_batch(texts)
+                writers[split].add([each[::-1] for each in ids] if backwards else ids, texts, kinds)
                 progress.update(len(texts))
             writers[split].close()
     mixture = {split: writers[split].amounts() for split in SPLITS}
@@ -211,6 +213,7 @@ def _pack_into(folder: Path, corpus: Path, tokenizer: Tokenizer) -> dict[str, An
         **totals,
         "mixture": mixture,
         "kinds": list(kinds_seen),
+        **({"backwards": True} if backwards else {}),
         "sha256": {f"{split}.bin": file_sha256(folder / f"{split}.bin") for split in SPLITS},
     }
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plinth.config import UserError
 from plinth.evaluation.labelled import score_answers, score_labels, score_tags
 from plinth.evaluation.statistics import Score
 from plinth.inference.encoding import TextEncoder
-from plinth.inference.labelling import AnswerOptions, check_task, classify_texts, find_answers, tag_words
+from plinth.inference.labelling import AnswerOptions, Label, check_task, classify_texts, find_answers, tag_words
 from plinth.inference.text_classifier import LoadedClassifier
 from plinth.models.hub import read_config
 from plinth.models.text_classifier import TextClassifierConfig
@@ -38,6 +39,20 @@ def predict(
     if task == "classify":
         return list(classify_texts(encoder, examples, truncate))
     return list(tag_words(encoder, examples)) if task == "tag" else list(find_answers(encoder, examples, answers))
+
+
+def averaged(found: Sequence[Sequence[Label]], names: Sequence[str]) -> list[Label]:
+    """Return labels by the mean of several classifiers' probabilities; `found` has those of each, `names` what to call them in errors.
+
+    Source: Howard and Ruder 2018, arXiv:1801.06146, section 3.3 (a forward and a backward model).
+    Raises UserError where they do not tell the same labels.
+    """
+    labels = [sorted(each[0].probabilities) for each in found if each]
+    for other, name in zip(labels, names):
+        if other != labels[0]:
+            raise UserError(f"{name} tells {', '.join(other)}; {names[0]} tells {', '.join(labels[0])}. Average models of the same labels.")
+    means = [{label: sum(one.probabilities[label] for one in row) / len(row) for label in row[0].probabilities} for row in zip(*found)]
+    return [Label(max(mean, key=mean.__getitem__), mean) for mean in means]
 
 
 def score_predictions(task: str, examples: Sequence[Any], found: Sequence[dict[str, Any]]) -> dict[str, Score]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from plinth.config import UserError
@@ -24,6 +25,7 @@ from plinth.training.objectives_recurrent import awd_lstm_loss
 from plinth.training.optim import OptimizerConfig
 
 HELDOUT_ROWS = 16  # stretches of held-out text that are scored side by side
+COUNTED_TOKENS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def pretrain_awd_lstm(
         if config.model.vocab_size < tokenizer.vocab_size:
             raise UserError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries.")
         model = AwdLstm(config.model).init_weights(torch.Generator().manual_seed(config.train.seed))
+        with torch.no_grad():  # else an optimizer with steps of one size takes hundreds of updates to learn which tokens are common
+            model.head_bias.copy_(log_frequencies(shards, config.model.vocab_size))
         text = ContiguousText(shards, config.sequences_per_step, config.seq_len, config.train.seed)
         carried = CarriedState(model.zero_state(config.sequences_per_step))
         return Job(
@@ -99,6 +103,15 @@ def pretrain_awd_lstm(
         )
 
     return run_job(out, "pretrain", config, prepare, parents=[*shards, tokenizer_dir], resume=resume, argv=argv, warn=warn)
+
+
+def log_frequencies(shards: Sequence[Path], vocab_size: int) -> torch.Tensor:
+    """Return each token's log-frequency in the first COUNTED_TOKENS of each folder, one added to each count, less their mean; fp32 (V,)."""
+    counts = np.ones(vocab_size)
+    for folder in shards:
+        counts += np.bincount(open_split(folder).tokens[:COUNTED_TOKENS], minlength=vocab_size)
+    logs = np.log(counts)
+    return torch.from_numpy(logs - logs.mean()).float()
 
 
 def carried_batches(text: ContiguousText, carried: CarriedState, step: int, micro_batch_size: int) -> list[tuple[torch.Tensor, ...]]:
