@@ -9,7 +9,7 @@ import torch
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
-from plinth.posttraining.completion_scores import completion_log_probs, joined_tokens
+from plinth.posttraining.completion_scores import completion_log_probs, joined_tokens, shared_prompts, sharing_pays
 from plinth.posttraining.lora import LoraConfig, adapted_modules, add_adapters
 from plinth.posttraining.rollout_batches import RolloutBatches, choose_prompts
 from plinth.posttraining.rollouts import SampleConfig, Sampler, roll_out, take_rows
@@ -77,6 +77,25 @@ def test_a_temperature_scales_sampling_and_log_probabilities_alike():
     counts = torch.bincount(torch.tensor(drawn.completions)[:, 0], minlength=41) / 2000
     expected = torch.softmax(model.logits(model(torch.tensor([[5, 6, 7]])))[0, -1].detach() / 0.5, -1)
     assert float((counts - expected).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_groups_prompt_is_computed_once_and_nothing_else_changes(name):
+    """huggingface/trl#3574: the prompt of a group was computed once a completion, in generation and again in the loss."""
+    model = decoder(SHAPES[name])
+    prompts = [list(range(2, 38)), list(range(5, 30))]
+    rows = roll_out(model, prompts, [END], SampleConfig(group_size=4, max_tokens=9), seed=1).rows()
+    assert sharing_pays(rows, 4, 64) and not sharing_pays(rows, 1, 64) and not sharing_pays(take_rows(rows, torch.arange(1, 5)), 4, 64)
+    lie, tokens = shared_prompts(rows, 4)
+    assert int((lie.homes_BL != lie.width - 1).sum()) == 36 + 25 + int(rows["mask"].sum()) - 8 and tokens[0, :36].tolist() == prompts[0]
+    found = []
+    for group_size in (4, 1):
+        scores = completion_log_probs(model, rows, 0.8, group_size=group_size, entropy=True, hidden=True)
+        weights = torch.randn(scores.log_probs_BT.shape, generator=torch.Generator().manual_seed(0))
+        grads = torch.autograd.grad((scores.log_probs_BT * weights).sum(), list(model.parameters()))
+        found.append((scores.log_probs_BT, scores.entropy_BT, scores.hidden_BTD * rows["mask"][..., None], *grads))
+    for shared, plain in zip(*found):
+        torch.testing.assert_close(shared, plain, atol=2e-5, rtol=1e-4)
 
 
 def test_entropy_is_that_of_the_sampled_distribution():

@@ -169,14 +169,14 @@ class GrpoConfig:
 
 
 def completion_loss(
-    policy: Transformer, rows: Rows, settings: PolicyLoss, temperature: float = 1.0
+    policy: Transformer, rows: Rows, settings: PolicyLoss, temperature: float = 1.0, group_size: int = 1
 ) -> tuple[torch.Tensor, Sum, dict[str, Sum]]:
     """Return (loss_sum, count, metrics) of sampled completions; see `policy_losses.policy_loss`.
 
     rows are those of `Rollouts.rows` with advantages (N,), trained (N,), which is false for completions that count nothing, and the
     reference's log-probabilities (N, C) where a KL is part of the loss.
     """
-    scores = completion_log_probs(policy, rows, temperature)
+    scores = completion_log_probs(policy, rows, temperature, group_size=group_size)
     mask_BT = rows["mask"] & rows["trained"][:, None]
     batch = PolicyBatch(scores.log_probs_BT, rows["log_probs"], rows["advantages"][:, None], mask_BT, rows.get("reference"))
     total, count, metrics = policy_loss(batch, settings)
@@ -359,7 +359,7 @@ def train_grpo(
 
         return Job(
             model,
-            lambda policy, rows: completion_loss(policy, rows, settings, temperature),
+            lambda policy, rows: completion_loss(policy, rows, settings, temperature, config.sample.group_size),
             batches.batches_at,
             steps=config.rollouts * batches.updates,
             tokenizer=tokenizer,

@@ -178,7 +178,7 @@ class Sampler:
                 found[p * size : (p + 1) * size] = part[place * size : (place + 1) * size]
         tokens, values, ended = (list(column) for column in zip(*found))
         rollouts = Rollouts([list(prompt) for prompt in prompts], size, tokens, values, ended)
-        return rollouts if self.is_exact or not self.rescores else self._rescored(rollouts, workers)
+        return rollouts if self.is_exact or not self.rescores else self._rescored(rollouts)
 
     @property
     def is_exact(self) -> bool:
@@ -187,7 +187,8 @@ class Sampler:
 
     def score(self, rows: Rows, model: Transformer | None = None) -> torch.Tensor:
         """Return the log-probabilities in nats of all completions under a model, by default the policy, without gradient, (N, C)."""
-        return score_rows(model or self.model, rows, self.workers, temperature=self.config.temperature)
+        size, temperature = self.config.group_size, self.config.temperature
+        return score_rows(model or self.model, rows, self.workers, temperature=temperature, group_size=size)
 
     @property
     def workers(self) -> Workers | InlineWorker:
@@ -240,9 +241,9 @@ class Sampler:
                 engine.cancel(request)
         return [(tokens, values, ended[request]) for request, (tokens, values) in found.items()]
 
-    def _rescored(self, rollouts: Rollouts, workers: Workers | InlineWorker) -> Rollouts:
+    def _rescored(self, rollouts: Rollouts) -> Rollouts:
         rows = rollouts.rows()
-        scores = score_rows(self.model, rows, workers, temperature=self.config.temperature)
+        scores = self.score(rows)
         gap = float((scores - rows["log_probs"]).abs()[rows["mask"]].max()) if self.config.temperature == 1.0 else 0.0
         log_probs = [row[: len(tokens)] for row, tokens in zip(scores.tolist(), rollouts.completions)]
         return replace(rollouts, log_probs=log_probs, engine_gap=gap)
@@ -267,19 +268,28 @@ def roll_out(
 
 @torch.no_grad()
 def score_rows(
-    model: Transformer, rows: Rows, workers: Workers | InlineWorker, *, temperature: float = 1.0, micro_batch_size: int = SCORED_ROWS
+    model: Transformer,
+    rows: Rows,
+    workers: Workers | InlineWorker,
+    *,
+    temperature: float = 1.0,
+    group_size: int = 1,
+    micro_batch_size: int = SCORED_ROWS,
 ) -> torch.Tensor:
     """Return log-probabilities in nats of the completions under a model, without gradient, float32 (N, C), 0 behind the end."""
     count, width = rows["mask"].shape
-    order = torch.argsort(rows["mask"].sum(1), stable=True)
+    size = group_size if count % group_size == 0 else 1
+    order = torch.argsort(rows["mask"].sum(1).view(-1, size).amax(1), stable=True)
+    each = (order[:, None] * size + torch.arange(size)).split(max(1, micro_batch_size // size))
     device, result = model.embed.weight.device, torch.zeros(count, width)
 
-    def score(part: torch.Tensor) -> None:
+    def score(groups: torch.Tensor) -> None:
+        part = groups.flatten()
         with torch.no_grad():  # which each thread has for itself
-            scores_BC = completion_log_probs(model, move_batch(take_rows(rows, part), device), temperature).log_probs_BT.cpu()
-        result[part, : scores_BC.shape[1]] = scores_BC
+            scores = completion_log_probs(model, move_batch(take_rows(rows, part), device), temperature, group_size=size)
+        result[part, : scores.log_probs_BT.shape[1]] = scores.log_probs_BT.cpu()
 
-    workers.map(score, order.split(micro_batch_size))
+    workers.map(score, each)
     return result
 
 
