@@ -21,6 +21,7 @@ from counts_tables import counts_table, memory_table, slide_audit
 from encoder_tables import encoder_table
 from exchange_tables import import_table
 from factuality_tables import factuality_table
+from feedback_tables import best_of_table, distillation_table
 from moe_tables import equal_active_table, grouped_table
 from recurrent_tables import length_table
 from structured_tables import strategy_table, structured_tables
@@ -421,6 +422,8 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/recurrent.md", "length bottleneck", measured("length_bottleneck", length_table)),
     ("docs/transfer.md", "ulmfit", measured("ulmfit", ulmfit_table)),
     ("docs/images.md", "shapes world", measured("shapes_world", image_table)),
+    ("docs/ai_feedback.md", "best of n", measured("best_of_n", best_of_table)),
+    ("docs/distillation.md", "distillation", measured("distillation", distillation_table)),
     ("docs/factuality.md", "factuality tuning", measured("factuality_tuning", factuality_table)),
     ("docs/posttraining.md", "qlora memory", measured("qlora_memory", qlora_table)),
     ("docs/exchange.md", "import speed", measured("import_speed", import_table)),

@@ -203,7 +203,7 @@ def test_the_student_learns_on_answers_of_its_own(world, tmp_path):
     run = distill(tmp_path / "out", world / "student", world / "teacher", world / "data.jsonl", config)
     first, last = run.metrics()[0], run.metrics()[-1]
     assert last["loss_nats"] < 0.8 * first["loss_nats"]
-    assert last["own_answers"] == 0.75 and 1 <= last["own_tokens"] <= 12
+    assert last["own_answers"] == 0.75 and 1 <= last["completion_tokens"] <= 12
     assert not torch.equal(*(load_model(run.model_dir).embed.weight, load_model(world / "student").embed.weight))
 
 

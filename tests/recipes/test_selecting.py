@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from chat_server import chat_server, options_choice
 from plinth.cli.best_of import main as best_of_main
@@ -14,12 +15,18 @@ from plinth.cli.revise import main as revise_main
 from plinth.config import UserError
 from plinth.inference.best_of import best_of_kl, best_of_mean
 from plinth.inference.endpoint import Endpoint, EndpointConfig
+from plinth.models.config import DecoderConfig
+from plinth.models.hub import save_model
+from plinth.models.reward import RewardModel
+from plinth.models.transformer import Transformer
 from plinth.posttraining.feedback import JudgeConfig
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.revision import RevisionConfig
+from plinth.posttraining.reward import load_reward
 from plinth.posttraining.selection import SelectionConfig
 from plinth.recipes.selecting import select_answers
 from plinth.tasks import reviews
+from plinth.tokenizer.train import train_tokenizer
 
 REVIEWS = [f"The lamp is {word}." for word in ("awful", "dusty", "green", "sturdy", "lovely")]  # −2 to 2 points
 
@@ -124,6 +131,32 @@ def test_a_judge_holds_a_tournament(tmp_path):
         with pytest.raises(UserError, match="by=reviews, and a judge is named"):
             select_answers(endpoint(url), file, tmp_path / "out", SelectionConfig(by="reviews"), judge=endpoint(url))
     assert [row["messages"][-1]["content"] for row in read(tmp_path / "out/sft.jsonl")] == ["2", "2"]
+
+
+def test_a_learnt_reward_scores(tmp_path):
+    tokenizer = train_tokenizer([f"{review} Review it." for review in REVIEWS] * 5, 300)
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, intermediate_size=64,
+        max_seq_len=64,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    model = RewardModel.from_decoder(Transformer(config).init_weights(generator), generator)
+    with torch.no_grad():  # else the last token alone decides
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+    save_model(model, tokenizer, tmp_path / "reward")
+    with chat_server(reviewer) as (url, _):
+        file, config = write(tmp_path / "p.jsonl", PROMPTS), SelectionConfig(n=8, by=str(tmp_path / "reward"))
+        report = select_answers(endpoint(url), file, tmp_path / "out", config)
+    for row in read(tmp_path / "out/answers.jsonl"):
+        assert row["scores"] == pytest.approx(
+            load_reward(tmp_path / "reward").score([row["prompt"]] * len(row["scores"]), row["completions"]), abs=1e-5
+        )
+    kept = {row["messages"][0]["content"]: row for row in read(tmp_path / "out/sft.jsonl")}
+    for row in read(tmp_path / "out/answers.jsonl"):
+        best = max(range(len(row["scores"])), key=lambda i: row["scores"][i])
+        assert kept[row["prompt"][0]["content"]]["messages"][-1]["content"] == row["completions"][best]
+    assert report["gain"]["value"] > 0
 
 
 def test_one_answer_a_prompt_is_what_a_teacher_says(tmp_path, capsys):

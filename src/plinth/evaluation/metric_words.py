@@ -41,6 +41,10 @@ WORDS = {
     "zero_spread_groups": Words("groups without spread", "share", "Prompts whose completions all got one reward: they teach nothing."),
     "completion_tokens": Words("length of completions", "tokens", "Growth without reward is padding."),
     "finished": Words("completions that ended", "share", "The others were cut off at the length limit."),
+    "cross_entropy_nats": Words("cross-entropy, student", "nats", "Of the data's tokens; what distillation leaves to the data."),
+    "teacher_cross_entropy_nats": Words("cross-entropy, teacher", "nats", "Of the same tokens: what the student is to come near."),
+    "same_first_choice": Words("same first choice", "share", "Positions where student and teacher hold the same token most probable."),
+    "own_answers": Words("answers of its own", "share", "Examples of the update whose answer the student wrote."),
     "lr": Words("learning rate"),
     "grad_norm": Words("gradient norm", "", "Before clipping; jumps point at bad batches."),
     "tokens_per_s": Words("speed", "counted tokens/s"),
@@ -48,11 +52,11 @@ WORDS = {
 }
 
 GROUPS = (
-    ("What is learnt", ("loss_nats", "heldout_loss_nats", "accuracy", "margin", "mean_score", "reward", "score", "policy_loss",
-                        "value_loss", "explained_variance")),
+    ("What is learnt", ("loss_nats", "heldout_loss_nats", "accuracy", "margin", "mean_score", "reward", "score", "cross_entropy_nats",
+                        "teacher_cross_entropy_nats", "same_first_choice", "policy_loss", "value_loss", "explained_variance")),
     ("How far the model moves", ("kl", "entropy", "clip_fraction", "value_clip_fraction", "chosen_log_prob", "rejected_log_prob",
                                  "chosen_fell")),
-    ("Answers", ("completion_tokens", "finished", "chosen_tokens", "rejected_tokens", "zero_spread_groups")),
+    ("Answers", ("completion_tokens", "finished", "own_answers", "chosen_tokens", "rejected_tokens", "zero_spread_groups")),
     ("The optimizer", ("lr", "grad_norm", "tokens_per_s", "mfu")),
 )  # fmt: skip
 

@@ -194,8 +194,8 @@ class OwnAnswers:
             return {}
         rollouts = self._sampler.sample([self.prompts[i] for i in chosen], [self.seed, step])
         lengths = [len(completion) for completion in rollouts.completions]
-        self.metrics = {"own_answers": len(chosen) / len(indices), "own_tokens": float(np.mean(lengths)),
-                        "own_finished": float(np.mean(rollouts.finished))}  # fmt: skip
+        self.metrics = {"own_answers": len(chosen) / len(indices), "completion_tokens": float(np.mean(lengths)),
+                        "finished": float(np.mean(rollouts.finished))}  # fmt: skip
         return {
             i: Rendered(prompt + completion, [False] * len(prompt) + [True] * len(completion))
             for i, prompt, completion in zip(chosen, rollouts.prompts, rollouts.completions)
