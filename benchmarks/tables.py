@@ -13,6 +13,7 @@ from pathlib import Path
 
 from decoder_tables import decoder_speed_table
 from image_tables import image_table
+from ppo_pictures import ablation_table, astray_table, frontier_table, gold_table, mix_table
 from reward_tables import reward_table
 from ulmfit_tables import ulmfit_table
 
@@ -405,6 +406,11 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/loader.md", "results", loader_table),
     ("docs/inference_speed.md", "results", inference_tables),
     ("docs/step_budget.md", "step budget", lambda: f"{step_budget()}\n\n### Against others\n\n{throughput_table()}"),
+    ("docs/ppo.md", "ppo ablations", measured("ppo_ablations", ablation_table)),
+    ("docs/ppo.md", "ppo gold", measured("ppo_gold", gold_table)),
+    ("docs/ppo.md", "ppo frontier", measured("ppo_frontier", frontier_table)),
+    ("docs/ppo.md", "ppo astray", measured("ppo_astray", astray_table)),
+    ("docs/ppo.md", "ppo mix", measured("ppo_mix", mix_table)),
     ("docs/structured_output.md", "strategies", measured("structured_strategies", strategy_table)),
     ("docs/structured_output.md", "structured output", measured("structured_output", structured_tables)),
     ("docs/consistency.md", "answer cache", answer_cache_table),

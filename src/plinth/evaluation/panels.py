@@ -57,9 +57,9 @@ class Panel:
 
 def panels_svg(
     panels: Sequence[Panel], *, title: str, x_label: str, y_label: str, x_ticks: Sequence[tuple[float, str]],
-    log_y: bool = False, y_top: float | None = None,
+    log_y: bool = False, y_top: float | None = None, log_x: bool = True,
 ) -> str:  # fmt: skip
-    """Draw the panels and return the text of an SVG file; x is logarithmic, y where `log_y` says so.
+    """Draw the panels and return the text of an SVG file; x is logarithmic unless `log_x` is false, y where `log_y` says so.
 
     `x_ticks` are (value, label). Values above `y_top` are drawn at the edge; those that are not finite likewise; with `log_y`
     those not above 0 are left out. Raises ValueError when no finite value is there to draw.
@@ -73,7 +73,8 @@ def panels_svg(
         clipped = min(value, high) if math.isfinite(value) else high
         return base - (scale(clipped) - a) / (b - a) * (base - edge)
 
-    x_low, x_high = math.log2(x_ticks[0][0]), math.log2(x_ticks[-1][0])
+    along = math.log2 if log_x else float
+    x_low, x_high = along(x_ticks[0][0]), along(x_ticks[-1][0])
     width = LEFT + len(panels) * (PANEL_WIDTH + GAP)
     legend, legend_height = _legend(panels[0].lines, width)
     height = base + BOTTOM + legend_height
@@ -82,7 +83,7 @@ def panels_svg(
         left = LEFT + i * (PANEL_WIDTH + GAP)
 
         def to_x(value: float, left: float = left) -> float:
-            return left + 8 + (math.log2(value) - x_low) / ((x_high - x_low) or 1.0) * (PANEL_WIDTH - 16)
+            return left + 8 + (along(value) - x_low) / ((x_high - x_low) or 1.0) * (PANEL_WIDTH - 16)
 
         parts += _axes(panel, left, to_x, to_y, x_ticks, _y_ticks(low, high, log_y), labelled=i == 0)
         parts += [_curve(line, to_x, to_y, log_y) for line in panel.lines]

@@ -24,7 +24,10 @@ from plinth.run import file_sha256, publish_dir
 Split = Literal["train", "heldout"]
 
 POINTS = {
-    2: "wonderful lovely superb perfect splendid delightful brilliant".split(),
+    2: (
+        "wonderful lovely superb perfect splendid delightful brilliant marvellous excellent charming gorgeous magnificent terrific "
+        "fantastic glorious stunning fabulous exquisite outstanding admirable sublime dazzling majestic graceful"
+    ).split(),
     1: "sturdy useful pretty tidy handy pleasant neat solid".split(),
     0: "round green wooden small heavy old blue plain".split(),
     -1: "dusty noisy clumsy dull scratched faded loose wobbly".split(),
