@@ -33,8 +33,9 @@ from record import write_record
 
 GOAL = 0.9 * reviews.OPTIMUM
 MAX_TOKENS = 56
-BASE = ["--epochs", "1", "--minibatches", "4", "--prompts-per-rollout", "128", "--train.optimizer.lr", "0.001",
-        "--sample.max-tokens", str(MAX_TOKENS)]  # fmt: skip
+BASE = ["--prompts-per-rollout", "256", "--epochs", "2", "--minibatches", "4", "--sample.max-tokens", str(MAX_TOKENS),
+        "--train.optimizer.name", "muon", "--train.optimizer.lr", "0.001", "--train.optimizer.muon-lr", "0.003",
+        "--critic.coef", "1", "--critic.lr-factor", "2"]  # fmt: skip
 BETAS = (0.4, 0.2, 0.1, 0.05, 0.02)
 PAIRS, NOISE = 400, 0.1
 
