@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from ppo_gold import measured
-from reviews_world import ready
 
 from plinth.posttraining.ppo import train_ppo
 from plinth.posttraining.ppo_config import PpoConfig
 from plinth.posttraining.rollouts import SampleConfig
 from plinth.training.optim import OptimizerConfig
 from record import RECORDS, write_record
+from reviews_world import ready
 
 SEEDS = (0, 1, 2)
 OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-3, beta2=0.999, eps=1e-5, weight_decay=0.0)

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from reviews_world import general_loss, plinth, ready
 
 from plinth.models.hub import load_decoder
 from plinth.posttraining.reward import load_reward
@@ -30,6 +29,7 @@ from plinth.tasks import reviews
 from plinth.tokenizer.chat import render
 from plinth.tokenizer.encode import Tokenizer
 from record import write_record
+from reviews_world import general_loss, plinth, ready
 
 GOAL = 0.9 * reviews.OPTIMUM
 MAX_TOKENS = 56
