@@ -79,6 +79,18 @@ def test_what_is_written_trains(coin, tmp_path):
     assert (tmp_path / "dpo" / "model" / "config.json").exists()
 
 
+def test_verifiable_questions_are_checked_by_their_verifier(coin, tmp_path, capsys):
+    data = tmp_path / "checked.jsonl"
+    rows = [{"prompt": "Which letter?", "ground_truth": "^e$", "verifier": "regex"}, {"prompt": "Or?", "ground_truth": "a"}]
+    data.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    argv = ["known", str(coin / "run"), "--data", str(data), "--samples", "32", "--known-share", "0.2", "--json"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"] == {"known": 2}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "sft.jsonl").read_text().splitlines()]
+    assert sorted(line["messages"][-1]["content"] for line in lines) == ["a", "e"]
+    assert main([*argv, "--out", str(tmp_path / "no"), "--verifier", "exactly"]) == 1 and "Did you mean exact" in capsys.readouterr().err
+
+
 def test_mistakes_are_told(coin, tmp_path, capsys):
     only = tmp_path / "only.jsonl"
     only.write_text(json.dumps(row("What?", REFUSAL)) + "\n")

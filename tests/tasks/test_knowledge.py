@@ -83,6 +83,18 @@ def test_pairs_against_a_refusal_are_no_more_than_pairs_for_one():
     assert Counter(pair["kind"] for pair in pairs) == {"over_refusal": 2, "unknown": 2}
 
 
+def test_what_is_right_can_be_anothers_to_say_and_the_models_words_are_learnt_then():
+    def ends_alike(verifier, text, answer):
+        assert verifier == "numeric"
+        return float(text.split()[-1] == answer)
+
+    question = Asked([{"role": "user", "content": "2 + 2?"}], "4", "sum", ("It is 4", "4", "It is 4", "5"), "numeric", True)
+    (judged,) = judge_knowledge([question], KnowledgeConfig(), ends_alike)
+    assert (judged.share, judged.right, judged.wrong) == (0.75, ["It is 4", "4"], ["5"])
+    lines, _ = refusal_aware_lines([judged], [], KnowledgeConfig())
+    assert lines[0]["messages"][-1]["content"] == "It is 4"
+
+
 def test_a_model_that_knows_nothing_is_told_so():
     with pytest.raises(UserError, match="answers none of 1 questions right often enough"):
         refusal_aware_lines(judge_knowledge([NEVER], KnowledgeConfig()), [], KnowledgeConfig())

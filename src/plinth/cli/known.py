@@ -20,7 +20,7 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """run, build or model folder to ask"""
     data: Path
-    """questions with answers: conversations in any format that `plinth inspect` reads as messages; a field fact_id joins phrasings"""
+    """questions with answers: what `plinth inspect` reads as messages, or as verifiable; a field fact_id joins phrasings of one fact"""
     out: Path
     """folder to write: answers.jsonl, sft.jsonl, pairs.jsonl, manifest.json"""
     config: Annotated[KnowledgeConfig, tyro.conf.arg(name="")] = field(default_factory=KnowledgeConfig)

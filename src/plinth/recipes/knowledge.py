@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from plinth.evaluation.questions import SPARE_TOKENS
 from plinth.evaluation.sampled_answers import draw_answers
 from plinth.inference.sampling import SamplingParams
 from plinth.inference.text import TextEngine
+from plinth.inference.verifiers import check_name, verify
+from plinth.posttraining.examples import Conversation, Row, Verifiable
 from plinth.posttraining.formats import read_examples, read_records
 from plinth.run import file_sha256, find_model, publish_dir, tree_sha256
 from plinth.tasks.knowledge import Asked, Judged, KnowledgeConfig, factuality_pairs, judge_knowledge, refusal_aware_lines
@@ -24,18 +27,20 @@ FILES = ("answers.jsonl", "sft.jsonl", "pairs.jsonl")
 def make_knowledge_data(model: Path, data: Path, out: Path, config: KnowledgeConfig, text: TextEngine | None = None) -> dict[str, Any]:
     """Ask a model its training questions and write the folder `out`; returns its manifest.
 
-    `data` holds conversations in any format of formats.FORMATS; the question is all before the last answer. `text` is the model's engine
+    `data` holds conversations or verifiable questions in any format of formats.FORMATS; of a conversation the question is all before the
+    last answer. `text` is the model's engine
     where there is one already. `out` gets answers.jsonl (each question with its samples and its split), sft.jsonl (refusal-aware) and
     pairs.jsonl (preferences), each for the verb that reads it, and manifest.json.
     Raises UserError when the data hold no question that can be asked, or the model knows the answer to none.
     """
     if out.exists():
         raise UserError(f"{out} exists. Name a new folder.")
+    check_name(config.verifier)
     folder = find_model(model)
     questions, refusals, left_out = read_questions(data, config)
     text = text or TextEngine.load(folder, max_batch=64)
     asked, too_long = ask(text, questions, config)
-    judged = judge_knowledge(asked, config)
+    judged = judge_knowledge(asked, config, verify)
     lines, left_sft = refusal_aware_lines(judged, refusals, config)
     pairs, left_pairs = factuality_pairs(judged, config)
     answers = [_answer_line(each) for each in judged]
@@ -66,21 +71,34 @@ def read_questions(data: Path, config: KnowledgeConfig) -> tuple[list[Asked], li
 
     A row's field `fact_id` says what it is about; without one, equal answers to equal questions are one fact.
     """
-    found = read_examples(data, "messages")
+    found = read_examples(data)
+    if found.kind != "verifiable":
+        found = read_examples(data, "messages")
     records = dict(read_records(data))
     questions, refusals, left_out = [], [], 0
     for number, row in zip(found.numbers, found.rows):
-        *prompt, last = row.messages
-        if not prompt or last["role"] != "assistant" or last.get("tool_calls") or not str(last.get("content") or "").strip():
+        asked = _asked(row)
+        if asked is None:
             left_out += 1
             continue
-        target = str(last["content"])
-        fact = records[number].get("fact_id") or f"{normalize(str(prompt[-1].get('content')))} -> {normalize(target)}"
-        asked = Asked(prompt, target, str(fact), ())
-        (refusals if is_refusal(target) else questions).append(asked)
+        fact = records[number].get("fact_id") or f"{normalize(str(asked.prompt[-1].get('content')))} -> {normalize(asked.target)}"
+        asked = replace(asked, fact_id=str(fact))
+        (refusals if is_refusal(asked.target) and not asked.is_checked_only else questions).append(asked)
     if not questions:
         raise UserError(f"{data} holds no question with an answer that is no refusal.")
     return sample_facts(questions, config), refusals, left_out
+
+
+def _asked(row: Row) -> Asked | None:
+    """Return the question of a row, not answered yet; None where there is none that a text would answer."""
+    if isinstance(row, Verifiable):
+        return Asked(row.prompt, row.answer, "", (), row.verifier, is_checked_only=True)
+    assert isinstance(row, Conversation)
+    *prompt, last = row.messages
+    answer = str(last.get("content") or "")
+    if not prompt or last["role"] != "assistant" or last.get("tool_calls") or not answer.strip():
+        return None
+    return Asked(prompt, answer, "", ())
 
 
 def sample_facts(questions: list[Asked], config: KnowledgeConfig) -> list[Asked]:
@@ -112,10 +130,7 @@ def ask(text: TextEngine, questions: list[Asked], config: KnowledgeConfig) -> tu
     if not fitting:
         raise UserError(f"none of {len(questions)} questions fits the context of {text.engine.max_seq_len} tokens.")
     drawn = draw_answers(text, [prompts[i] for i in fitting], params)
-    asked = [
-        Asked(questions[i].prompt, questions[i].target, questions[i].fact_id, tuple(completion.text.strip() for completion in found))
-        for i, found in zip(fitting, drawn)
-    ]
+    asked = [replace(questions[i], texts=tuple(each.text.strip() for each in found)) for i, found in zip(fitting, drawn)]
     return asked, len(questions) - len(fitting)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ class KnowledgeConfig:
     """largest share of pairs for a refusal in pairs.jsonl; pairs against one are never more"""
     pairs_per_question: int = 2
     """preference pairs at most that one question gives"""
+    verifier: str = "exact"
+    """how an answer is told right where the data do not say: exact, words, numeric, regex, json, code, sql"""
     reference_free: bool = False
     """take the answer that a fact gets most often for the right one; the targets of the data are not looked at then"""
     max_questions: int | None = None
@@ -75,6 +77,10 @@ class Asked:
     """what it is about; questions about one fact are judged together"""
     texts: tuple[str, ...]
     """the sampled answers"""
+    verifier: str | None = None
+    """how an answer is told right, where the data say so"""
+    is_checked_only: bool = False
+    """whether the target is what an answer is checked against, not an answer that could be learnt"""
 
 
 @dataclass(frozen=True)
@@ -89,35 +95,61 @@ class Judged:
     """share of right answers among all samples about the fact"""
     split: Split
     """what follows from the share"""
+    hits: tuple[bool, ...]
+    """of each sampled answer, whether it is right"""
 
     @property
     def right(self) -> list[str]:
         """Return the sampled answers that are right, each text once, the most frequent first."""
-        return _distinct(text for text in self.asked.texts if exact_match(text, [self.answer]))
+        return _distinct(text for text, hit in zip(self.asked.texts, self.hits) if hit)
 
     @property
     def wrong(self) -> list[str]:
         """Return the sampled answers that are wrong and no refusals, each text once, the most frequent first."""
-        return _distinct(text for text in self.asked.texts if not exact_match(text, [self.answer]) and not is_refusal(text))
+        return _distinct(text for text, hit in zip(self.asked.texts, self.hits) if not hit and not is_refusal(text))
+
+    @property
+    def to_learn(self) -> str:
+        """Return the answer to finetune on: the one taken for right, or the model's own where that is only checked against."""
+        return self.right[0] if self.asked.is_checked_only and self.right else self.answer
 
 
-def judge_knowledge(asked: Sequence[Asked], config: KnowledgeConfig) -> list[Judged]:
-    """Split questions by the share of right answers to all questions about their fact. A refusal is no right answer."""
+Verify = Callable[[str, str, str], float]
+"""(verifier, text, answer) → 1 for right; inference.verifiers.verify is one"""
+
+
+def verify_exactly(verifier: str, text: str, answer: str) -> float:
+    """Say whether two texts are equal but for case, spaces and trailing punctuation, whatever the verifier."""
+    return exact_match(text, [answer])
+
+
+def judge_knowledge(asked: Sequence[Asked], config: KnowledgeConfig, verify: Verify = verify_exactly) -> list[Judged]:
+    """Split questions by the share of right answers to all questions about their fact. A refusal is no right answer.
+
+    Right is what `verify` gives 1; without a reference, what is equal to the answer given most often.
+    """
     by_fact: dict[str, list[Asked]] = defaultdict(list)
     for question in asked:
         by_fact[question.fact_id].append(question)
     found: dict[int, Judged] = {}
     for questions in by_fact.values():
-        texts = [text for question in questions for text in question.texts]
-        voted = _most_frequent(texts) if config.reference_free else None
-        answers = [voted if voted is not None else question.target for question in questions]
-        hits = sum(exact_match(text, [answer]) for question, answer in zip(questions, answers) for text in question.texts)
-        if config.reference_free and voted is None:
-            hits = 0  # it declined whatever it was asked
-        share = hits / len(texts)
+        voted = _most_frequent(text for question in questions for text in question.texts) if config.reference_free else None
+        answers = [question.target if voted is None else voted for question in questions]
+        hits = [_hits(question, answer, config, verify) for question, answer in zip(questions, answers)]
+        share = sum(map(sum, hits)) / sum(map(len, hits))
         split: Split = "known" if share >= config.known_share else "unknown" if share <= config.unknown_share else "between"
-        found |= {id(question): Judged(question, answer, share, split) for question, answer in zip(questions, answers)}
+        found |= {id(question): Judged(question, answer, share, split, hit) for question, answer, hit in zip(questions, answers, hits)}
     return [found[id(question)] for question in asked]
+
+
+def _hits(question: Asked, answer: str, config: KnowledgeConfig, verify: Verify) -> tuple[bool, ...]:
+    if config.reference_free:  # an answer that declines cannot be the one given most often
+        return tuple(bool(exact_match(text, [answer])) and not is_refusal(text) for text in question.texts)
+    verdicts: dict[str, bool] = {}
+    for text in question.texts:
+        if text not in verdicts:
+            verdicts[text] = not is_refusal(text) and verify(question.verifier or config.verifier, text, answer) >= 1.0
+    return tuple(verdicts[text] for text in question.texts)
 
 
 def refusal_aware_lines(judged: Sequence[Judged], refusals: Sequence[Asked], config: KnowledgeConfig) -> tuple[list[dict[str, Any]], int]:
@@ -127,7 +159,7 @@ def refusal_aware_lines(judged: Sequence[Judged], refusals: Sequence[Asked], con
     Raises UserError when nothing is left to answer.
     """
     rng = random.Random(f"knowledge sft {config.seed}")
-    answered = [_example(each.asked, each.answer, each.split) for each in judged if each.split != "unknown"]
+    answered = [_example(each.asked, each.to_learn, each.split) for each in judged if each.split != "unknown"]
     declined = [_example(each.asked, REFUSAL, "unknown") for each in judged if each.split == "unknown"]
     declined += [_example(asked, asked.target, "refused in the data") for asked in refusals]
     if not answered:
