@@ -42,7 +42,7 @@ from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig
 from record import spread, write_record
 
-HELD_OUT, CONTEXT, VOCABULARY, SEEDS = 0.2, 192, 2048, 3
+HELD_OUT, CONTEXT, VOCABULARY, SEEDS = 0.2, 256, 2048, 3
 SHAPE = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "intermediate_size": 320}
 
 
@@ -52,7 +52,7 @@ class Reading:
 
     train: TrainConfig = field(default_factory=lambda: TrainConfig(optimizer=OptimizerConfig(name="muon", lr=0.004, muon_lr=0.02)))
     """optimizer and schedule"""
-    epochs: float = 2.0
+    epochs: float = 4.0
     """passes over the transcripts, of each the chosen and the rejected one"""
     rows_per_step: int = 64
     """transcripts an update"""
@@ -129,7 +129,7 @@ def report(data: Path, work: Path) -> None:
         rows, accuracy=spread([reports[name]["accuracy"]["value"] for name in names]), training_pairs=len(training),
         held_out_pairs=len(unseen),
         counts={name: one[name] for name in ("cut", "left_out", "rejected", "repeated_prompts")}, shape=SHAPE, context=CONTEXT,
-        train_time_s=spread(seconds), pretrain_time_s=(Run(work / "pretrained").summary or {})["time_s"],
+        train_time_s=spread(seconds), pretrain_epochs=Reading().epochs, pretrain_time_s=(Run(work / "pretrained").summary or {})["time_s"],
         words={"features": len(baselines.words.places), "penalty": baselines.words.penalty}, length_sign=baselines.length.sign,
         data_sha256=file_sha256(data), config=read_json(work / names[0] / "config.json"),
     )  # fmt: skip

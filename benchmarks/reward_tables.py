@@ -26,7 +26,8 @@ def reward_table(record: dict[str, Any]) -> str:
     lines = [
         f"{record['training_pairs']:,} training pairs of the harmless part of hh-rlhf, {record['held_out_pairs']} held out; a decoder of "
         f"{shape['num_layers']} layers, {shape['hidden_size']} wide, context {record['context']}, which has read the training transcripts "
-        f"twice ({record['pretrain_time_s']:.0f} s) and then is a reward model for one pass ({time_s:.0f} s on one core).",
+        f"{record['pretrain_epochs']:.0f} times ({record['pretrain_time_s']:.0f} s) and then is a reward model for one pass "
+        f"({time_s:.0f} s on one core).",
         "",
         "| judge | right | 95 % interval |",
         "|---|---|---|",

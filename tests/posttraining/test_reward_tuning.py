@@ -82,7 +82,7 @@ def test_a_ranking_in_one_element_has_the_gradient_of_its_pairs_with_one_forward
     choices = [make_choice(row, tokenizer) for row in (ranking(), ranking("open", (1, 0)), ranking("seek", (0, 0)))]
     seen = []
     hook = model.trunk.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
-    loss, count, metrics = reward_loss(model, batch_of(choices, 0, 64), 0.02)
+    loss, count, metrics = reward_loss(model, batch_of(choices, 0), 0.02)
     hook.remove()
     assert seen == [3] and count == 2  # prompts: each answer is read once, and what they begin with once for all
     assert choices[0].together == sum(map(len, choices[0].rows)) - 3 * shared_tokens(choices[0].rows)
@@ -103,8 +103,8 @@ def test_any_split_into_micro_batches_has_the_same_sums(tokenizer, decoder):
     choices = [
         make_choice(row, tokenizer) for row in (ranking(), ranking("open", (1, 0)), ranking("seek", (0, 0)), ranking("read", (0, 1, 2)))
     ]
-    whole = reward_loss(model, batch_of(choices, 0, 64))
-    parts = [reward_loss(model, batch_of(part, 7, 64)) for part in (choices[:1], choices[1:3], choices[3:])]
+    whole = reward_loss(model, batch_of(choices, 0))
+    parts = [reward_loss(model, batch_of(part, 7)) for part in (choices[:1], choices[1:3], choices[3:])]
     assert float(whole[0].detach()) == pytest.approx(sum(float(part[0].detach()) for part in parts), rel=1e-5)
     assert whole[1] == sum(part[1] for part in parts) == 3
     for name in ("accuracy", "margin", "mean_score"):
@@ -119,7 +119,7 @@ def test_margin_and_soft_label_worked_by_hand(tokenizer):
     expected = math.log(1 + math.exp(-0.75)) + 2 * (0.75 * math.log(1 + math.exp(1.0)) + 0.25 * math.log(1 + math.exp(-1.0)))
     assert count == 3 and float(loss) == pytest.approx(expected, rel=1e-12)
     row = Preference(user("What?"), answer("A"), answer("B"), margin=0.5, probability=0.8)
-    *_, margins, probabilities = batch_of([make_choice(row, tokenizer)], 0, 64)
+    *_, margins, probabilities = batch_of([make_choice(row, tokenizer)], 0)
     assert margins.tolist() == [0.5] and probabilities.tolist() == pytest.approx([0.8])
 
 

@@ -145,8 +145,8 @@ def repeated_prompts(training: Sequence[Choice], held_out: Sequence[Choice]) -> 
 Batch = tuple[torch.Tensor, ...]
 
 
-def batch_of(choices: Sequence[Choice], pad_id: int, max_seq_len: int) -> Batch:
-    """Return a micro-batch in which a prompt stands once, however many its answers; the answers' rows are shorter than `max_seq_len`.
+def batch_of(choices: Sequence[Choice], pad_id: int, places: int | None = None) -> Batch:
+    """Return a micro-batch in which a prompt stands once, however many its answers. With `places` no more are used than a model has.
 
     Tokens (P, L), the three tensors of SharedRows, then lengths (P, G), ranks (P, G), margins (P,) and probabilities (P,). G is the largest
     number of answers; an absent one has rank -1, and the prompt alone in its place.
@@ -154,7 +154,8 @@ def batch_of(choices: Sequence[Choice], pad_id: int, max_seq_len: int) -> Batch:
     count = max(len(choice.rows) for choice in choices)
     shared = [shared_tokens(choice.rows) for choice in choices]
     rows = [choice.rows + [choice.rows[0][: max(1, common)]] * (count - len(choice.rows)) for choice, common in zip(choices, shared)]
-    width = min(padded_width(max(choice.longest for choice in choices) + 1), max_seq_len)  # the last place is for padding
+    width = padded_width(max(choice.longest for choice in choices) + 1)  # the last place is for padding
+    width = width if places is None else min(width, places)
     length = padded_width(max(sum(map(len, each)) - (count - 1) * common for each, common in zip(rows, shared)) + 1)
     lie, tokens_PL = share_rows(rows, shared, length, width, pad_id)
     ranks = torch.tensor([[*choice.ranks, *[-1] * (count - len(choice.rows))] for choice in choices])

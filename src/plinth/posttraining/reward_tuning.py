@@ -49,7 +49,7 @@ class RewardTuning:
     center_coef: float = 0.01
     """weight of the squared sum of a pair's scores, which keeps them around 0"""
     max_seq_len: int | None = None
-    """longest prompt with an answer, in tokens (default: one less than the model's context)"""
+    """longest prompt with an answer, in tokens (default: the model's context)"""
     too_long: TooLong = "leave_out"
     """what becomes of longer ones: leave_out, or cut_start (the prompt loses its beginning); both are counted and said"""
     held_out_share: float = 0.1
@@ -150,8 +150,9 @@ def train_reward(
 
     def prepare(config: RewardTuning) -> Job:
         model = start_model(source, config.train.seed)
-        context = model.config.max_seq_len
-        limit = min(config.max_seq_len or context, context - 1)  # a place behind the last token is kept for padding
+        places = None if model.config.decoder.position == "rope" else model.config.max_seq_len
+        limit = config.max_seq_len or model.config.max_seq_len
+        limit = limit if places is None else min(limit, places - 1)  # where places are learnt, one is kept for padding
         found = read_choices(data, tokenizer, limit, config.too_long)
         training, tail = split_tail(found.choices, 0.0 if held_out else config.held_out_share)
         other = read_choices(held_out, tokenizer, limit, config.too_long) if held_out else Choices(tail, found.examples)
@@ -186,7 +187,7 @@ def train_reward(
         return Job(
             model,
             loss,
-            lambda step: [batch_of([training[i] for i in part], tokenizer.pad_id or 0, context) for part in buckets.indices(step)],
+            lambda step: [batch_of([training[i] for i in part], tokenizer.pad_id or 0, places) for part in buckets.indices(step)],
             steps=buckets.steps_for(config.epochs, None),
             tokenizer=tokenizer,
             description="reward model",
