@@ -113,3 +113,15 @@ def test_other_verbs_refuse_it_by_name_and_classifiers_are_no_reward_models(tmp_
     (tmp_path / "model/plinth.json").unlink()
     with pytest.raises(UserError, match="classifier of 3 labels"):
         load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_read_at_the_last_token_is_what_the_whole_trunk_gives(name):
+    model = reward_model(CONFIGS[name])
+    tokens = torch.tensor([[5, 9, 3, 7, 7, 0], [8, 7, 0, 0, 0, 0]])
+    lengths = torch.tensor([5, 2])
+    whole = model.read(model.trunk(tokens))[torch.arange(2), lengths - 1]
+    torch.testing.assert_close(model(tokens, lengths), whole, rtol=1e-5, atol=1e-5)
+    parameters = list(model.trunk.layers.parameters())
+    for ours, theirs in zip(torch.autograd.grad(model(tokens, lengths).sum(), parameters), torch.autograd.grad(whole.sum(), parameters)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -75,15 +75,12 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Return each row's score, fp32 (B,), read at its last token; rows begin at place 0 and are padded on the right with anything."""
-        hidden_BTD = self.trunk(tokens_BT)
-        rows = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
-        return self.read(hidden_BTD[rows, lengths_B - 1])
+        return self.read(self.trunk(tokens_BT, wanted_BR=lengths_B[:, None] - 1))[:, 0]
 
     def forward_shared(self, tokens_BL: torch.Tensor, rows: SharedRows, lengths_BR: torch.Tensor) -> torch.Tensor:
         """Return `forward`'s scores (B, R) of sequences that lie in rows in which what they begin with stands once."""
         last_BR = rows.places_BRT.gather(2, (lengths_BR - 1)[..., None])[..., 0]
-        batch_B1 = torch.arange(len(tokens_BL), device=tokens_BL.device)[:, None]
-        return self.read(self.trunk(tokens_BL, shared=rows)[batch_B1, last_BR])
+        return self.read(self.trunk(tokens_BL, shared=rows, wanted_BR=last_BR))
 
     def score_padded(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """Return `forward` of rows padded on any side; the mask is true where a token stands."""

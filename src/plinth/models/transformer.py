@@ -42,14 +42,20 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config) if config.has_experts(layer) else feed_forward(config, layer)
         self.post_mlp_norm = normalisation(config, config.hidden_size) if config.post_norms else None
 
-    def forward(self, x, delta, cos, sin, mask=None, tokens=None, routings=None, shared=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x, delta, cos, sin, mask=None, tokens=None, routings=None, shared=None, wanted=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the residual stream and what is still to be added to it; return the same two. A value embedding needs the tokens.
 
         What a router decides is appended to `routings`. Handing on the sum unfinished lets each sum fuse with the normalisation that
-        follows it.
+        follows it. With places `wanted` (B, R) only these are returned, and the feed-forward layer runs on no others.
         """
         x, normed = self.attention_norm.add(x, delta)
-        x, normed = self.mlp_norm.add(x, self._after_attention(self.attention(normed, cos, sin, mask, tokens, shared)))
+        attended = self.attention(normed, cos, sin, mask, tokens, shared)
+        if wanted is not None:
+            index = wanted[..., None].expand(-1, -1, x.shape[-1])
+            x, attended = x.gather(1, index), attended.gather(1, index)
+        x, normed = self.mlp_norm.add(x, self._after_attention(attended))
         given = (routings,) if isinstance(self.mlp, MixtureOfExperts) else ()
         return x, self._after_mlp(self.mlp(normed, *given))
 
@@ -130,8 +136,9 @@ class Transformer(nn.Module):
         embedded_BTD: torch.Tensor | None = None,
         frozen: int = 0,
         shared: SharedRows | None = None,
+        wanted_BR: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return hidden states after the last norm, times the output multiplier, shape (B, T, D).
+        """Return hidden states after the last norm, times the output multiplier, shape (B, T, D); of the places wanted alone, (B, R, D).
 
         What the routers of experts decide is appended to `routings`, a block after the other.
 
@@ -147,7 +154,8 @@ class Transformer(nn.Module):
             first = self._first(x)
         for i, layer in enumerate(self.layers):
             with torch.set_grad_enabled(learns and i + 1 >= frozen):
-                x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT, routings, shared)
+                last = wanted_BR if i + 1 == len(self.layers) else None
+                x, delta = layer(*self._mixed(i, x, delta, first), *views[self.config.slides(i)], tokens_BT, routings, shared, last)
         return self._output(self.final_norm.add(x, delta)[1])
 
     @torch.no_grad()
