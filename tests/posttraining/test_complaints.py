@@ -122,6 +122,7 @@ def data(tmp_path_factory):
             {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": c}]} for p, c in zip(prompts, chosen)
         ],
         "preference": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in zip(prompts, chosen, rejected)],
+        "verifiable": [{"prompt": p, "ground_truth": c} for p, c in zip(prompts, chosen)],
         "prompts": [{"prompt": prompt} for prompt in reviews.prompts()[:8]],
         "unpaired": [
             {"prompt": p, "completion": text, "label": label}
@@ -145,6 +146,10 @@ METHODS = {
         ["--adapter.rank", "2", "--adapter.quantise", "nf4"],
     ),
     "prefer": ("prefer", "--data", "preference", ["--pairs-per-step", "4", "--micro-batch-size", "2"], []),
+    "prefer, QLoRA": (
+        "prefer", "--data", "preference", ["--pairs-per-step", "4", "--micro-batch-size", "2"],
+        ["--adapter.rank", "2", "--adapter.quantise", "nf4"],
+    ),
     "prefer, unpaired": ("prefer", "--data", "unpaired", ["--pairs-per-step", "4", "--micro-batch-size", "2"], ["--loss", "kto"]),
     "reward": ("reward", "--data", "preference", ["--prompts-per-step", "4", "--micro-batch-size", "2"], ["--held-out-share", "0"]),
     "distill": ("distill", "--data", "messages", ["--examples-per-step", "4", "--micro-batch-size", "2"], []),
@@ -155,6 +160,11 @@ METHODS = {
     "ppo": (
         "ppo", "--data", "prompts", ["--completions", "16", "--prompts-per-rollout", "8", "--minibatches", "2", "--micro-batch-size", "2"],
         ["--reward", "reviews", "--epochs", "1", "--sample.max-tokens", "4"],
+    ),
+    "grpo, QLoRA": (
+        "grpo", "--data", "verifiable", ["--rollouts", "2", "--prompts-per-rollout", "4", "--minibatches", "2", "--micro-batch-size", "2"],
+        ["--reward.rewards", "random", "--sample.group-size", "4", "--sample.max-tokens", "4", "--adapter.rank", "2",
+         "--adapter.quantise", "nf4"],
     ),
 }  # fmt: skip
 
