@@ -129,10 +129,12 @@ def astray(folder: Path, threads: int, completions: int) -> None:
     run, _, lines = train(
         folder, "ppo_astray", threads, "--completions", str(completions), "--kl.coef", "0.0", "--watch", "reviews", reward=model
     )
-    curve = [{key: line[key] for key in ("rollout", "kl", "reward", "gold", "completion_tokens")} for line in lines]
     drawn = answers(folder / "sft" / "model", folder / "sft" / "model", each=32, threads=threads)
-    proxy = load_reward(model).score(drawn["prompts"], drawn["texts"])
-    ranked = best_by_proxy(np.array(proxy).reshape(-1, 32), np.array(drawn["gold"]).reshape(-1, 32))
+    proxy = np.array(load_reward(model).score(drawn["prompts"], drawn["texts"]))
+    slope, shift = np.polyfit(proxy, drawn["gold"], 1).tolist()  # in the known reward's unit, as far as the finetuned model's answers tell
+    keys = ("rollout", "kl", "gold", "completion_tokens")
+    curve = [{**{key: line[key] for key in keys}, "reward": slope * line["reward"] + shift} for line in lines]
+    ranked = best_by_proxy((slope * proxy + shift).reshape(-1, 32), np.array(drawn["gold"]).reshape(-1, 32))
     fits = {"ppo": gao_fit([(line["kl"], line["gold"]) for line in curve], rl=True),
             "best_of_n": gao_fit([(row["kl"], row["gold"]) for row in ranked], rl=False)}  # fmt: skip
     row = {"pairs": PAIRS, "noise": NOISE, "accuracy": accuracy(model, folder), "curve": curve, "best_of_n": ranked, "fits": fits,
