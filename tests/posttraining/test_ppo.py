@@ -17,7 +17,7 @@ from plinth.posttraining.ppo import train_ppo
 from plinth.posttraining.ppo_config import CriticConfig, KlConfig, PpoConfig, PtxConfig, RewardShape
 from plinth.posttraining.pretrain_mix import PretrainMix, read_texts
 from plinth.posttraining.prompts import read_prompts
-from plinth.posttraining.reward_sources import RULES
+from plinth.posttraining.reward_sources import RULES, open_reward
 from plinth.posttraining.rollouts import SampleConfig
 from plinth.tasks import reviews
 from plinth.tokenizer.train import train_tokenizer
@@ -121,6 +121,18 @@ def test_a_learnt_reward_scores_and_starts_the_critic(world, tmp_path):
     assert line["score"] == pytest.approx(0, abs=1e-5) != line["reward"] and "gold" in line
     with pytest.raises(UserError, match="neither a run of a reward model nor a known rule"):
         train_ppo(tmp_path / "other", world / "model", "reveiws", world / "prompts.jsonl", settings)
+
+
+def test_verifiers_are_rewards(world, tmp_path):
+    rows = [{"question": f"Say {word}.", "answer": word, "verifier": "regex"} for word in ("a", "b")]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = read_prompts(tmp_path / "asked.jsonl")
+    assert open_reward("verifier").score(asked, ["nab", "dot"]) == [1.0, 0.0]
+    assert open_reward("exact").score(asked, ["A.", "dot"]) == [1.0, 0.0]
+    run = train_ppo(tmp_path / "run", world / "model", "verifier", tmp_path / "asked.jsonl", config(1, watch="refusal"))
+    assert 0 <= run.summary["reward"] <= 1 and run.summary["gold"] == 0
+    with pytest.raises(UserError, match="compares with an answer, and the prompt .* comes with none"):
+        train_ppo(tmp_path / "other", world / "model", "numeric", world / "prompts.jsonl", config(1))
 
 
 def test_adapters_are_trained_in_place_of_the_policy(world, tmp_path):

@@ -21,7 +21,7 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """run, build or model folder to start from, mostly one of `plinth sft`"""
     reward: str
-    """run of a reward model, or the name of a known rule: reviews"""
+    """run of a reward model, or a rule: verifier (that of a row of the data), a verifier by name (exact, numeric, ...), reviews"""
     data: Path
     """prompts, JSON Lines: {"prompt"}, or any format that `plinth inspect` reads, whose answers are left out"""
     out: Path

@@ -24,7 +24,7 @@ from plinth.posttraining.ppo_experience import RewardState, advantages, end_comp
 from plinth.posttraining.pretrain_mix import PretrainMix, read_texts
 from plinth.posttraining.prompts import Prompt, matching, prompt_tokens, read_prompts
 from plinth.posttraining.reward import load_reward
-from plinth.posttraining.reward_sources import LearntReward, RewardSource, open_reward, open_rule
+from plinth.posttraining.reward_sources import LearntReward, RewardSource, check_answers, open_reward, open_rule
 from plinth.posttraining.rollout_batches import RolloutBatches, choose_prompts
 from plinth.posttraining.rollouts import SCORED_ROWS, Rollouts, Rows, Sampler, take_rows
 from plinth.run import Run, file_sha256, find_model, tree_sha256
@@ -189,8 +189,10 @@ def train_ppo(
         longest = base.config.max_seq_len - config.sample.max_tokens
         asked = matching(read_prompts(prompts_file), config.prompt.pattern)
         asked, tokens = prompt_tokens(tokenizer, asked, longest, config.prompt.too_long)
+        check_answers(reward, asked)
         if config.watch is not None:
             open_rule(config.watch)
+            check_answers(config.watch, asked)
         model = _actor_critic(config, source, base, given)
         learner = Learner(model, base, tokenizer, asked, tokens, given, config)
         learners.append(learner)

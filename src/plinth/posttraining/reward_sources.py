@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plinth.config import UserError, nearest
+from plinth.inference.verifiers import VERIFIERS, check_name, verify
 from plinth.models.reward import RewardModel
 from plinth.posttraining.prompts import Prompt
 from plinth.posttraining.reward import LoadedReward, load_reward
@@ -15,8 +16,29 @@ from plinth.run import find_model, tree_sha256
 from plinth.tasks import reviews
 
 Rule = Callable[[Prompt, str], float]
-RULES: dict[str, Rule] = {"reviews": lambda prompt, answer: reviews.reward(prompt.text, answer)}
+
+
+def by_verifier(name: str | None) -> Rule:
+    """Return the rule of a verifier, or without a name of the one that each prompt's row names (exact where it names none)."""
+    return lambda prompt, answer: verify(name or prompt.verifier or "exact", answer, prompt.answer or "")
+
+
+RULES: dict[str, Rule] = {
+    "reviews": lambda prompt, answer: reviews.reward(prompt.text, answer),
+    "verifier": by_verifier(None),
+    **{name: by_verifier(name) for name in VERIFIERS},
+}
 """rewards that are known rules, by name"""
+READ_ANSWERS = {"verifier", *VERIFIERS} - {"refusal"}
+
+
+def check_answers(name: str, prompts: Sequence[Prompt]) -> None:
+    """Raise UserError where a rule compares with answers and a prompt has none, or names a verifier that there is not."""
+    for prompt in prompts if name in READ_ANSWERS else ():
+        if prompt.answer is None:
+            raise UserError(f"reward={name!r} compares with an answer, and the prompt {prompt.text[:60]!r} comes with none.")
+        if name == "verifier" and prompt.verifier is not None:
+            check_name(prompt.verifier)
 
 
 class RewardSource(Protocol):
