@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
+from ulmfit_tables import PICTURE, ulmfit_picture
 
 from plinth.config import write_atomic
 from plinth.data.documents import Document, TableBuilder
@@ -49,7 +50,7 @@ from record import write_record
 CLASSES, TESTED, VOCABULARY, PASSAGE = 8, 800, 2048, 240
 SHAPE = AwdLstmConfig(vocab_size=VOCABULARY, embedding_size=128, hidden_size=256, num_layers=2).without_dropout(0.5)
 EPOCHS = {100: 30, 200: 20, 500: 14, 1000: 10, 2000: 8}  # passes over so many labels, the same for every arm
-LM_EPOCHS, GENERAL_EPOCHS, ROWS = 4.0, 2.0, 16
+LM_EPOCHS, GENERAL_EPOCHS, ROWS = 3.0, 1.5, 16
 PLAIN = RateConfig(depth_factor=1.0, slanted=False)
 
 
@@ -257,12 +258,15 @@ def report(folder: Path, plan: list[tuple[str, Arm, int, int]]) -> Path:
             kept = ("steps", "tokens", "loss_nats", "heldout_loss_nats_before", "heldout_loss_nats")
             models[name] = {key: value for key, value in (run.summary or {}).items() if key in kept}
     test = json.loads((folder / "test.json").read_text())
-    return write_record(
+    path = write_record(
         "ulmfit", __doc__.splitlines()[0], rows, missing=[file.stem for file in files if not file.exists()], models=models,
         classes=sorted({example["label"] for example in test}), tested=len(test), curve=list(CURVE), ablations=list(ABLATIONS),
         tokens={name: read_manifest(folder / name)["tokens_train"] for name in ("general", "target")},
         model=dataclasses.asdict(SHAPE),
     )  # fmt: skip
+    if rows:
+        (path.parents[2] / PICTURE).write_text(ulmfit_picture(json.loads(path.read_text())))
+    return path
 
 
 def main() -> None:
