@@ -144,6 +144,7 @@ def test_gradual_unfreezing_moves_one_group_more_at_each_stretch(folder, tmp_pat
     config = replace(config, train=replace(config.train, keep_every_steps=2, keep_final=True))
     run = train_classifier(tmp_path / "run", folder / "awd-lstm", folder / "train.jsonl", config)
     assert run.summary["unfrozen_at_steps"] == [0, 2, 4, 6]
+    assert [line["learning_groups"] for line in run.metrics()] == [1, 1, 2, 2, 3, 3, 4, 4]
     model = classifier_on(load_model(folder / "awd-lstm"), config, tuple(sorted(PLACES)), "x")
     start, groups = {name: parameter.detach() for name, parameter in model.named_parameters()}, model.depth_groups()
     for step, frozen in ((2, 3), (4, 2), (6, 1), (8, 0)):

@@ -21,7 +21,11 @@ WORDS = {
     "heldout_loss_nats": Words(
         "held-out loss", "nats", "On examples that are not trained on; when it rises, training has gone on too long."
     ),
-    "accuracy": Words("chosen preferred", "share", "Pairs whose chosen answer scores above the rejected one; 0.5 is a coin."),
+    "accuracy": Words(
+        "right", "share", "Pairs whose chosen answer scores above the rejected one (0.5 is a coin); with labels, texts whose label is told."
+    ),
+    "nll_nats": Words("loss without penalties", "nats", "Of an AWD-LSTM: what the penalties on its outputs leave out."),
+    "learning_groups": Words("groups that learn", "", "Of layers, from the top: one more with each step of gradual unfreezing."),
     "margin": Words("reward margin", "nats", "How far chosen answers score above rejected ones."),
     "reward": Words("reward", "", "Mean reward of the sampled completions."),
     "score": Words("score", "", "Reward of the completion without the penalty for leaving the reference."),
@@ -52,12 +56,12 @@ WORDS = {
 }
 
 GROUPS = (
-    ("What is learnt", ("loss_nats", "heldout_loss_nats", "accuracy", "margin", "mean_score", "reward", "score", "cross_entropy_nats",
+    ("What is learnt", ("loss_nats", "nll_nats", "heldout_loss_nats", "accuracy", "margin", "mean_score", "reward", "score", "cross_entropy_nats",
                         "teacher_cross_entropy_nats", "same_first_choice", "policy_loss", "value_loss", "explained_variance")),
     ("How far the model moves", ("kl", "entropy", "clip_fraction", "value_clip_fraction", "chosen_log_prob", "rejected_log_prob",
                                  "chosen_fell")),
     ("Answers", ("completion_tokens", "finished", "own_answers", "chosen_tokens", "rejected_tokens", "zero_spread_groups")),
-    ("The optimizer", ("lr", "grad_norm", "tokens_per_s", "mfu")),
+    ("The optimizer", ("lr", "learning_groups", "grad_norm", "tokens_per_s", "mfu")),
 )  # fmt: skip
 
 

@@ -134,6 +134,7 @@ def train_classifier(
             data={"examples_sha256": file_sha256(data), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
             scales=depth_scales(groups, config.rates.depth_factor, unfreezing),
             lr_scale=(lambda step: unfreezing.slanted_scale(step, config.rates)) if config.rates.slanted else None,
+            step_metrics=lambda steps: {"learning_groups": len(groups) - unfreezing.frozen_at(steps - 1)},
             describe_batch=lambda step, chosen: describe_examples(
                 "example", np.concatenate(buckets.indices(step)).tolist(), chosen, lambda i: tokenizer.decode(rows[i].tokens[:40])
             ),
