@@ -56,8 +56,9 @@ WORDS = {
 }
 
 GROUPS = (
-    ("What is learnt", ("loss_nats", "nll_nats", "heldout_loss_nats", "accuracy", "margin", "mean_score", "reward", "score", "cross_entropy_nats",
-                        "teacher_cross_entropy_nats", "same_first_choice", "policy_loss", "value_loss", "explained_variance")),
+    ("What is learnt", ("loss_nats", "nll_nats", "heldout_loss_nats", "accuracy", "margin", "mean_score", "reward", "score",
+                        "cross_entropy_nats", "teacher_cross_entropy_nats", "same_first_choice", "policy_loss", "value_loss",
+                        "explained_variance")),
     ("How far the model moves", ("kl", "entropy", "clip_fraction", "value_clip_fraction", "chosen_log_prob", "rejected_log_prob",
                                  "chosen_fell")),
     ("Answers", ("completion_tokens", "finished", "own_answers", "chosen_tokens", "rejected_tokens", "zero_spread_groups")),
