@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo install test lint oracle soak kill-test bench bench-training bench-inference clean
+.PHONY: demo install test lint oracle soak kill-test bench bench-training bench-inference bench-posttraining clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -69,8 +69,14 @@ bench-inference: $(VENV)/.installed-dev $(VENV)-llama/.installed
 	$(BIN)/python benchmarks/inference_start.py
 	$(BIN)/python benchmarks/tables.py
 
+# PAIRS=file.jsonl trains on a file of chosen and rejected answers instead of made-up ones.
+bench-posttraining: $(VENV)/.installed-dev $(VENV)-trl/.installed
+	$(BIN)/python benchmarks/posttraining_peers.py --trl $(VENV)-trl/bin/python $(if $(PAIRS),--data $(PAIRS)) $(ARGS)
+	$(BIN)/python benchmarks/sft_packing.py
+	$(BIN)/python benchmarks/tables.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-litgpt $(VENV)-llama build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-litgpt $(VENV)-llama $(VENV)-trl build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then echo "Plinth needs Python 3.11 or newer, and none is on the PATH." \
@@ -91,6 +97,12 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)-litgpt/.installed: constraints.txt | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)-litgpt
 	$(VENV)-litgpt/bin/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt litgpt
+	@touch $@
+
+$(VENV)-trl/.installed: constraints.txt | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-trl
+	$(VENV)-trl/bin/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) trl==1.16.0
 	@touch $@
 
 $(VENV)-llama/.installed: constraints.txt | $(BIN)/python

@@ -42,7 +42,13 @@ SHAPE = DecoderConfig(
     vocab_size=16_384, hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64, intermediate_size=768, max_seq_len=CONTEXT,
     qk_norm=False, learnable_norm=True, published_as="llama",
 )  # fmt: skip
-SIDES = {"sft": ("plinth", "trl", "transformers"), "dpo": ("plinth", "trl", "transformers")}
+SIDES = {
+    "sft": ("plinth", "trl", "transformers"),
+    "dpo": ("plinth", "trl", "transformers"),
+    "reward": ("plinth", "trl"),
+    "grpo": ("plinth", "trl"),
+}
+GROUP, NEW, PROMPTS_PER_STEP = 8, 64, 4  # of grpo: completions a prompt, their tokens, and prompts an update
 SETTINGS = ("float32", "bfloat16", "defaults")
 
 
@@ -88,7 +94,7 @@ def write_examples(folder: Path, pairs: list[Preference], tokenizer: Tokenizer, 
     files: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for pair in pairs:
         parts = [part.rendered for part in render_row(tokenizer, pair)]
-        if max(len(part.tokens) for part in parts) > CONTEXT or not all(m["content"].strip() for m in pair.chosen + pair.rejected):
+        if max(len(part.tokens) for part in parts) >= CONTEXT or not all(m["content"].strip() for m in pair.chosen + pair.rejected):
             continue
         conversation = [*pair.prompt, *pair.chosen]
         whole = render(tokenizer, conversation)
@@ -99,6 +105,10 @@ def write_examples(folder: Path, pairs: list[Preference], tokenizer: Tokenizer, 
         files["pairs"].append({"prompt": pair.prompt, "chosen": pair.chosen[0]["content"], "rejected": pair.rejected[0]["content"]})
         chosen, rejected = (part.tokens[first:stop] for part, stop in zip(parts, stops))
         files["pairs.tokens"].append({"prompt_ids": parts[0].tokens[:first], "chosen_ids": chosen, "rejected_ids": rejected})
+        asked = render(tokenizer, pair.prompt, add_generation_prompt=True).tokens
+        if len(asked) + NEW <= CONTEXT:
+            files["prompts"].append({"prompt": pair.prompt, "answer": "any"})
+            files["prompts.tokens"].append({"prompt": tokenizer.decode(asked, skip_special=False)})
         if len(files["sft"]) == count:
             break
     for name, rows in files.items():
@@ -153,9 +163,9 @@ def run_task(task: str, settings: str, arguments: argparse.Namespace, journal: P
     processes = {side: Process(side, task, settings, arguments) for side in sides}
     for number in range(arguments.rounds + 1):
         for side in sides if number % 2 else reversed(sides):
-            answer = processes[side].run({"examples": arguments.examples if number else PER_STEP, "per_step": PER_STEP})
+            answer = processes[side].run(work_of(task, arguments.examples if number else 0))
             line = {"task": task, "settings": settings, "threads": arguments.threads, "side": side, "round": number}
-            line |= {"examples": arguments.examples, "versions": processes[side].versions, **answer}
+            line |= {"examples": work_of(task, arguments.examples)["examples"], "versions": processes[side].versions, **answer}
             with journal.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(
@@ -165,6 +175,14 @@ def run_task(task: str, settings: str, arguments: argparse.Namespace, journal: P
             )
     for process in processes.values():
         process.close()
+
+
+def work_of(task: str, examples: int) -> dict[str, int]:
+    """Return a round of so many examples, or the check of one update; GRPO takes a prompt where others take four."""
+    if task == "grpo":
+        per_step = PROMPTS_PER_STEP
+        return {"examples": max(per_step, examples // 4), "per_step": per_step, "group": GROUP, "new": NEW}
+    return {"examples": max(PER_STEP, examples), "per_step": PER_STEP}
 
 
 def read(journal: Path) -> list[dict[str, Any]]:

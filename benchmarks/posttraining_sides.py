@@ -1,4 +1,4 @@
-"""Plinth's side of posttraining_peers.py: the functions behind `plinth sft` and `plinth prefer`, in a process of its own.
+"""Plinth's side of posttraining_peers.py: the functions behind `plinth sft`, `prefer`, `reward` and `grpo`, in a process of its own.
 
     python benchmarks/posttraining_sides.py TASK SETTINGS FOLDER THREADS
 
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from plinth.models.hub import save_model
-from plinth.posttraining import preference, sft
+from plinth.posttraining import grpo, preference, reward_tuning, sft
+from plinth.posttraining.rewards import RewardConfig
+from plinth.posttraining.rollouts import SampleConfig
 from plinth.run import Run
 from plinth.training import job
 from plinth.training.loop import TrainConfig
@@ -75,6 +77,24 @@ class Side:
         config = replace(config, train=self.train(config.train))
         data = self.first("pairs", place, work["examples"])
         return timed(preference, lambda: preference.train_dpo(place / "run", self.folder / "hf", data, config))
+
+    def reward(self, place: Path, work: dict[str, int]) -> tuple[Run, dict[str, float]]:
+        same = {} if self.settings == "defaults" else {"center_coef": 0.0}
+        sizes = self.sizes("prompts_per_step", work)
+        config = reward_tuning.RewardTuning(epochs=1, held_out_share=0.0, normalise="none", **sizes, **same)
+        config = replace(config, train=self.train(config.train))
+        data = self.first("pairs", place, work["examples"])
+        return timed(reward_tuning, lambda: reward_tuning.train_reward(place / "run", self.folder / "hf", data, config))
+
+    def grpo(self, place: Path, work: dict[str, int]) -> tuple[Run, dict[str, float]]:
+        config = grpo.GrpoConfig(
+            sample=SampleConfig(group_size=work["group"], max_tokens=work["new"]), reward=RewardConfig(("random",)),
+            prompts_per_rollout=work["per_step"], rollouts=work["examples"] // work["per_step"],
+            **({} if self.settings == "defaults" else {"micro_batch_size": -(-work["per_step"] // self.threads) * work["group"]}),
+        )  # fmt: skip
+        config = replace(config, train=self.train(config.train))
+        data = self.first("prompts", place, work["examples"])
+        return timed(grpo, lambda: grpo.train_grpo(place / "run", self.folder / "hf", data, config))
 
 
 def timed(stage: Any, train: Callable[[], Run]) -> tuple[Run, dict[str, float]]:

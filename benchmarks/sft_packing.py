@@ -1,11 +1,11 @@
-"""Does packing conversations pay in finetuning, against rows of like lengths, padded?
+"""How should finetuning put conversations of unequal length into batches?
 
     python benchmarks/sft_packing.py [--rounds 3] [--conversations 128]
 
 Forward and backward over the same conversations of random tokens, whose lengths are spread as those of the data set hh-rlhf are
-(log-normal), dealt by `plinth sft` both ways, in alternation; the last half of each is learnt. At 64 conversations a step and
-at 8, where fewer of like length are at hand. The figure is conversation tokens a second of one core's time; ratios are of
-neighbouring rounds.
+(log-normal), dealt by `plinth sft` three ways, in alternation: rows of like lengths, padded; rows of the context's length packed by best
+fit; and each micro-batch one row without padding. The last half of each conversation is learnt. At 64 conversations a step and at 8, where
+fewer of like length are at hand. The figure is conversation tokens a second of one core's time; ratios are of neighbouring rounds.
 Writes benchmarks/records/sft_packing.json.
 """
 
@@ -28,6 +28,7 @@ from plinth.training.step import open_workers, split_gradients
 from record import spread, write_record
 
 CONTEXT = 256
+WAYS = ("padded", "packed", "end to end")
 SIZE = {"vocab_size": 8192, "hidden_size": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64, "max_seq_len": CONTEXT}
 MODELS = {
     "Plinth's shape": DecoderConfig(**SIZE, intermediate_size=768),
@@ -49,7 +50,7 @@ def main() -> int:
                 print(rows[-1], flush=True)
     write_record(
         "sft_packing",
-        "Does packing pay in finetuning, against rows of like lengths?",
+        "How should finetuning put conversations of unequal length into batches?",
         rows,
         size=SIZE,
         conversations=arguments.conversations,
@@ -67,35 +68,33 @@ def measure(config: DecoderConfig, dtype: str, examples: list[Rendered], sizes: 
     """Time an epoch dealt each way, in alternation, the first round not counted."""
     masters = MasterWeights(Transformer(config).init_weights(torch.Generator().manual_seed(0)), DTYPES[dtype])
     lengths = [len(example.tokens) for example in examples]
-    deals, batches = {}, {}
-    for packing in (False, True):
-        settings = SftConfig(packing=packing, conversations_per_step=sizes[0], micro_batch_size=sizes[1])
-        deals[packing] = deal = deal_examples(lengths, settings, CONTEXT)
-        batches[packing] = [batches_of(deal.rows(step), examples, packing) for step in range(deal.steps_per_epoch)]
-    rates: dict[bool, list[float]] = {False: [], True: []}
+    batches = {way: batches_of(way, examples, lengths, sizes) for way in WAYS}
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
     with open_workers(1) as workers:
         for number in range(rounds + 1):
-            for packing in (False, True) if number % 2 else (True, False):
+            for way in WAYS if number % 2 else WAYS[::-1]:
                 started = time.process_time()
-                for step in batches[packing]:
+                for step in batches[way]:
                     split_gradients(masters, causal_lm_loss, step, workers)
                 if number:
-                    rates[packing].append(sum(lengths) / (time.process_time() - started))
+                    rates[way].append(sum(lengths) / (time.process_time() - started))
+    inputs = {way: sum(part[0].numel() for step in batches[way] for part in step) for way in WAYS}
     return {
         "conversations_per_step": sizes[0],
-        "bucketed_fill": sum(length - 1 for length in lengths) / deals[False].padded_tokens(),
-        "packed_fill": deals[True].fill,
-        "bucketed_tokens_per_s": spread(rates[False]),
-        "packed_tokens_per_s": spread(rates[True]),
-        "packed_over_bucketed": spread([b / a for a, b in zip(rates[False], rates[True])]),
+        "fill": {way: (sum(lengths) - len(lengths)) / inputs[way] for way in WAYS},
+        "tokens_per_s": {way: spread(rates[way]) for way in WAYS},
+        "over_padded": {way: spread([b / a for a, b in zip(rates["padded"], rates[way])]) for way in WAYS[1:]},
     }
 
 
-def batches_of(parts, examples: list[Rendered], packing: bool):
-    rows = [[[examples[i] for i in row] for row in part] for part in parts]
-    if packing:
-        return [pack_rows(part, 0) for part in rows]
-    return [pad_rows([row[0].tokens for row in part], [row[0].loss_mask for row in part], 0) for part in rows]
+def batches_of(way: str, examples: list[Rendered], lengths: list[int], sizes: tuple[int, int]) -> list[list[tuple]]:
+    """Return the micro-batches of each step of an epoch."""
+    settings = SftConfig(packing=way == "packed", conversations_per_step=sizes[0], micro_batch_size=sizes[1])
+    deal = deal_examples(lengths, settings, CONTEXT, padded=way == "padded")
+    steps = [[[[examples[i] for i in row] for row in part] for part in deal.rows(step)] for step in range(deal.steps_per_epoch)]
+    if way != "padded":
+        return [[pack_rows(part, 0) for part in step] for step in steps]
+    return [[pad_rows([row[0].tokens for row in part], [row[0].loss_mask for row in part], 0) for part in step] for step in steps]
 
 
 if __name__ == "__main__":

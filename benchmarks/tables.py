@@ -13,6 +13,7 @@ from pathlib import Path
 
 from decoder_tables import decoder_speed_table
 from image_tables import image_table
+from posttraining_tables import batches_table, peers_table
 from ppo_pictures import ablation_table, astray_table, frontier_table, gold_table, mix_table
 from reward_tables import reward_table
 from ulmfit_tables import ulmfit_table
@@ -432,6 +433,8 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/distillation.md", "distillation", measured("distillation", distillation_table)),
     ("docs/factuality.md", "factuality tuning", measured("factuality_tuning", factuality_table)),
     ("docs/posttraining.md", "qlora memory", measured("qlora_memory", qlora_table)),
+    ("docs/sft.md", "batches", measured("sft_packing", batches_table)),
+    ("docs/sft.md", "peers", measured("posttraining_peers", peers_table)),
     ("docs/exchange.md", "import speed", measured("import_speed", import_table)),
 ]
 

@@ -101,14 +101,15 @@ class Trl:
     def grpo(self, out: str, work: dict[str, int], dataset: Any) -> Any:
         rows = [{"prompt": row["prompt"]} for row in read(self.folder, "prompts", work["examples"])]
 
-        def even(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-            return [sum(t % 2 == 0 for t in ids) / max(1, len(ids)) for ids in completion_ids]
+        def chance(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+            return [float(random.random() < 0.5) for _ in completion_ids]
 
-        more = {"num_generations": work["group"], "max_completion_length": work["new"], "beta": 0.0, "temperature": 1.0}
+        more = {"num_generations": work["group"], "max_completion_length": work["new"], "temperature": 1.0}
+        more |= {} if self.settings == "defaults" else {"loss_type": "grpo"}
         size = {"per_device_train_batch_size": work["per_step"] * work["group"]}
         options = self.trl.GRPOConfig(**self.options(out, work, **more) | size)
         return self.trl.GRPOTrainer(
-            load(self.folder), even, args=options, train_dataset=dataset.from_list(rows), processing_class=self.tokenizer
+            load(self.folder), chance, args=options, train_dataset=dataset.from_list(rows), processing_class=self.tokenizer
         )
 
 

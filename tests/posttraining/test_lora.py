@@ -329,16 +329,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_the_same_base(tmp_p
     class Killed(BaseException):
         pass
 
-    seen, pad_rows = [], sft.pad_rows
+    seen, pack_rows = [], sft.pack_rows
 
-    def killing_pad(*arguments):
+    def killing_pack(*arguments):
         seen.append(1)
         if len(seen) == 7:
             raise Killed
-        return pad_rows(*arguments)
+        return pack_rows(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(sft, "pad_rows", killing_pad)
+        patch.setattr(sft, "pack_rows", killing_pack)
         train_sft(tmp_path / "cut", source, base / "sft.jsonl", config)
     save_model(decoder(load_decoder(source).config, seed=7), Tokenizer.load(source), source)
     with pytest.raises(UserError, match="base_sha256=.* differs from"):

@@ -9,7 +9,7 @@ import torch
 
 from plinth.cli.sft import main
 from plinth.config import UserError
-from plinth.data.buckets import PackedExamples
+from plinth.data.buckets import EvenMicroBatches, PackedExamples
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
@@ -17,6 +17,7 @@ from plinth.posttraining import sft
 from plinth.posttraining.batches import pack_rows, pad_rows
 from plinth.posttraining.sft import SftConfig, train_sft
 from plinth.tokenizer.chat import Rendered
+from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives import causal_lm_loss
@@ -130,6 +131,21 @@ def test_packed_rows_hold_every_example_once_an_epoch_and_none_is_cut():
     assert packer.steps_for(1.0, packer.padded_tokens()) == packer.steps_per_epoch
 
 
+def test_micro_batches_without_padding_share_a_step_evenly_and_show_every_example_once():
+    lengths = np.random.default_rng(0).integers(3, 200, 101).tolist()
+    deal = EvenMicroBatches(lengths, 16, 4, seed=3)
+    assert deal.steps_per_epoch == 7
+    epochs = [[deal.rows(epoch * 7 + step) for step in range(7)] for epoch in range(2)]
+    for steps in epochs:
+        assert sorted(int(i) for step in steps for (row,) in step for i in row) == list(range(101))
+        for step in steps[:-1]:
+            tokens = [sum(lengths[i] for i in row) for (row,) in step]
+            assert len(step) == 4 and max(tokens) < 1.2 * min(tokens)
+    assert str(epochs[0]) != str(epochs[1])
+    assert str(EvenMicroBatches(lengths, 16, 4, seed=3).rows(9)) == str(epochs[1][2])
+    assert deal.steps_for(2.0, None) == 14 and deal.steps_for(1.0, 2 * sum(lengths)) == 14
+
+
 def conversation(i):
     said = "It does " + "this and that " * (i % 4) + f"{i}."
     return {"messages": [{"role": "user", "content": f"What does {i} do?"}, {"role": "assistant", "content": said}]}
@@ -152,8 +168,9 @@ def quick(steps, dtype="float32", **more):
     return SftConfig(train=train, conversations_per_step=8, micro_batch_size=4, **more)
 
 
-def test_sft_trains_on_packed_rows_and_resumes_to_the_same_weights(files, monkeypatch):
-    config = quick(6, "bfloat16", packing=True)
+@pytest.mark.parametrize("packing", [True, False])
+def test_sft_without_padding_resumes_to_the_same_weights(files, monkeypatch, packing):
+    config = quick(6, "bfloat16", packing=packing)
     whole = train_sft(files / "whole", files / "model", files / "sft.jsonl", config)
     assert whole.metrics()[-1]["loss_nats"] < whole.metrics()[0]["loss_nats"]
 
@@ -176,16 +193,19 @@ def test_sft_trains_on_packed_rows_and_resumes_to_the_same_weights(files, monkey
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
 
 
-def test_sft_packed_counts_the_same_tokens_and_starts_at_the_same_loss(files):
-    """One step of all conversations: both ways learn the same tokens, with the same mean loss."""
+def test_sft_counts_the_same_tokens_and_starts_at_the_same_loss_padded_packed_or_end_to_end(files):
+    """One step of all conversations: all ways learn the same tokens, with the same mean loss; a window larger than any changes nothing."""
+    windowed = load_model(files / "model")
+    windowed.config = replace(windowed.config, sliding_window=128)
+    save_model(windowed, Tokenizer.load(files / "model"), files / "padded")
     first = []
-    for packing in (False, True):
+    for number, (packing, model) in enumerate([(False, "model"), (True, "model"), (False, "padded")]):
         config = replace(quick(1, packing=packing), conversations_per_step=16, micro_batch_size=8)
-        run = train_sft(files / f"run{packing}", files / "model", files / "sft.jsonl", config)
-        first.append(run.metrics()[0])
-    assert first[0]["tokens"] == first[1]["tokens"]
-    assert first[0]["loss_nats"] == pytest.approx(first[1]["loss_nats"], abs=1e-5)
-    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], abs=1e-5)
+        first.append(train_sft(files / f"run{number}", files / model, files / "sft.jsonl", config).metrics()[0])
+    for other in first[1:]:
+        assert first[0]["tokens"] == other["tokens"]
+        assert first[0]["loss_nats"] == pytest.approx(other["loss_nats"], abs=1e-5)
+        assert first[0]["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-5)
 
 
 def test_long_conversations_stop_training_or_are_left_out_with_rows_and_lengths(files):

@@ -231,14 +231,14 @@ def test_sft_resumes_to_the_same_weights(tmp_path, tokenizer, model_dir, monkeyp
 
     seen = []
 
-    def killing_pad(*arguments):
+    def killing_pack(*arguments):
         seen.append(1)
         if len(seen) == 7:
             raise Killed
-        return pad_rows(*arguments)
+        return pack_rows(*arguments)
 
-    pad_rows = sft.pad_rows
-    monkeypatch.setattr(sft, "pad_rows", killing_pad)
+    pack_rows = sft.pack_rows
+    monkeypatch.setattr(sft, "pack_rows", killing_pack)
     with pytest.raises(Killed):
         train_sft(tmp_path / "cut", model_dir, file, config)
     monkeypatch.undo()

@@ -122,6 +122,44 @@ class PackedExamples:
         return [[rows[i] for i in order[start : start + n]] for start in range(0, len(order), n)]
 
 
+class EvenMicroBatches:
+    """Deals examples into steps whose micro-batches hold about as many tokens, for batches without padding; a function of (seed, step).
+
+    Each epoch shows every example once, in an order of its own. A step's longest examples are dealt first, each to the micro-batch with
+    the fewest tokens, so that threads which share a step end together.
+    """
+
+    def __init__(self, lengths: Sequence[int], examples_per_step: int, micro_batch_size: int, seed: int):
+        self.lengths, self.examples_per_step, self.seed = np.asarray(lengths), examples_per_step, seed
+        self.micro_batches_per_step = -(-examples_per_step // min(micro_batch_size, examples_per_step))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.examples_per_step)
+
+    def steps_for(self, epochs: float, tokens: int | None) -> int:
+        """Return the steps of so many epochs, or of so many tokens, at least one."""
+        if tokens is not None:
+            epochs = tokens / self.padded_tokens()
+        return max(1, round(self.steps_per_epoch * epochs))
+
+    def padded_tokens(self) -> int:
+        """Return the tokens of an epoch; there is next to no padding."""
+        return int(self.lengths.sum())
+
+    def rows(self, step: int) -> list[list[np.ndarray]]:
+        """Return of each micro-batch of a step its one row, as the numbers of its examples in order."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        chosen = permutation(len(self.lengths), self.seed, epoch)[place * self.examples_per_step :][: self.examples_per_step]
+        shares: list[list[int]] = [[] for _ in range(min(self.micro_batches_per_step, len(chosen)))]
+        tokens = [0] * len(shares)
+        for i in chosen[np.argsort(-self.lengths[chosen], kind="stable")].tolist():
+            emptiest = tokens.index(min(tokens))
+            shares[emptiest].append(i)
+            tokens[emptiest] += int(self.lengths[i])
+        return [[np.array(share)] for share in shares]
+
+
 def padded_width(width: int) -> int:
     """Return the width that rows of `width` inputs are padded to."""
     return -(-width // WIDTH_STEP) * WIDTH_STEP

@@ -177,7 +177,7 @@ class Transformer(nn.Module):
     ) -> tuple[torch.Tensor, dict[bool, tuple]]:
         """Return the tokens' positions, and for blocks without a window and with it (cos, sin, mask); a mask of None is causal.
 
-        On a CPU segments attend one at a time, unless there is a window: rotations are then those of the longest possible one.
+        On a CPU segments attend one at a time, unless there is a window: cos and sin are then those of the longest, without the batch.
         """
         config, length = self.config, tokens_BT.shape[1] if shared is None else shared.width
         positions, mask = torch.arange(length, device=tokens_BT.device), None
@@ -187,6 +187,7 @@ class Transformer(nn.Module):
             positions = positions_in_segments(segments_BT)
             if tokens_BT.device.type == "cpu" and config.sliding_window is None:
                 mask = segment_runs(segments_BT)
+                turned = torch.arange(length := max(mask.lengths))
             else:
                 turned, mask = positions, segment_mask(segments_BT)
         rotates = config.position == "rope"

@@ -37,7 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if not counted.all():
                     grad.mul_(counted[:, None])
                 torch.mm(grad, weight_VD, out=grad_hidden[part])
-                grad_weight += grad.t() @ hidden
+                _add_product(grad_weight, grad.t(), hidden)
         if wanted:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
         return losses_N.sum(dtype=torch.float64).float()
@@ -48,6 +48,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad != 1.0:
             grad_hidden, grad_weight = grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype)
         return grad_hidden, grad_weight, None
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add the product of two matrices to an fp32 total, in one pass where they are of its type."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 class _KernelCrossEntropy(torch.autograd.Function):
@@ -170,7 +178,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_NV = grad_NV.mul_((grad_N[part] * (targets_N[part] >= 0) / -temperature)[:, None]).to(weight_VD.dtype)
             torch.mm(grad_NV, weight_VD, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight += grad_NV.t() @ hidden_ND[part]
+                _add_product(grad_weight, grad_NV.t(), hidden_ND[part])
             elif weight_wanted:
                 sums.add(grad_NV, hidden_ND[part].contiguous())
         if grad_weight is not None:

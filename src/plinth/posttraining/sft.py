@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from plinth.config import UserError
-from plinth.data.buckets import LengthBuckets, PackedExamples
+from plinth.data.buckets import EvenMicroBatches, LengthBuckets, PackedExamples
 from plinth.models.hub import load_decoder
 from plinth.posttraining.adapter_files import publish_model, with_adapters
 from plinth.posttraining.batches import describe_examples, pack_rows, pad_rows
@@ -21,6 +21,7 @@ from plinth.posttraining.masks import render_weighted
 from plinth.run import Run, file_sha256, find_model, tree_sha256
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
+from plinth.training.device import choose_device
 from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives import causal_lm_loss
@@ -55,7 +56,8 @@ class SftConfig:
     too_long: Literal["error", "leave-out"] = "error"
     """what to do when conversations are longer: stop before training, or leave them out; either way their rows and lengths are told"""
     packing: bool = False
-    """put several whole conversations in a row of max_seq_len tokens, each seeing itself alone (default: rows of like lengths, padded)"""
+    """put whole conversations into rows of max_seq_len tokens by best fit, each seeing itself alone (default: on a CPU a micro-batch is one
+    row without padding, in which each sees itself alone; on a GPU, or with a sliding window, rows of like lengths, padded)"""
     adapter: LoraConfig = field(default_factory=LoraConfig)
     """train adapters in place of the weights"""
 
@@ -100,12 +102,13 @@ def train_sft(
         if rounds > 1:
             examples = join_examples(examples, config.join_turns, rounds, limit, config.train.seed)
         lengths = [len(example.tokens) for example in examples]
-        deal = deal_examples(lengths, config, limit)
+        padded = choose_device(config.train.device) != "cpu" or model.config.sliding_window is not None
+        deal = deal_examples(lengths, config, limit, padded=padded)
         pad_id = tokenizer.pad_id or 0
 
         def batches_at(step: int):
             parts = [[[examples[i] for i in row] for row in part] for part in deal.rows(step)]
-            if config.packing:
+            if not isinstance(deal, LengthBuckets):
                 return [pack_rows(part, pad_id) for part in parts]
             return [pad_rows([row[0].tokens for row in part], [row[0].loss_mask for row in part], pad_id) for part in parts]
 
@@ -165,12 +168,15 @@ class TooLong:
         )
 
 
-def deal_examples(lengths: Sequence[int], config: SftConfig, max_seq_len: int) -> LengthBuckets | PackedExamples:
-    """Return what deals conversations of these lengths, in tokens, into steps."""
+def deal_examples(
+    lengths: Sequence[int], config: SftConfig, max_seq_len: int, *, padded: bool
+) -> LengthBuckets | PackedExamples | EvenMicroBatches:
+    """Return what deals conversations of these lengths, in tokens, into steps; benchmarks/sft_packing.py compares the ways on a CPU."""
     sizes = (config.conversations_per_step, config.micro_batch_size, config.train.seed)
-    if not config.packing:
-        return LengthBuckets(lengths, *sizes)
-    return PackedExamples([length - 1 for length in lengths], max_seq_len, *sizes)  # a last token is predicted but not read
+    inputs = [length - 1 for length in lengths]  # a last token is predicted but not read
+    if config.packing:
+        return PackedExamples(inputs, max_seq_len, *sizes)
+    return LengthBuckets(lengths, *sizes) if padded else EvenMicroBatches(inputs, *sizes)
 
 
 def render_examples(
