@@ -28,16 +28,16 @@ from record import write_record
 from reviews_world import plinth, ready
 
 SIZES = (4, 16)
-ROUNDS = 8  # times that each training prompt is asked
+ROUNDS = 16  # times that each training prompt is asked
 DRAWS = 64  # answers to each held-out prompt
 MAX_TOKENS = 60
 EPOCHS = 4
 
 
-def held_out_answers(folder: Path, world: Path) -> tuple[np.ndarray, list[tuple[list[int], list[int]]]]:
+def held_out_answers(folder: Path, world: Path, draws: int = DRAWS) -> tuple[np.ndarray, list[tuple[list[int], list[int]]]]:
     """Return the gold rewards of a model's answers to held-out prompts, (prompts, draws), and some answers as (prompt, answer) tokens."""
     model, prompts = LocalModel.load(folder), read_prompts(world / "prompts_heldout.jsonl")
-    found, _ = draw_answers(model, prompts, SelectionConfig(n=DRAWS, max_tokens=MAX_TOKENS, seed=1000))
+    found, _ = draw_answers(model, prompts, SelectionConfig(n=draws, max_tokens=MAX_TOKENS, seed=1000))
     whole = min(map(len, found))  # answers that were cut off are not among them
     rewards = np.array([[reward(prompt.text, text) for text in texts[:whole]] for prompt, texts in zip(prompts, found)])
     tokenizer = model.text.tokenizer

@@ -32,8 +32,8 @@ def distillation_table(record: dict) -> str:
     whole, chunks = record["memory"]
     lines += [
         "",
-        f"A student of one layer on {record['rows_of_data']} conversations, {record['steps']} updates each, held-out conversations; the "
-        f"teacher's own cross-entropy there is {record['rows'][0]['teacher_cross_entropy_nats']:.3f}. KL and "
+        f"A student of one layer on {record['rows_of_data']} conversations, {record['steps']} updates each from the student before, "
+        f"held-out conversations; the teacher's own cross-entropy there is {record['rows'][0]['teacher_cross_entropy_nats']:.3f}. KL and "
         "cross-entropy are nats a token, the last column nats a whole answer that the student wrote.",
         "",
         f"The loss and its gradient for 1,024 positions and 32,768 tokens, a table of {whole['one_table_bytes'] / 1e6:.0f} MB: "

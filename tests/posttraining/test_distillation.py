@@ -17,6 +17,7 @@ from plinth.posttraining import distillation
 from plinth.posttraining.distill_losses import Head, chunked_distillation_loss, distillation_loss
 from plinth.posttraining.distillation import DistillConfig, OwnAnswers, distill, distill_loss
 from plinth.posttraining.formats import read_examples
+from plinth.posttraining.lora import LoraConfig
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
@@ -215,6 +216,22 @@ def test_own_answers_stand_behind_their_prompts(world, tokenizer):
     for i, row in first.items():
         text = tokenizer.decode([token for token, learnt in zip(row.tokens, row.loss_mask) if not learnt])
         assert SUBJECTS[i] in text and 1 <= sum(row.loss_mask) <= 5 and not row.loss_mask[len(row.tokens) - sum(row.loss_mask) - 1]
+
+
+def test_adapters_learn_in_the_place_of_the_weights(world, tmp_path):
+    config = quick(30, adapter=LoraConfig(rank=4), on_policy_share=0.5, max_tokens=8)
+    run = distill(tmp_path / "out", world / "student", world / "teacher", world / "data.jsonl", config)
+    first, last = run.metrics()[0], run.metrics()[-1]
+    assert last["loss_nats"] < first["loss_nats"] and (run.path / "adapter" / "adapter_config.json").exists()
+    before, after = (load_model(folder) for folder in (world / "student", run.model_dir))
+    assert torch.equal(before.embed.weight, after.embed.weight)
+    assert not torch.equal(before.layers[0].mlp.down.weight, after.layers[0].mlp.down.weight)
+
+
+def test_a_student_of_experts_keeps_their_load_even(world, tmp_path, tokenizer):
+    save(tokenizer, tmp_path / "experts", num_experts=4, num_active_experts=2, expert_intermediate_size=32)
+    run = distill(tmp_path / "out", tmp_path / "experts", world / "teacher", world / "data.jsonl", quick(2))
+    assert run.metrics()[-1]["router_balance"] >= 1 and run.metrics()[-1]["text_loss_nats"] < run.metrics()[-1]["loss_nats"]
 
 
 def test_mistakes_are_named(world, tmp_path, tokenizer):

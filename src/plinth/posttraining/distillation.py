@@ -14,10 +14,13 @@ from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
+from plinth.ops.moe import Routing
+from plinth.posttraining.adapter_files import publish_model, with_adapters
 from plinth.posttraining.batches import describe_examples, pad_rows
 from plinth.posttraining.distill_losses import DIVERGENCES, Head, chunked_distillation_loss
 from plinth.posttraining.examples import Conversation, Examples
 from plinth.posttraining.formats import read_examples
+from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.masks import render_row
 from plinth.posttraining.rollouts import SampleConfig, Sampler
 from plinth.run import Run, file_sha256, find_model, tree_sha256, usable_cores
@@ -26,6 +29,7 @@ from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device
 from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
+from plinth.training.objectives_moe import add_router_losses
 from plinth.training.optim import OptimizerConfig
 from plinth.training.precision import DTYPES
 from plinth.training.step import Sum
@@ -65,6 +69,8 @@ class DistillConfig:
     """examples a forward pass of each model"""
     max_seq_len: int | None = None
     """longest example in tokens (default: the shorter context of both models); a longer one is an error, never cut"""
+    adapter: LoraConfig = field(default_factory=LoraConfig)
+    """train adapters in place of the student's weights"""
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
@@ -106,6 +112,7 @@ def distill(
     """Teach a run's model another's distributions over the learnt tokens of `data` and publish it as out/model.
 
     `data` is anything that is read as messages or text; the tokens that `plinth inspect` shows as learnt count.
+    With adapters these are published as out/adapter, in PEFT's format, and out/model has them merged.
     Raises UserError when the two tokenizers differ.
     """
     sources = find_model(student_run), find_model(teacher_run)
@@ -117,6 +124,7 @@ def distill(
 
     def prepare(config: DistillConfig) -> Job:
         student, teacher = (load_decoder(source) for source in sources)
+        student = with_adapters(student, config.adapter, config.train.seed)
         limit = config.max_seq_len or min(student.config.max_seq_len, teacher.config.max_seq_len)
         examples = render_texts(tokenizer, found, limit)
         own = OwnAnswers(student, tokenizer, found, config, limit) if config.on_policy_share else None
@@ -133,18 +141,25 @@ def distill(
             rows = [[written.get(i, examples[i]) for i in part] for part in parts]
             return [pad_rows([row.tokens for row in part], [row.loss_mask for row in part], tokenizer.pad_id or 0) for part in rows]
 
+        def publish(folder: Path) -> None:
+            if own is not None:
+                own.close()
+            publish_model(student, tokenizer, folder, str(sources[0]))
+
         return Job(
             student,
             lambda model, batch: distill_loss(model, teacher, batch, config),
             batches_at,
             steps=buckets.steps_for(config.epochs, config.tokens),
             tokenizer=tokenizer,
+            publish=publish,
             description="distilling",
             data={
                 "data_sha256": file_sha256(data),
                 "teacher_sha256": tree_sha256(sources[1]),
                 "tokenizer_sha256": tokenizer.sha256,
                 "seed": config.train.seed,
+                **({"base_sha256": tree_sha256(sources[0])} if config.adapter.rank is not None else {}),  # checkpoints lack frozen weights
             },
             begin=begin,
             step_metrics=(lambda steps: {}) if own is None else (lambda steps: own.metrics),
@@ -186,6 +201,10 @@ class OwnAnswers:
         threads = config.train.num_threads or usable_cores()
         self._sampler = Sampler(student, tokenizer.end_ids, sampling, threads, room, rescores=False)
 
+    def close(self) -> None:
+        """End the sampler's threads."""
+        self._sampler.close()
+
     def write(self, indices: Sequence[int], step: int) -> dict[int, Rendered]:
         """Return new answers to a share of the examples, drawn by the step, each with its prompt; the answer is learnt."""
         rng = np.random.Generator(np.random.PCG64([self.seed, step]))
@@ -216,14 +235,19 @@ def distill_loss(
     inputs_BT, targets_BT = batch
     with torch.no_grad():
         teacher_head = head_of(teacher, inputs_BT)
-    student_head = head_of(student, inputs_BT)
-    loss, count, measures = chunked_distillation_loss(student_head, teacher_head, targets_BT.flatten(), **config.loss_options)
-    return loss, count, {**measures}
+    routings: list[Routing] = []
+    targets_N = targets_BT.flatten()
+    loss, count, measures = chunked_distillation_loss(head_of(student, inputs_BT, routings), teacher_head, targets_N, **config.loss_options)
+    if not routings:
+        return loss, count, {**measures}
+    loss, _, more = add_router_losses(loss, count, routings, targets_N >= 0, student.config)
+    return loss, count, {**measures, **more}
 
 
-def head_of(model: Transformer, inputs_BT: torch.Tensor) -> Head:
-    """Return a model's hidden states, flattened, with its output matrix."""
-    return Head(model(inputs_BT).flatten(0, 1), model.output_weight, model.config.logit_softcap)
+def head_of(model: Transformer, inputs_BT: torch.Tensor, routings: list[Routing] | None = None) -> Head:
+    """Return a model's hidden states, flattened, with its output matrix; what routers decide is appended to `routings`."""
+    more = {"routings": routings} if model.config.num_experts and routings is not None else {}
+    return Head(model(inputs_BT, **more).flatten(0, 1), model.output_weight, model.config.logit_softcap)
 
 
 def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer, where: Sequence[Path]) -> None:
