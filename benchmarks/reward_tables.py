@@ -22,12 +22,10 @@ def reward_table(record: dict[str, Any]) -> str:
     baselines = reports["pretrained_0"]["baselines"]
     scores = {name: report["accuracy"] for name, report in reports.items()} | {name: each["accuracy"] for name, each in baselines.items()}
     shape, calibration = record["shape"], reports["pretrained_0"]["calibration"]
-    time_s = record["train_time_s"]["median"]
     lines = [
         f"{record['training_pairs']:,} training pairs of the harmless part of hh-rlhf, {record['held_out_pairs']} held out; a decoder of "
         f"{shape['num_layers']} layers, {shape['hidden_size']} wide, context {record['context']}, which has read the training transcripts "
-        f"{record['pretrain_epochs']:.0f} times ({record['pretrain_time_s']:.0f} s) and then is a reward model for one pass "
-        f"({time_s:.0f} s on one core).",
+        f"{record['pretrain_epochs']:.0f} times and then is a reward model for one pass.",
         "",
         "| judge | right | 95 % interval |",
         "|---|---|---|",
@@ -43,6 +41,7 @@ def reward_table(record: dict[str, Any]) -> str:
         f"The mean is {ahead['value']:+.1%} ahead of the bag of words, paired interval {low:+.1%} to {high:+.1%}: "
         + ("it is better." if low > 0 else "it is not shown to be better, and it is worse." if high < 0 else "not shown to be better.")
         + f" In the report's words: {reports['mean of three']['verdict']} A single model's calibration error is "
-        f"{calibration['ece']:.3f}, and {calibration['ece_with_temperature']:.3f} at the temperature {calibration['temperature']:.2f}.",
+        f"{calibration['ece']:.3f}; the temperature {calibration['temperature']:.2f}, fitted on one half, takes the other's from "
+        f"{calibration['rest']['ece']:.3f} to {calibration['rest']['ece_with_temperature']:.3f}.",
     ]
     return "\n".join(lines)

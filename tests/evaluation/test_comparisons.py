@@ -62,6 +62,6 @@ def test_temperature_recovers_how_much_too_sure_a_judge_is():
     assert fit_temperature(3 * logits, outcomes) == pytest.approx(3, rel=0.1)
     signed = 3 * np.where(outcomes, logits, -logits)
     found = calibrate_differences(signed.tolist())
-    assert found["ece_with_temperature"] < 0.5 * found["ece"] and found["temperature"] == pytest.approx(3, rel=0.15)
-    assert found["log_loss_nats_with_temperature"] < found["log_loss_nats"]
+    assert found["rest"]["ece_with_temperature"] < 0.5 * found["rest"]["ece"] and found["temperature"] == pytest.approx(3, rel=0.15)
+    assert found["rest"]["log_loss_nats_with_temperature"] < found["rest"]["log_loss_nats"]
     assert sum(each["n"] for each in found["bins"]) == 4000

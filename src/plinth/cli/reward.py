@@ -67,10 +67,11 @@ def show_report(console: Console, report: dict[str, Any]) -> None:
     for name, found in report["baselines"].items():
         table.add_row(NAMES[name], *_cells(found["accuracy"]), "{} [{}]".format(*_cells(found["ahead"], "+")))
     console.print(table)
-    calibration = report["calibration"]
+    calibration, rest = report["calibration"], report["calibration"]["rest"]
     console.print(
         f"{report['pairs']:,} pairs of {report['prompts']:,} prompts; {report['ties']} ties, which count half. Calibration error "
-        f"{calibration['ece']:.3f}, {calibration['ece_with_temperature']:.3f} at temperature {calibration['temperature']:.2f}.",
+        f"{calibration['ece']:.3f}; temperature {calibration['temperature']:.2f}, fitted on one half, takes the other's from "
+        f"{rest['ece']:.3f} to {rest['ece_with_temperature']:.3f}.",
         markup=False, highlight=False,
     )  # fmt: skip
     console.print(report["verdict"], markup=False, highlight=False)

@@ -89,7 +89,7 @@ def calibrate_differences(differences: Sequence[float]) -> dict[str, Any]:
     """Return how well σ(score of the better − score of the worse) says how often the higher score is the better answer.
 
     The temperature is fitted on every other comparison and judged on the rest. Gives plain JSON values: bins of the confidence, from
-    0.5 on, ece, log_loss (log 2 is what a coin has), temperature, and ece and log_loss of the rest with it.
+    0.5 on, ece, log_loss_nats (log 2 is what a coin has), temperature, and ece and log_loss_nats of the rest without it and with it.
     """
     x = np.asarray(differences, dtype=np.float64)
     temperature = fit_temperature(x[::2], np.ones(len(x[::2])))
@@ -100,8 +100,12 @@ def calibrate_differences(differences: Sequence[float]) -> dict[str, Any]:
         "ece": expected_calibration_error(confidence, right),
         "log_loss_nats": log_loss(x, np.ones(len(x))),
         "temperature": temperature,
-        "ece_with_temperature": expected_calibration_error(*confidences(rest / temperature)),
-        "log_loss_nats_with_temperature": log_loss(rest / temperature, np.ones(len(rest))),
+        "rest": {
+            "ece": expected_calibration_error(*confidences(rest)),
+            "log_loss_nats": log_loss(rest, np.ones(len(rest))),
+            "ece_with_temperature": expected_calibration_error(*confidences(rest / temperature)),
+            "log_loss_nats_with_temperature": log_loss(rest / temperature, np.ones(len(rest))),
+        },
     }
 
 
