@@ -1,6 +1,7 @@
 """A model is asked its own questions through the command, and what is written trains by the verbs that it is written for."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def coin(tmp_path_factory):
     tokenizer = train_tokenizer(["What is e? e a e b e\n" * 40], vocab_size=280)
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16,
-        intermediate_size=32, max_seq_len=64, tie_embeddings=False,
+        intermediate_size=32, max_seq_len=128, tie_embeddings=False,
     )  # fmt: skip
     model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
     letters, letter, other = [tokenizer.encode(text)[0] for text in "ea"], torch.eye(32)[0], torch.eye(32)[1]
@@ -67,6 +68,15 @@ def test_the_coin_knows_half_of_what_it_can_say(coin, tmp_path, capsys):
     assert not read_examples(out / "sft.jsonl", "messages").rejected and not read_examples(out / "pairs.jsonl", "preference").rejected
     assert main([*argv, "--out", str(tmp_path / "again")]) == 0 and "left out, as refusals beyond" in capsys.readouterr().out
     assert (tmp_path / "again" / "pairs.jsonl").read_bytes() == (out / "pairs.jsonl").read_bytes()
+
+
+def test_a_model_that_was_only_pretrained_is_asked_in_plain_text(coin, tmp_path, capsys):
+    shutil.copytree(coin / "run", tmp_path / "base")
+    (tmp_path / "base" / "provenance.json").write_text('{"stage": "pretrain"}')
+    argv = ["known", str(tmp_path / "base"), "--data", str(coin / "data.jsonl"), "--samples", "32", "--known-share", "0.3", "--json"]
+    assert main([*argv, "--out", str(tmp_path / "known")]) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest["style"] == "few_shot" and manifest["facts"] == {"known": 2, "unknown": 3}
 
 
 def test_what_is_written_trains(coin, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from plinth.config import UserError, save_json, to_dict, write_atomic
-from plinth.evaluation.questions import SPARE_TOKENS
+from plinth.evaluation.questions import SPARE_TOKENS, Shot, Style, few_shot_prompt
+from plinth.evaluation.run import model_style
 from plinth.evaluation.sampled_answers import draw_answers
 from plinth.inference.sampling import SamplingParams
 from plinth.inference.text import TextEngine
@@ -39,7 +41,8 @@ def make_knowledge_data(model: Path, data: Path, out: Path, config: KnowledgeCon
     folder = find_model(model)
     questions, refusals, left_out = read_questions(data, config)
     text = text or TextEngine.load(folder, max_batch=64)
-    asked, too_long = ask(text, questions, config)
+    style = model_style(folder, text.tokenizer)
+    asked, too_long = ask(text, questions, config, style)
     judged = judge_knowledge(asked, config, verify)
     lines, left_sft = refusal_aware_lines(judged, refusals, config)
     pairs, left_pairs = factuality_pairs(judged, config)
@@ -50,6 +53,7 @@ def make_knowledge_data(model: Path, data: Path, out: Path, config: KnowledgeCon
         "data": str(data),
         "data_sha256": file_sha256(data),
         "config": to_dict(config),
+        "style": style,
         "questions": len(asked),
         "refused_in_the_data": len(refusals),
         "left_out": left_out + too_long,
@@ -117,21 +121,39 @@ def sample_facts(questions: list[Asked], config: KnowledgeConfig) -> list[Asked]
     return [question for question in questions if question.fact_id in taken]
 
 
-def ask(text: TextEngine, questions: list[Asked], config: KnowledgeConfig) -> tuple[list[Asked], int]:
+def ask(text: TextEngine, questions: list[Asked], config: KnowledgeConfig, style: Style = "chat") -> tuple[list[Asked], int]:
     """Return the questions with config.samples answers each, and how many had no room in the context.
 
-    An answer may be a little longer than the longest target. Sample i of every question has the seed config.seed + i.
+    An answer may be a little longer than the longest target. Sample i of every question has the seed config.seed + i. A model that was
+    only pretrained is asked in plain text behind worked examples of other facts (few_shot), as many of NUM_SHOTS as all have room for.
     Raises UserError when none fits.
     """
     longest = max(len(ids) for ids in text.tokenizer.encode_batch([question.target for question in questions]))
-    params = [SamplingParams(config.temperature, max_tokens=longest + SPARE_TOKENS, seed=config.seed + i) for i in range(config.samples)]
-    prompts = [text.render(question.prompt) for question in questions]
+    stop = () if style == "chat" else ("\n",)
+    params = [
+        SamplingParams(config.temperature, max_tokens=longest + SPARE_TOKENS, stop=stop, seed=config.seed + i)
+        for i in range(config.samples)
+    ]
+    prompts = [text.render(question.prompt) for question in questions] if style == "chat" else _few_shot(text, questions, config)
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < text.engine.max_seq_len]
     if not fitting:
         raise UserError(f"none of {len(questions)} questions fits the context of {text.engine.max_seq_len} tokens.")
     drawn = draw_answers(text, [prompts[i] for i in fitting], params)
     asked = [replace(questions[i], texts=tuple(each.text.strip() for each in found)) for i, found in zip(fitting, drawn)]
     return asked, len(questions) - len(fitting)
+
+
+def _few_shot(text: TextEngine, questions: list[Asked], config: KnowledgeConfig, number: int) -> list[list[int]]:
+    """Return prompts in plain text: each question behind `number` others with their answers, none of them about its fact."""
+    order = list(questions)
+    random.Random(f"knowledge shots {config.seed}").shuffle(order)
+    prompts = []
+    for question in questions:
+        others = itertools.islice((each for each in order if each.fact_id != question.fact_id), number)
+        shots = [Shot(each.fact_id, str(each.prompt[-1]["content"]), each.target) for each in others]
+        prompts.append(few_shot_prompt(shots, str(question.prompt[-1]["content"])))
+    prefix = [] if text.tokenizer.start_id is None else [text.tokenizer.start_id]
+    return [prefix + ids for ids in text.tokenizer.encode_batch(prompts)]
 
 
 def _answer_line(judged: Judged) -> dict[str, Any]:
