@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from decoder_tables import decoder_speed_table
+from grpo_tables import grpo_table
 from image_tables import image_table
 from posttraining_tables import batches_table, peers_table
 from ppo_pictures import ablation_table, astray_table, frontier_table, gold_table, mix_table
@@ -422,6 +423,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/mixture_of_experts.md", "equal active", measured("moe_equal_active", equal_active_table)),
     ("docs/models.md", "decoder speed", measured("decoder_speed", decoder_speed_table)),
     ("docs/models.md", "families", measured("families", families_table)),
+    ("docs/grpo.md", "grpo arithmetic", measured("grpo_arithmetic", grpo_table)),
     ("docs/proteins.md", "protein encoder", protein_encoder),
     ("docs/reward_models.md", "hh-rlhf", measured("reward_model", reward_table)),
     ("docs/translation.md", "translation", translation_table),

@@ -12,9 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from plinth.cli.output import emit, say
-from plinth.config import UserError
+from plinth.config import UserError, save_json
+from plinth.evaluation.problems import Problem, ProblemConfig, score_problems
 from plinth.evaluation.run import EvaluationConfig, evaluate_build, evaluate_model
-from plinth.run import MODEL_STAGES
+from plinth.inference.text import TextEngine
+from plinth.posttraining.formats import read_examples
+from plinth.run import MODEL_STAGES, file_sha256, find_model
 
 COLUMNS = {"pretrain": "BASE", "sft": "SFT", "dpo": "DPO"}
 ROWS = {
@@ -45,7 +48,7 @@ class EvaluateOptions:
     """Score held-out documents (loss, perplexity, bits per byte and character) and questions about known, held-out and invented names.
 
     A build directory is evaluated stage by stage, into its evals/. For a single run or model folder, shards and facts are looked for in
-    the build around it.
+    the build around it. With --problems, only those are asked, and their verifiers judge.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -54,6 +57,10 @@ class EvaluateOptions:
     """Folder of packed tokens, for the likelihood; default: shards/ of the build."""
     facts: Path | None = None
     """Folder with questions.jsonl and sft.jsonl; default: facts/ of the build."""
+    problems: Path | None = None
+    """Problems with an answer and a verifier, JSON Lines, as `plinth grpo` reads them."""
+    problem: ProblemConfig = field(default_factory=ProblemConfig)
+    """How problems are asked."""
     out: Path | None = None
     """JSON file to write for a single model; default: none. A build always writes evals/."""
     config: tyro.conf.OmitArgPrefixes[EvaluationConfig] = field(default_factory=EvaluationConfig)
@@ -64,6 +71,12 @@ class EvaluateOptions:
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is no finished model or nothing to evaluate on."""
     options = tyro.cli(EvaluateOptions, args=argv, prog="plinth evaluate")
+    if options.problems is not None:
+        result = evaluate_problems(options.model, options.problems, options.problem)
+        if options.out is not None:
+            save_json(options.out, result)
+        emit(result, options.json, lambda console: render_problems(console, options.model.name, result["scores"]))
+        return 0
     if is_build(options.model):
         if options.shards or options.facts or options.out:
             raise UserError(
@@ -80,6 +93,25 @@ def main(argv: list[str]) -> int:
         columns = {options.model.name: result}
     emit(result, options.json, lambda console: render(console, columns, result.get("differences", {})))
     return 0
+
+
+def evaluate_problems(model: Path, problems: Path, config: ProblemConfig) -> dict[str, Any]:
+    """Ask a model the problems of a file, which names the rows that it leaves out."""
+    found = read_examples(problems, "verifiable")
+    if found.rejected:
+        say(f"{problems}: {found.describe()}")
+    text = TextEngine.load(model)
+    asked = [Problem(row.prompt, row.answer, row.verifier) for row in found.rows]
+    result = score_problems(text, asked, config)
+    return {"model": str(find_model(model)), "problems_sha256": file_sha256(problems), "rejected": len(found.rejected), **result}
+
+
+def render_problems(console: Console, name: str, scores: dict[str, Any]) -> None:
+    """Draw the scores of problems, each as value, interval and n."""
+    table = Table("score", name, title=Text("value [95 % interval] n"))
+    for key, score in scores.items():
+        table.add_row(key, Text(cell_text(score)))
+    console.print(table)
 
 
 def is_build(path: Path) -> bool:
