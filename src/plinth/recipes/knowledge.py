@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plinth.config import UserError, save_json, to_dict, write_atomic
-from plinth.evaluation.questions import SPARE_TOKENS, Shot, Style, few_shot_prompt
+from plinth.evaluation.questions import NUM_SHOTS, SPARE_TOKENS, Shot, Style, few_shot_prompt
 from plinth.evaluation.run import model_style
 from plinth.evaluation.sampled_answers import draw_answers
 from plinth.inference.sampling import SamplingParams
@@ -130,11 +130,14 @@ def ask(text: TextEngine, questions: list[Asked], config: KnowledgeConfig, style
     """
     longest = max(len(ids) for ids in text.tokenizer.encode_batch([question.target for question in questions]))
     stop = () if style == "chat" else ("\n",)
-    params = [
-        SamplingParams(config.temperature, max_tokens=longest + SPARE_TOKENS, stop=stop, seed=config.seed + i)
-        for i in range(config.samples)
-    ]
-    prompts = [text.render(question.prompt) for question in questions] if style == "chat" else _few_shot(text, questions, config)
+    seeds = range(config.seed, config.seed + config.samples)
+    params = [SamplingParams(config.temperature, max_tokens=longest + SPARE_TOKENS, stop=stop, seed=seed) for seed in seeds]
+    if style == "chat":
+        prompts = [text.render(question.prompt) for question in questions]
+    else:
+        limit = text.engine.max_seq_len - longest - SPARE_TOKENS
+        tries = (_few_shot(text, questions, config, number) for number in range(NUM_SHOTS, 0, -1))
+        prompts = next((found for found in tries if max(map(len, found)) < limit), _few_shot(text, questions, config, 0))
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < text.engine.max_seq_len]
     if not fitting:
         raise UserError(f"none of {len(questions)} questions fits the context of {text.engine.max_seq_len} tokens.")
