@@ -200,7 +200,8 @@ def train_reward(
             summarise=summarise,
         )
 
-    return run_job(out, "reward", config, prepare, parents=[model_run, data], resume=resume, argv=argv, warn=warn)
+    parents = [model_run, data, *(file for file in (held_out, references) if file is not None)]
+    return run_job(out, "reward", config, prepare, parents=parents, resume=resume, argv=argv, warn=warn)
 
 
 def tell(warn: Callable[[str], None], path: Path, found: Choices, limit: int) -> None:
