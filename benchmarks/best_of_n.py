@@ -28,7 +28,7 @@ from record import write_record
 from reviews_world import plinth, ready
 
 SIZES = (4, 16)
-ROUNDS = 16  # times that each training prompt is asked
+ROUNDS = 12  # times that each training prompt is asked
 DRAWS = 64  # answers to each held-out prompt
 MAX_TOKENS = 60
 EPOCHS = 4

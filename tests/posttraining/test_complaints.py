@@ -259,7 +259,7 @@ def test_a_model_survives_saving_merging_and_loading_again_peft_2321_transformer
 
 # --- class 15: installation and imports ---
 
-POST_TRAINING = ("sft", "prefer", "reward", "distill", "merge", "known", "inspect")
+POST_TRAINING = ("sft", "prefer", "reward", "distill", "merge", "known", "inspect", "feedback", "best-of", "revise")
 EXTRAS = ("transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "vllm", "deepspeed", "huggingface_hub", "wandb")
 
 

@@ -208,7 +208,7 @@ def preference_row(comparison: Comparison, judgement: Judgement, judge: dict[str
         "judge": judge,
         "row": comparison.row,
         "orders": [judgement.as_given, judgement.swapped],
-        "chosen_shown_first": [0 if first_better else 1],
+        "chosen_place": 1 if first_better else 2,
         **({} if judgement.principle is None else {"principle": judgement.principle}),
         **({} if comparison.human is None else {"human_agrees": comparison.human == first_better}),
     }
