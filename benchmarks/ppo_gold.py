@@ -37,7 +37,7 @@ BASE = ["--prompts-per-rollout", "256", "--epochs", "2", "--minibatches", "4", "
         "--train.optimizer.name", "muon", "--train.optimizer.lr", "0.001", "--train.optimizer.muon-lr", "0.003",
         "--critic.coef", "1", "--critic.lr-factor", "2"]  # fmt: skip
 BETAS = (0.4, 0.2, 0.1, 0.05, 0.02)
-PAIRS, NOISE = 400, 0.1
+PAIRS, NOISE = 1500, 0.1
 
 
 def answers(model_dir: Path, reference_dir: Path, each: int = 8, threads: int = 1, seed: int = 11) -> dict:
@@ -207,7 +207,7 @@ def main() -> int:
         return draw()
     folder = ready(options.data, options.threads)
     torch.set_num_threads(options.threads)
-    part, default = {"gold": (gold, 20_000), "frontier": (frontier, 8_000), "astray": (astray, 16_000), "mix": (mix, 8_000)}[options.part]
+    part, default = {"gold": (gold, 32_000), "frontier": (frontier, 12_800), "astray": (astray, 16_000), "mix": (mix, 8_000)}[options.part]
     part(folder, options.threads, options.completions or default)
     return 0
 

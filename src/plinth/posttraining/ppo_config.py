@@ -66,7 +66,7 @@ class KlConfig:
     """The tie to the reference, which is the model as it comes in."""
 
     coef: float = 0.05
-    """nats of KL to the reference that one unit of score is worth, the other way round: factor of the KL in the reward"""
+    """β, the factor of the KL to the reference in the reward: how much score a nat must bring"""
     per_token: bool = True
     """item 17: take the KL off at each token; without it, its sum off the score"""
     estimator: Literal["k1", "k2", "k3"] = "k1"
