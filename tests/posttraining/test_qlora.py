@@ -13,7 +13,6 @@ from plinth.models.hub import load_decoder, save_model
 from plinth.models.mlp import Linear
 from plinth.models.transformer import Transformer
 from plinth.ops.nf4 import dequantise_nf4, quantise_nf4
-from plinth.posttraining import sft
 from plinth.posttraining.adapter_files import load_adapter, merge_adapter, save_adapter
 from plinth.posttraining.lora import LoraConfig, adapted_modules, add_adapters, merge
 from plinth.posttraining.sft import SftConfig, train_sft
@@ -158,26 +157,3 @@ def test_the_adapter_is_in_pefts_files_with_a_note_beside_them(tmp_path):
     with pytest.raises(UserError, match="was trained on whole weights: leave out --onto dequantised"):
         save_model(decoder(), None, tmp_path / "model")
         merge_adapter(tmp_path / "model", tmp_path / "None", tmp_path / "out", "dequantised")
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, base, monkeypatch):
-    config = config_of(KINDS[2], steps=5, dtype="bfloat16")
-    whole = train_sft(tmp_path / "whole", base / "model", base / "sft.jsonl", config)
-
-    class Killed(BaseException):
-        pass
-
-    seen, pad_rows = [], sft.pad_rows
-
-    def killing_pad(*arguments):
-        seen.append(1)
-        if len(seen) == 7:
-            raise Killed
-        return pad_rows(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(sft, "pad_rows", killing_pad)
-        train_sft(tmp_path / "cut", base / "model", base / "sft.jsonl", config)
-    resumed = train_sft(tmp_path / "cut", base / "model", base / "sft.jsonl", config, resume=True)
-    a, b = (load_decoder(run.model_dir).state_dict() for run in (whole, resumed))
-    assert all(torch.equal(a[name], b[name]) for name in a)
