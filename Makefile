@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo install test lint oracle soak kill-test bench bench-training bench-inference bench-posttraining clean
+.PHONY: demo install test lint oracle soak kill-test bench bench-training bench-inference bench-ppo bench-posttraining clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -67,6 +67,11 @@ bench-inference: $(VENV)/.installed-dev $(VENV)-llama/.installed
 	$(BIN)/python benchmarks/inference_peers.py --llama $(VENV)-llama/bin/python
 	$(BIN)/python benchmarks/inference_ttft.py $(if $(LLAMA_SERVER),--llama-server $(LLAMA_SERVER))
 	$(BIN)/python benchmarks/inference_start.py
+	$(BIN)/python benchmarks/tables.py
+
+bench-ppo: $(VENV)/.installed-dev
+	for part in gold frontier astray mix; do $(BIN)/python benchmarks/ppo_gold.py $$part || exit 1; done
+	$(BIN)/python benchmarks/ppo_ablations.py
 	$(BIN)/python benchmarks/tables.py
 
 # PAIRS=file.jsonl trains on a file of chosen and rejected answers instead of made-up ones.

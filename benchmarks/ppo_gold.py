@@ -4,7 +4,7 @@
     python benchmarks/ppo_gold.py frontier            # several coefficients of the KL, against the best that can be had
     python benchmarks/ppo_gold.py astray              # a learnt reward followed too far, judged by the known one
     python benchmarks/ppo_gold.py mix                 # what the pretraining mix keeps
-    python benchmarks/ppo_gold.py draw                # the pictures of docs/ppo.md, from the records
+    python benchmarks/ppo_gold.py draw                # the pictures of docs/ppo.md again, from the records
 
 The world is `plinth.tasks.reviews`, whose best policy at every KL is computed; the models are those of reviews_world.py. Each part writes
 benchmarks/records/ppo_PART.json. Rewards are means over held-out prompts, KL is that to the finetuned model in nats an answer.
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ppo_pictures import draw
 
 from plinth.models.hub import load_decoder
 from plinth.posttraining.reward import load_reward
@@ -202,14 +203,12 @@ def main() -> int:
     parser.add_argument("--completions", type=int, help="of each run (default: the part's own)")
     options = parser.parse_args()
     if options.part == "draw":
-        from ppo_pictures import draw
-
         return draw()
     folder = ready(options.data, options.threads)
     torch.set_num_threads(options.threads)
     part, default = {"gold": (gold, 32_000), "frontier": (frontier, 12_800), "astray": (astray, 16_000), "mix": (mix, 8_000)}[options.part]
     part(folder, options.threads, options.completions or default)
-    return 0
+    return draw()
 
 
 if __name__ == "__main__":

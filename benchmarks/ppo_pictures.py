@@ -103,7 +103,12 @@ def gold_table(found: dict[str, Any]) -> str:
 
 def frontier_table(found: dict[str, Any]) -> str:
     """Return reward and KL of each coefficient and n."""
-    lines = ["| | KL, nats | gold reward | best that can be had |", "|---|---|---|---|"]
+    lines = [
+        "![Reward against KL](pictures/ppo_frontier.svg)",
+        "",
+        "| | KL, nats | gold reward | best that can be had |",
+        "|---|---|---|---|",
+    ]
     attainable = sorted(map(tuple, found["attainable"]))
     for row in found["rows"]:
         kl = row["kl_nats"]["value"]
@@ -118,7 +123,8 @@ def astray_table(found: dict[str, Any]) -> str:
     row = found["rows"][0]
     curve = smoothed(row["curve"])
     best = max(curve, key=lambda point: point["gold"])
-    lines = ["| PPO on the learnt reward | KL, nats | learnt | known |", "|---|---|---|---|"]
+    lines = ["![Learnt and known reward against the root of the KL](pictures/ppo_astray.svg)", ""]
+    lines += ["| PPO on the learnt reward | KL, nats | learnt | known |", "|---|---|---|---|"]
     for label, point in (("start", curve[0]), ("where the known reward is highest", best), ("end", curve[-1])):
         lines.append(f"| {label} | {point['kl']:.1f} | {point['reward']:.2f} | {point['gold']:.2f} |")
     wrong, right = 100 * row["noise"], 100 * row["accuracy"]
