@@ -17,9 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import write_record
-from reviews_world import ready
-
 from plinth.evaluation.statistics import mean_score, paired_difference
 from plinth.inference.best_of import best_of_kl
 from plinth.models.hub import load_decoder
@@ -31,6 +28,8 @@ from plinth.tokenizer.chat import render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
+from record import write_record
+from reviews_world import ready
 
 LR, MUON_LR, EPOCHS, PAIRS_PER_STEP = 5e-4, 1.5e-3, 2.0, 64
 METHODS: dict[str, dict[str, Any]] = {

@@ -16,6 +16,7 @@ from grpo_tables import grpo_table
 from image_tables import image_table
 from posttraining_tables import batches_table, peers_table
 from ppo_pictures import ablation_table, astray_table, frontier_table, gold_table, mix_table
+from preference_tables import preference_table, shared_prefix_table
 from reward_tables import reward_table
 from ulmfit_tables import ulmfit_table
 
@@ -425,6 +426,8 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/models.md", "families", measured("families", families_table)),
     ("docs/grpo.md", "grpo arithmetic", measured("grpo_arithmetic", grpo_table)),
     ("docs/proteins.md", "protein encoder", protein_encoder),
+    ("docs/preference.md", "shared prefix", measured("shared_prefix", shared_prefix_table)),
+    ("docs/preference.md", "preference table", measured("preference_table", preference_table)),
     ("docs/reward_models.md", "hh-rlhf", measured("reward_model", reward_table)),
     ("docs/translation.md", "translation", translation_table),
     ("docs/encoders.md", "encoders", measured("encoder_pretraining", encoder_table)),
