@@ -143,6 +143,22 @@ def test_soft_labels_are_learnt_by_cdpo_and_named_where_they_are_not(tmp_path, t
     torch.testing.assert_close(values, torch.tensor(expected))
 
 
+@pytest.mark.parametrize("options", [{"loss": "sigmoid"}, {"loss": "ipo"}, {"loss": "orpo"}])
+def test_any_split_of_a_step_of_pairs_gives_the_same_loss_and_gradient(tmp_path, tokenizer, model_dir, options):
+    """The class of complaint of trl#2175 and trl#2604: a step is divided once, by its pairs, however it is accumulated and padded."""
+    records = [pair(a, b + " and more" * i) for i, (a, b) in enumerate(zip(SUBJECTS[:5], SUBJECTS[1:]))]
+    pairs = rendered_pairs(tokenizer, tmp_path / "pairs.jsonl", records)
+    model, config, reference = load_model(model_dir), DpoConfig(**options), torch.linspace(-60, -40, 10).view(5, 2)
+    found = []
+    for split in ([[0, 1, 2, 3, 4]], [[4], [0, 2], [1, 3]]):
+        parts = [pairs_loss(model, (*sides([pairs[i] for i in part]), reference[part]), config) for part in split]
+        total, count = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        found.append((total / count, torch.autograd.grad(total / count, list(model.parameters()))))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    for one, other in zip(found[0][1], found[1][1]):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_cross_entropy_is_added_to_dpo_alone_unless_asked():
     assert (DpoConfig().nll_coef, DpoConfig(loss="simpo").nll_coef, DpoConfig(loss="simpo", chosen_nll_coef=0.5).nll_coef) == (0.2, 0, 0.5)
     with pytest.raises(UserError, match="gamma=1.0 is not read by the loss sigmoid"):

@@ -42,7 +42,7 @@ from plinth.training.device import choose_device, move_batch
 from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
-from plinth.training.step import Batch
+from plinth.training.step import Batch, InlineWorker, Workers
 
 SHOWN = 3
 
@@ -160,6 +160,12 @@ class PairedRows:
         self.epsilon = torch.tensor([0.0 if pair.probability is None else 1 - pair.probability for pair in pairs])
         self.reads_epsilon = config.loss == "cdpo" and config.epsilon is None and self.soft > 0
 
+    def open(self, num_threads: int) -> None:
+        """Do nothing: pairs need no threads of their own."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
     def reference_batch(self, part: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Return the sequences whose log-probabilities under the reference the loss reads."""
         return share_sides([(self.pairs[i].chosen, self.pairs[i].rejected) for i in part], self.pad_id)
@@ -196,6 +202,16 @@ class LabelledRows:
         self.needs_reference = True
         self.sides = 2 if config.loss == "kto" else 1
         self.device = choose_device(config.train.device)
+        self._workers: Workers | InlineWorker = InlineWorker()
+
+    def open(self, num_threads: int) -> None:
+        """Let so many threads of a CPU measure the reference point."""
+        self._workers = Workers(num_threads) if self.device == "cpu" else InlineWorker()
+
+    def close(self) -> None:
+        """End the threads."""
+        if isinstance(self._workers, Workers):
+            self._workers.close()
 
     def reference_batch(self, part: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Return the sequences whose log-probabilities under the reference the loss reads: the answers, and kto's mismatched ones."""
@@ -222,8 +238,12 @@ class LabelledRows:
         measured = answers
         if self.config.loss == "kto":
             measured = [pad_sides(([self.answers[i].mismatched] for i in part), self.pad_id) for part in parts]
-        with torch.no_grad():
-            found = [sides_log_probs(policy, *move_batch(batch, self.device))[:, 0].float().cpu() for batch in measured]
+
+        def score(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            with torch.no_grad():  # which each thread has for itself
+                return sides_log_probs(policy, *move_batch(batch, self.device))[:, 0].float().cpu()
+
+        found = self._workers.map(score, measured)
         side = 1 if self.config.loss == "kto" else 0
         return reference_point(self.config.loss, found, [values[:, side] for values in references], wanted, self.config.beta or 0.1)
 
@@ -274,6 +294,7 @@ def train_dpo(
         reference = np.zeros((len(rows.lengths), rows.sides), dtype=np.float32)
 
         def begin(run: Run, config: DpoConfig) -> None:
+            rows.open(config.train.num_threads or 1)
             if rows.needs_reference:
                 reference[:] = reference_log_probs(
                     run, lambda: fresh(config), rows.score, rows.reference_batch,
@@ -287,6 +308,7 @@ def train_dpo(
         def summarise(summary: dict[str, Any]) -> dict[str, Any]:
             counts = rows.counts() | {"rejected_lines": len(found.rejected), "left_out": len(left_out)}
             kept = {name: value for name, value in summary.items() if name != "tokens"}
+            rows.close()
             means = last_means(Run(out).metrics())
             if said := displacement(means, config.nll_coef):
                 warn(said)
