@@ -86,6 +86,8 @@ def shared_tokens(sides: Sequence[Rendered]) -> int:
     limit = min(min(len(side.tokens), side.loss_mask.index(True)) for side in sides) - 1
     first = sides[0].tokens
     others = [side.tokens for side in sides[1:]]
+    if limit > 0 and all(other[:limit] == first[:limit] for other in others):
+        return limit
     return next((i for i in range(limit) if any(other[i] != first[i] for other in others)), max(limit, 0))
 
 
