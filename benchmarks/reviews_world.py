@@ -26,7 +26,7 @@ from plinth.tasks.reviews import ReviewsConfig, write_reviews
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.objectives import causal_lm_loss
 
-VOCAB_SIZE, SEQ_LEN = 832, 96
+VOCAB_SIZE, SEQ_LEN = 640, 96  # larger, 600 updates do not teach it to name the thing that was asked about
 SHAPE = ["--model.hidden-size", "96", "--model.num-layers", "3", "--model.num-heads", "3", "--model.num-kv-heads", "3",
          "--model.head-dim", "32", "--model.intermediate-size", "256", "--model.max-seq-len", str(SEQ_LEN)]  # fmt: skip
 
