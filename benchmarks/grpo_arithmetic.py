@@ -29,11 +29,12 @@ from plinth.tasks.arithmetic import arithmetic_problems, arithmetic_rows
 from plinth.tokenizer.train import train_tokenizer
 from record import write_record
 
-PROBLEMS, HELD_OUT, TAUGHT, SFT_STEPS, ROLLOUTS = 20_000, 1_000, 4_000, 260, 500
+PROBLEMS, HELD_OUT, TAUGHT, SFT_STEPS, ROLLOUTS = 20_000, 1_000, 4_000, 195, 500
 SHAPE = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "intermediate_size": 384}
 OPTIONS = [
     "--loss", "dapo", "--resample-rounds", "0", "--prompts-per-rollout", "256", "--micro-batch-size", "256", "--sample.group-size", "8",
-    "--sample.max-tokens", "8", "--train.optimizer.name", "adamw", "--train.optimizer.lr", "0.0008",
+    "--sample.max-tokens", "8", "--train.optimizer.name", "adamw", "--train.optimizer.lr", "0.0006",
+    "--train.warmup-steps", "20",
 ]  # fmt: skip
 EVALUATE = ["--problem.samples", "8", "--problem.max-tokens", "8", "--problem.max-problems", str(HELD_OUT)]
 CURVE_POINTS = 25
