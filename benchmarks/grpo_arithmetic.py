@@ -29,7 +29,7 @@ from plinth.tasks.arithmetic import arithmetic_problems, arithmetic_rows
 from plinth.tokenizer.train import train_tokenizer
 from record import write_record
 
-PROBLEMS, HELD_OUT, TAUGHT, SFT_STEPS, ROLLOUTS = 20_000, 1_000, 4_000, 195, 500
+PROBLEMS, HELD_OUT, TAUGHT, SFT_STEPS, ROLLOUTS = 20_000, 1_000, 4_000, 195, 600
 SHAPE = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "intermediate_size": 384}
 OPTIONS = [
     "--loss", "dapo", "--resample-rounds", "0", "--prompts-per-rollout", "256", "--micro-batch-size", "256", "--sample.group-size", "8",
