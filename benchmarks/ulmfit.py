@@ -4,10 +4,11 @@
     python benchmarks/ulmfit.py --data DIR --seconds 300     # begins no further arm after so long; several processes may share DIR
 
 A passage of a few lines of the Python standard library: which of eight packages is it from? Passages that name one of the eight are left
-out, equal ones count once. A small AWD-LSTM is pretrained on the rest of the library (none of the eight packages' files), finetuned on
-passages of the eight without their labels (those to test on are not among them), and then learns from 100 and more labels; beside it the
-same model from fresh weights. Then single ingredients are taken away. Every arm has the same updates for the same number of labels. Seeds
-draw the labelled passages, the head and the order; each language model is trained once, which no interval here covers.
+out, equal ones count once. A small decoder (--trunk awd-lstm: an AWD-LSTM) is pretrained on the rest of the library (none of the eight
+packages' files), finetuned on passages of the eight without their labels (those to test on are not among them), and then learns from 100
+and more labels; beside it the same model from fresh weights. Then single ingredients are taken away. Every arm has the same updates for
+the same number of labels. Seeds draw the labelled passages, the head and the order; each language model is trained once, which no
+interval here covers.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from plinth.data.labelled import TextExample
 from plinth.data.shards import pack_corpus, read_manifest
 from plinth.data.stdlib import stdlib_documents
 from plinth.inference.text_classifier import LoadedClassifier
+from plinth.models.config import DecoderConfig
 from plinth.models.recurrent import AwdLstmConfig
 from plinth.models.text_classifier import PooledHeadConfig
 from plinth.posttraining.depth_rates import RateConfig
 from plinth.posttraining.text_classification import TransferClassifyConfig, train_classifier
 from plinth.recipes.language_model_finetuning import LmFinetuneConfig, finetune_language_model
+from plinth.recipes.pretraining import PretrainConfig, pretrain
 from plinth.recipes.recurrent_pretraining import AwdLstmPretrainConfig, pretrain_awd_lstm
 from plinth.run import Run
 from plinth.tokenizer.encode import Tokenizer
@@ -48,9 +51,14 @@ from plinth.training.optim import OptimizerConfig
 from record import write_record
 
 CLASSES, TESTED, VOCABULARY, PASSAGE = 8, 800, 2048, 240
-SHAPE = AwdLstmConfig(vocab_size=VOCABULARY, embedding_size=128, hidden_size=256, num_layers=2).without_dropout(0.5)
+SHAPES = {
+    "decoder": DecoderConfig(vocab_size=VOCABULARY, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
+                             intermediate_size=384, max_seq_len=512),
+    "awd-lstm": AwdLstmConfig(vocab_size=VOCABULARY, embedding_size=128, hidden_size=256, num_layers=2).without_dropout(0.5),
+}  # fmt: skip
+SEQ_LEN = {"decoder": 128, "awd-lstm": 70}
 EPOCHS = {100: 30, 200: 20, 500: 14, 1000: 10, 2000: 8}  # passes over so many labels, the same for every arm
-LM_EPOCHS, GENERAL_EPOCHS, ROWS = 3.0, 1.5, 16
+LM_EPOCHS, GENERAL_EPOCHS, ROWS, LM_RATE = 3.0, 2.0, 16, 0.004
 PLAIN = RateConfig(depth_factor=1.0, slanted=False)
 
 
@@ -63,12 +71,15 @@ class Arm:
     rates: RateConfig = RateConfig()
     unfreeze: str = "gradual"
     pooling: str = "concat"
+    lr: float = 0.01
+    """of the head"""
 
 
+ONE_RATE = 0.003  # where all layers learn alike: the best of 0.001, 0.003 and 0.01 from scratch with 100 labels, on one draw
 FULL = Arm("target")
 CURVE = {
-    "from scratch": Arm("fresh", RateConfig(depth_factor=1.0), "all"),
-    "pretrained": Arm("general", RateConfig(depth_factor=1.0), "all"),
+    "from scratch": Arm("fresh", RateConfig(depth_factor=1.0), "all", lr=ONE_RATE),
+    "pretrained": Arm("general", RateConfig(depth_factor=1.0), "all", lr=ONE_RATE),
     "the whole recipe": FULL,
 }
 ABLATIONS = {
@@ -76,9 +87,9 @@ ABLATIONS = {
     "no finetuning of the language model": Arm("general"),
     "language model finetuned at one constant rate": Arm("target, plain"),
     "language model finetuned by depth, constant rate": Arm("target, by depth"),
-    "labels: all layers at one constant rate": Arm("target", PLAIN, "all"),
+    "labels: all layers at one constant rate": Arm("target", PLAIN, "all", lr=ONE_RATE),
     "labels: the head alone": Arm("target", unfreeze="head"),
-    "labels: no discriminative rates": Arm("target", RateConfig(depth_factor=1.0)),
+    "labels: no discriminative rates": Arm("target", RateConfig(depth_factor=1.0), lr=ONE_RATE),
     "labels: no slanted triangle": Arm("target", RateConfig(slanted=False)),
     "labels: no gradual unfreezing": Arm("target", unfreeze="all"),
     "labels: the last state alone": Arm("target", pooling="last"),
@@ -166,41 +177,47 @@ def pack(folder: Path, name: str, documents: list[str]) -> None:
     pack_corpus(corpus, Tokenizer.load(folder / "tokenizer"), folder / name)
 
 
-def model_folder(folder: Path, name: str) -> Path:
-    return folder / "models" / name.replace(", ", "-").replace(" ", "_")
+def model_folder(folder: Path, trunk: str, name: str) -> Path:
+    return folder / trunk / name.replace(", ", "-").replace(" ", "_")
 
 
-def language_model(folder: Path, name: str) -> Path:
+def language_model(folder: Path, trunk: str, name: str) -> Path:
     """Train a language model unless it is there, and return its run; other processes wait."""
-    out, rates = model_folder(folder, name), LANGUAGE_MODELS[name]
-    with (folder / f"{out.name}.lock").open("w") as lock:
+    out, rates = model_folder(folder, trunk, name), LANGUAGE_MODELS[name]
+    with (folder / f"{trunk}-{out.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (out / "DONE").exists():
             return out
         resume = out.exists()
         if rates is None:
             shards = folder / ("general" if name == "general" else "target")
-            steps = round((GENERAL_EPOCHS if name == "general" else LM_EPOCHS) * read_manifest(shards)["tokens_train"] / (ROWS * 70))
-            train = TrainConfig(steps, num_threads=1, keep_pre_decay=False, optimizer=OptimizerConfig(name="adamw", lr=0.01))
-            config = AwdLstmPretrainConfig(SHAPE, train, sequences_per_step=ROWS, micro_batch_size=ROWS)
-            pretrain_awd_lstm(out, [shards], folder / "tokenizer", config, resume=resume)
+            seq_len = SEQ_LEN[trunk]
+            steps = round((GENERAL_EPOCHS if name == "general" else LM_EPOCHS) * read_manifest(shards)["tokens_train"] / (ROWS * seq_len))
+            if trunk == "decoder":
+                train = TrainConfig(steps, num_threads=1, keep_pre_decay=False, compile=False)
+                shape = PretrainConfig(SHAPES[trunk], train, seq_len, ROWS, ROWS)
+                pretrain(out, [shards], folder / "tokenizer", shape, resume=resume)
+            else:
+                train = TrainConfig(steps, num_threads=1, keep_pre_decay=False, optimizer=OptimizerConfig(name="adamw", lr=0.01))
+                config = AwdLstmPretrainConfig(SHAPES[trunk], train, sequences_per_step=ROWS, micro_batch_size=ROWS)
+                pretrain_awd_lstm(out, [shards], folder / "tokenizer", config, resume=resume)
         else:
-            train = settings(0.004, 0, decay=0.9 if rates.slanted else 0.0)
-            config = LmFinetuneConfig(rates, train, LM_EPOCHS, sequences_per_step=ROWS, micro_batch_size=ROWS)
-            finetune_language_model(out, language_model(folder, "general"), [folder / "target"], config, resume=resume)
+            train = settings(LM_RATE, 0, decay=0.9 if rates.slanted else 0.0)
+            tuning = LmFinetuneConfig(rates, train, LM_EPOCHS, SEQ_LEN[trunk], ROWS, ROWS)
+            finetune_language_model(out, language_model(folder, trunk, "general"), [folder / "target"], tuning, resume=resume)
     return out
 
 
-def learn(folder: Path, arm: Arm, labels: int, seed: int, scratch: Path) -> dict:
+def learn(folder: Path, trunk: str, arm: Arm, labels: int, seed: int, scratch: Path) -> dict:
     """Train a classifier and return what it reached on the passages to test."""
     pool = json.loads((folder / "pool.json").read_text())
     block = random.Random(seed)
     groups = [pool[i : i + CLASSES] for i in range(0, len(pool) - CLASSES + 1, CLASSES)]
     chosen = [example for group in block.sample(groups, -(-labels // CLASSES)) for example in group][:labels]
     (scratch / "train.jsonl").write_text("".join(json.dumps(example) + "\n" for example in chosen))
-    base = language_model(folder, "general" if arm.language_model == "fresh" else arm.language_model)
+    base = language_model(folder, trunk, "general" if arm.language_model == "fresh" else arm.language_model)
     config = TransferClassifyConfig(
-        PooledHeadConfig(arm.pooling), arm.rates, arm.unfreeze, train=settings(0.01, seed, decay=0.9 if arm.rates.slanted else 0.0),
+        PooledHeadConfig(arm.pooling), arm.rates, arm.unfreeze, train=settings(arm.lr, seed, decay=0.9 if arm.rates.slanted else 0.0),
         epochs=EPOCHS[labels], micro_batch_size=32, fresh=arm.language_model == "fresh",
     )  # fmt: skip
     began = time.process_time()
@@ -226,12 +243,12 @@ def runs(counts: list[int], ablated: list[int], seeds: int) -> list[tuple[str, A
     return curve + [(name, arm, labels, seed) for labels in ablated for seed in range(seeds) for name, arm in ABLATIONS.items()]
 
 
-def run_missing(folder: Path, plan: list[tuple[str, Arm, int, int]], seconds: float | None) -> None:
+def run_missing(folder: Path, trunk: str, plan: list[tuple[str, Arm, int, int]], seconds: float | None) -> None:
     """Do the runs that no process has done or does, until `seconds` are over."""
     began = time.monotonic()
-    (folder / "rows").mkdir(exist_ok=True)
+    (folder / trunk / "rows").mkdir(parents=True, exist_ok=True)
     for name, arm, labels, seed in plan:
-        out = folder / "rows" / f"{name_of(name, labels, seed)}.json"
+        out = folder / trunk / "rows" / f"{name_of(name, labels, seed)}.json"
         if seconds is not None and time.monotonic() - began > seconds:
             return
         with out.with_suffix(".lock").open("w") as lock:
@@ -242,18 +259,18 @@ def run_missing(folder: Path, plan: list[tuple[str, Arm, int, int]], seconds: fl
             if out.exists():
                 continue
             with tempfile.TemporaryDirectory() as scratch:
-                row = {"name": name, "labels": labels, "seed": seed} | learn(folder, arm, labels, seed, Path(scratch))
+                row = {"name": name, "labels": labels, "seed": seed} | learn(folder, trunk, arm, labels, seed, Path(scratch))
             write_atomic(out, json.dumps(row) + "\n")
             print(f"{name_of(name, labels, seed)}: {row['accuracy']:.3f} in {row['cpu_s']} s", flush=True)
 
 
-def report(folder: Path, plan: list[tuple[str, Arm, int, int]]) -> Path:
+def report(folder: Path, trunk: str, plan: list[tuple[str, Arm, int, int]]) -> Path:
     """Write the record of the runs that are there."""
-    files = [folder / "rows" / f"{name_of(name, labels, seed)}.json" for name, _, labels, seed in plan]
+    files = [folder / trunk / "rows" / f"{name_of(name, labels, seed)}.json" for name, _, labels, seed in plan]
     rows = [json.loads(file.read_text()) for file in files if file.exists()]
     models = {}
     for name in LANGUAGE_MODELS:
-        run = Run(model_folder(folder, name))
+        run = Run(model_folder(folder, trunk, name))
         if run.is_done:
             kept = ("steps", "tokens", "loss_nats", "heldout_loss_nats_before", "heldout_loss_nats")
             models[name] = {key: value for key, value in (run.summary or {}).items() if key in kept}
@@ -262,7 +279,7 @@ def report(folder: Path, plan: list[tuple[str, Arm, int, int]]) -> Path:
         "ulmfit", __doc__.splitlines()[0], rows, missing=[file.stem for file in files if not file.exists()], models=models,
         classes=sorted({example["label"] for example in test}), tested=len(test), curve=list(CURVE), ablations=list(ABLATIONS),
         tokens={name: read_manifest(folder / name)["tokens_train"] for name in ("general", "target")},
-        model=dataclasses.asdict(SHAPE),
+        trunk=trunk, model=dataclasses.asdict(SHAPES[trunk]),
     )  # fmt: skip
     if rows:
         (path.parents[2] / PICTURE).write_text(ulmfit_picture(json.loads(path.read_text())))
@@ -272,6 +289,7 @@ def report(folder: Path, plan: list[tuple[str, Arm, int, int]]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the texts, models and results")
+    parser.add_argument("--trunk", choices=SHAPES, default="decoder", help="kind of language model")
     parser.add_argument("--seconds", type=float, help="begin no further run after so many seconds (default: do all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--labels", type=int, nargs="+", default=[100, 200, 500, 1000], choices=EPOCHS)
@@ -285,8 +303,8 @@ def main() -> None:
         if not (options.data / "pool.json").exists():
             prepare(options.data)
     plan = runs(options.labels, options.ablated, options.seeds)
-    run_missing(options.data, plan, options.seconds)
-    print(report(options.data, plan))
+    run_missing(options.data, options.trunk, plan, options.seconds)
+    print(report(options.data, options.trunk, plan))
 
 
 if __name__ == "__main__":
