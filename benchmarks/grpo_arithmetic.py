@@ -111,7 +111,7 @@ def row_of(work: Path, name: str) -> dict[str, Any]:
     lines = [line for line in run.metrics() if "reward" in line]
     if lines:
         shown = lines[:: max(1, len(lines) // CURVE_POINTS)]
-        keys = ("step", "time_s", "reward", "length_tokens", "entropy_nats", "zero_spread_groups", "clip_fraction", "engine_gap_nats")
+        keys = ("step", "time_s", "reward", "completion_tokens", "entropy", "zero_spread_groups", "clip_fraction", "engine_gap")
         row |= {"completions": 8 * 256 * len(lines), "curve": [{key: line[key] for key in keys} for line in shown]}
     return row
 

@@ -105,11 +105,11 @@ def test_every_member_trains_on_its_own_advantages(base):
         gathered = collector(base, config)
         rows, metrics = gathered(0)
         total, count, measured = completion_loss(gathered.sampler.model, rows, config.settings)
-        assert torch.isfinite(total) and count > 0 and metrics["kl_nats"] == pytest.approx(0.0, abs=1e-5)
+        assert torch.isfinite(total) and count > 0 and metrics["kl"] == pytest.approx(0.0, abs=1e-5)
         if config.advantages_kind not in ("global",):
             assert float(rows["advantages"].view(-1, 4).sum(1).abs().max()) < 1e-4
         assert measured["clip_fraction"] == 0.0  # the policy is the sampler yet
-        assert ("kl" in measured) == (config.member.kl_in == "loss")
+        assert ("kl_token" in measured) == (config.member.kl_in == "loss")
 
 
 def test_options_take_the_place_of_a_members_own():
@@ -156,7 +156,7 @@ def test_unfinished_completions_can_be_left_out_of_groups_and_loss(base):
     config = dataclasses.replace(SMALL, mask_unfinished=True, loss="dapo", keep_zero_spread=True, sample=SampleConfig(4, 3, 3.0))
     gathered = collector(base, config)
     rows, metrics = gathered(0)
-    assert 0 < metrics["unfinished"] < 1 and (rows["trained"] == rows["finished"]).all()
+    assert 0 < metrics["finished"] < 1 and (rows["trained"] == rows["finished"]).all()
     assert not rows["advantages"][~rows["trained"]].any()
     _, count, _ = completion_loss(gathered.sampler.model, rows, config.settings, 3.0)
     assert count == int(rows["mask"][rows["trained"]].sum())
@@ -251,13 +251,13 @@ def test_the_command(base, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     wanted = {
         "reward",
-        "length_tokens",
-        "entropy_nats",
+        "completion_tokens",
+        "entropy",
         "clip_fraction",
         "kl_sampler",
         "zero_spread_groups",
-        "engine_gap_nats",
-        "unfinished",
+        "engine_gap",
+        "finished",
     }
     assert wanted <= lines[0].keys() and lines[0]["rollout"] == 0
     assert main(["grpo", *arguments]) == 1

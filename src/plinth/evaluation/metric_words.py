@@ -49,6 +49,12 @@ WORDS = {
     "teacher_cross_entropy_nats": Words("cross-entropy, teacher", "nats", "Of the same tokens: what the student is to come near."),
     "same_first_choice": Words("same first choice", "share", "Positions where student and teacher hold the same token most probable."),
     "own_answers": Words("answers of its own", "share", "Examples of the update whose answer the student wrote."),
+    "engine_gap": Words("engine against trainer", "nats", "Largest difference of a token's log-probability; in fp32 below 1e-5."),
+    "kl_sampler": Words("distance to the sampler", "nats", "From the policy that wrote the completions to the one in training, a token."),
+    "kl_token": Words("KL in the loss", "nats", "To the reference, a token, by the estimator that the loss has."),
+    "ptx_loss": Words("pretraining loss", "nats", "Of the pretraining mix, times its weight."),
+    "gold": Words("known reward", "", "Of the same completions, beside the reward that is learnt from."),
+    "objective": Words("reward less KL", "", "What is maximised: score minus the penalty for leaving the reference."),
     "lr": Words("learning rate"),
     "grad_norm": Words("gradient norm", "", "Before clipping; jumps point at bad batches."),
     "tokens_per_s": Words("speed", "counted tokens/s"),
@@ -56,11 +62,11 @@ WORDS = {
 }
 
 GROUPS = (
-    ("What is learnt", ("loss_nats", "nll_nats", "heldout_loss_nats", "accuracy", "margin", "mean_score", "reward", "score",
-                        "cross_entropy_nats", "teacher_cross_entropy_nats", "same_first_choice", "policy_loss", "value_loss",
-                        "explained_variance")),
-    ("How far the model moves", ("kl", "entropy", "clip_fraction", "value_clip_fraction", "chosen_log_prob", "rejected_log_prob",
-                                 "chosen_fell")),
+    ("What is learnt", ("loss_nats", "nll_nats", "heldout_loss_nats", "accuracy", "margin", "mean_score", "reward", "score", "gold",
+                        "objective", "ptx_loss", "cross_entropy_nats", "teacher_cross_entropy_nats", "same_first_choice", "policy_loss",
+                        "value_loss", "explained_variance")),
+    ("How far the model moves", ("kl", "kl_token", "kl_sampler", "engine_gap", "entropy", "clip_fraction", "value_clip_fraction",
+                                 "chosen_log_prob", "rejected_log_prob", "chosen_fell")),
     ("Answers", ("completion_tokens", "finished", "own_answers", "chosen_tokens", "rejected_tokens", "zero_spread_groups")),
     ("The optimizer", ("lr", "learning_groups", "grad_norm", "tokens_per_s", "mfu")),
 )  # fmt: skip

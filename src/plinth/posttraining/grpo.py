@@ -215,12 +215,12 @@ class Collector:
         if self.reference is not None:
             rows["reference"] = self.sampler.score(rows, self._reference_model())
             kl_NC = kl_estimate(rows["log_probs"], rows["reference"], "k1") * rows["mask"]
-            metrics["kl_nats"] = float(kl_NC.sum() / rows["mask"].sum())
+            metrics["kl"] = float(kl_NC.sum() / len(kl_NC))
             if config.member.kl_in == "reward":
                 total_N = total_N - config.kl_coef * kl_NC.sum(1)
         rows["advantages"] = self._advantages(rewards_KN, total_N.view(-1, size)).flatten()
         metrics["groups"] = len(rollouts.prompts)
-        metrics["engine_gap_nats"] = rollouts.engine_gap
+        metrics["engine_gap"] = rollouts.engine_gap
         metrics["rollout_s"] = time.perf_counter() - began
         return rows, metrics
 
@@ -251,9 +251,9 @@ class Collector:
         return {
             "reward": float((config.weights_K * torch.tensor(means)).sum()),
             **({f"reward_{name.partition(':')[0]}": value for name, value in zip(names, means)} if len(names) > 1 else {}),
-            "length_tokens": tokens / len(rollouts),
-            "unfinished": 1.0 - sum(rollouts.finished) / len(rollouts),
-            "entropy_nats": -sum(map(sum, rollouts.log_probs)) / tokens,  # what was sampled estimates it without bias
+            "completion_tokens": tokens / len(rollouts),
+            "finished": sum(rollouts.finished) / len(rollouts),
+            "entropy": -sum(map(sum, rollouts.log_probs)) / tokens,  # what was sampled estimates it without bias
         }
 
     def _spread(self, rewards_KN: torch.Tensor) -> torch.Tensor:

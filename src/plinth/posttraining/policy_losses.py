@@ -147,8 +147,8 @@ def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: str, max_tokens: int | None
 def policy_loss(batch: PolicyBatch, settings: PolicyLoss) -> tuple[Tensor, int, dict[str, float]]:
     """Return (loss_sum, count, metrics) of one member of the family; metrics are summed with the weights of the loss.
 
-    clip_fraction is the share of tokens whose gradient the clip stops, kl_sampler the k1 estimate of KL(sampler ‖ policy) in nats, kl
-    that to the reference. Raises ValueError when a KL is asked for without a reference.
+    clip_fraction is the share of tokens whose gradient the clip stops, kl_sampler the k1 estimate of KL(sampler ‖ policy) in nats,
+    kl_token that to the reference, by the estimator of the loss. Raises ValueError when a KL is asked for without a reference.
     """
     mask_BT = batch.mask_BT.to(batch.log_probs_BT.dtype)
     advantages = batch.advantages_BT
@@ -163,7 +163,7 @@ def policy_loss(batch: PolicyBatch, settings: PolicyLoss) -> tuple[Tensor, int, 
             raise ValueError(f"kl_coef={settings.kl_coef} needs reference_BT. Give it, or set kl_coef=0.")
         kl_BT = kl_estimate(batch.log_probs_BT, batch.reference_BT, settings.kl_estimator)
         loss_BT = loss_BT + settings.kl_coef * (kl_BT * ratio if settings.kl_weighted else kl_BT)
-        measured["kl"] = kl_BT
+        measured["kl_token"] = kl_BT
     with torch.no_grad():
         measured["kl_sampler"] = batch.sampler_BT - batch.log_probs_BT
         measured["clip_fraction"] = _stopped(ratio, advantages, settings).expand_as(mask_BT).to(mask_BT.dtype)
