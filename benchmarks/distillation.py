@@ -14,11 +14,10 @@ import argparse
 import json
 import shutil
 import time
-import weakref
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from live_bytes import LiveBytes
 
 from best_of_n import held_out_answers, kl_to
 from plinth.models.config import DecoderConfig
@@ -88,28 +87,6 @@ def held_out_loss(student: Path, teacher: Path, tokenizer: Tokenizer) -> dict[st
     models = [load_decoder(find_model(folder)) for folder in (student, teacher)]
     loss, count, sums = distill_loss(*models, batch, DistillConfig())
     return {"kl_nats": float(loss) / count} | {name: float(value) / count for name, value in sums.items()}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside that are alive, and the most of them at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = weakref.WeakValueDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.seen:
-                self.seen[storage._cdata] = storage
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def free(self, count: int) -> None:
-        self.live -= count
 
 
 def memory(rows: int = 1024, vocab: int = 32_768, widths: tuple[int, int] = (256, 512)) -> list[dict]:

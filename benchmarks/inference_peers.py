@@ -17,7 +17,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from side_process import SideProcess
 
 from plinth.models.config import DecoderConfig
 from plinth.models.cost import count_params
@@ -117,30 +117,15 @@ def prepare(folder: Path, size: str) -> None:
     (folder / "DONE").touch()
 
 
-class Process:
+class Process(SideProcess):
     """A side, loaded and waiting for workloads."""
 
     def __init__(self, side: str, folder: Path, llama: Path | None, threads: int):
         name, _, weights = side.partition("-")
         script = [str(llama), HERE / "llama_side.py", folder / f"{weights}.gguf"] if name == "llama" else None
         command = script or [sys.executable, HERE / "inference_sides.py", side, folder / "hf"]
-        self.process = subprocess.Popen([*map(str, command), str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__([*command, threads])
         self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
-        return json.loads(line)
-
-    def run(self, work: dict[str, Any]) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps(work) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def run_task(folder: Path, llama: Path | None, size: str, name: str, threads: int, rounds: int, journal: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from side_process import SideProcess
 
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import save_model
@@ -131,30 +131,15 @@ def made_up(count: int = 4000) -> Iterator[Preference]:
         yield Preference(prompt, [{"role": "assistant", "content": text(25)}], [{"role": "assistant", "content": text(30)}])
 
 
-class Process:
+class Process(SideProcess):
     """A side of a task, loaded and waiting."""
 
     def __init__(self, side: str, task: str, settings: str, arguments: argparse.Namespace):
         where = [task, settings, arguments.folder, arguments.threads]
         ours = [sys.executable, HERE / "posttraining_sides.py", *where]
         command = ours if side == "plinth" else [arguments.trl, HERE / "trl_side.py", side, *where]
-        self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__(command)
         self.versions = self.answer()["versions"]
-
-    def answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
-        return json.loads(line)
-
-    def run(self, work: dict[str, int]) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps(work) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def run_task(task: str, settings: str, arguments: argparse.Namespace, journal: Path) -> None:

@@ -3,17 +3,15 @@
 import json
 
 import pytest
-import torch
 
 from plinth.cli.main import main
 from plinth.config import UserError
 from plinth.evaluation.sampled_answers import answer_curve, picture
 from plinth.inference.engine import Engine
 from plinth.inference.text import TextEngine
-from plinth.models.config import DecoderConfig
 from plinth.models.hub import save_model
 from plinth.models.transformer import Transformer
-from plinth.tokenizer.train import train_tokenizer
+from small_models import coin_decoder, coin_tokenizer
 
 QUESTIONS = [
     {"id": f"f{i}/{j}", "group": "known", "fact_id": f"f{i}#k", "kind": "k", "question": f"What is {i}{j}?", "answers": ["e"]}
@@ -24,25 +22,13 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["What is e? e a e b e\n" * 40], vocab_size=280)
+    return coin_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer) -> Transformer:
     """Tosses a coin for one letter, e or a, and ends: nothing but the last token's embedding reaches the head."""
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16,
-        intermediate_size=32, max_seq_len=64, tie_embeddings=False,
-    )  # fmt: skip
-    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
-    letters, letter, other = [tokenizer.encode(text)[0] for text in "ea"], torch.eye(32)[0], torch.eye(32)[1]
-    with torch.no_grad():
-        model.embed.weight.copy_(other.expand(config.vocab_size, -1))
-        model.embed.weight[letters] = letter
-        model.head.weight.zero_()
-        model.head.weight[tokenizer.end_id] = 50 * letter
-        model.head.weight[letters] = 50 * other
-    return model
+    return coin_decoder(tokenizer)
 
 
 def test_a_coin_gives_the_curve_of_a_coin(model, tokenizer):

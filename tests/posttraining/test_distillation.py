@@ -1,12 +1,12 @@
 """Distillation: the chunked loss against the whole one, its memory, a student that learns, and resuming."""
 
 import json
-import weakref
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
@@ -22,6 +22,10 @@ from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
 from plinth.training.stopping import Stopped
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from live_bytes import LiveBytes
 
 SUBJECTS = ["copy", "move", "read", "write", "open", "close", "seek", "flush"]
 
@@ -67,30 +71,6 @@ def quick(steps, dtype="float32", **more):
     optimizer = OptimizerConfig(lr=0.01, muon_lr=0.02)
     train = TrainConfig(steps=steps, warmup_steps=2, dtype=dtype, num_threads=2, optimizer=optimizer, checkpoint_every_s=0)
     return DistillConfig(train=train, examples_per_step=8, micro_batch_size=4, **more)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside that are alive, and the most of them at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = weakref.WeakValueDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.seen:
-                    self.seen[storage._cdata] = storage
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def free(self, count):
-        self.live -= count
 
 
 def test_two_vocabularies_of_logits_never_stand_in_memory():

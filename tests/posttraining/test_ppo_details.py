@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from plinth.config import UserError
-from plinth.models.config import DecoderConfig
 from plinth.models.reward import RewardModel
-from plinth.models.transformer import Transformer
 from plinth.posttraining.actor_critic import View, new_actor_critic
 from plinth.posttraining.policy_losses import PolicyLoss, value_loss
 from plinth.posttraining.ppo import ppo_loss
@@ -22,25 +20,14 @@ from plinth.tokenizer.train import train_tokenizer
 from plinth.training.optim import OptimizerConfig, build_optimizer
 from plinth.training.precision import MasterWeights
 from plinth.training.step import InlineWorker
+from small_models import GROUPED, noisy_decoder
 
-SHAPE = DecoderConfig(
-    vocab_size=41, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=64, max_seq_len=64
-)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15]]
 END = 1
 
 
-def decoder(config=SHAPE, seed=0, noise=0.3):
-    model = Transformer(config).init_weights(torch.Generator().manual_seed(seed))
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def both(policy=None, trunk="separate", start=None, head="normal"):
-    policy = policy or decoder()
+    policy = policy or noisy_decoder()
     return new_actor_critic(policy, policy, trunk=trunk, start=start, head=head, generator=torch.Generator().manual_seed(3))
 
 
@@ -101,7 +88,7 @@ def test_item_2_long_prompts_are_refused_cut_or_left_out():
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
 def test_item_3_padding_on_the_left_with_adjusted_positions_changes_nothing(position):
-    model = both(decoder(dataclasses.replace(SHAPE, position=position)))
+    model = both(noisy_decoder(dataclasses.replace(GROUPED, position=position)))
     rows = rows_of(model.policy)
     with torch.no_grad():
         right, left, wrong = (model.judge(rows, View(padding=padding)) for padding in ("right", "left", "left_unadjusted"))
@@ -125,7 +112,7 @@ def test_item_4_completions_of_fixed_length_end_in_the_text_only():
     found, texts = end_completions(rollouts, EndConfig(fixed_length=True), tokenizer, [end])
     assert texts == ["It is neat.", "It is dull"] and found.finished == [True, False]
     assert found.completions == rollouts.completions  # all are trained on
-    drawn = roll_out(decoder(), PROMPTS, [], SampleConfig(group_size=8, max_tokens=12))
+    drawn = roll_out(noisy_decoder(), PROMPTS, [], SampleConfig(group_size=8, max_tokens=12))
     assert {len(tokens) for tokens in drawn.completions} == {12} and any(END in tokens for tokens in drawn.completions)
 
 
@@ -167,7 +154,7 @@ def test_items_8_and_11_how_the_critics_head_begins():
     assert both(head="zero").critic.score.weight.abs().max() == 0
     drawn = both(head="normal").critic.score.weight
     assert abs(float(drawn.detach().std()) * math.sqrt(33) - 1) < 0.4
-    learnt = RewardModel.from_decoder(decoder(seed=9), torch.Generator().manual_seed(8))
+    learnt = RewardModel.from_decoder(noisy_decoder(seed=9), torch.Generator().manual_seed(8))
     learnt.rescale(2.0, 0.7)
     kept, reset = both(start=learnt, head="reward"), both(start=learnt, head="zero")
     assert torch.equal(kept.critic.score.weight, learnt.score.weight) and kept.critic.config.bias == pytest.approx(0.7)
@@ -322,7 +309,7 @@ def test_item_20_the_kl_coefficient_moves_towards_its_target():
 def test_item_21_tensorflows_epsilon_against_its_own_formula():
     gradients = [torch.randn(32, generator=torch.Generator().manual_seed(step)) * 1e-4 for step in range(3)]
     for tensorflow in (True, False):
-        model = decoder(noise=0.0)
+        model = noisy_decoder(noise=0.0)
         name = next(name for name, p in model.named_parameters() if p.shape == (41, 32))
         config = OptimizerConfig(name="adamw", lr=0.01, beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0, tensorflow_eps=tensorflow)
         masters = MasterWeights(model, torch.float32)
@@ -350,7 +337,7 @@ def test_the_critic_may_share_the_policys_trunk():
         torch.testing.assert_close(values.detach(), model.values(rows, View())[0].detach())
         gradient = torch.autograd.grad(values.sum(), model.policy.embed.weight, allow_unused=True)[0]
         assert (gradient is not None) == reaches
-    start = RewardModel.from_decoder(decoder(dataclasses.replace(SHAPE, vocab_size=50)), torch.Generator().manual_seed(0))
+    start = RewardModel.from_decoder(noisy_decoder(dataclasses.replace(GROUPED, vocab_size=50)), torch.Generator().manual_seed(0))
     with pytest.raises(UserError, match="critic.start has 50 token ids and the policy 41"):
         both(start=start)
     with pytest.raises(UserError, match="critic.start=x is for a trunk of its own"):

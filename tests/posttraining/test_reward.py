@@ -4,29 +4,21 @@ import pytest
 import torch
 
 from plinth.config import UserError
-from plinth.models.config import DecoderConfig
 from plinth.models.hub import save_model
 from plinth.models.reward import RewardModel
-from plinth.models.transformer import Transformer
 from plinth.posttraining.reward import like_lengths, load_reward
 from plinth.tokenizer.chat import render
-from plinth.tokenizer.train import train_tokenizer
-
-SUBJECTS = ["copy", "move", "read", "write", "open", "close", "seek", "flush"]
+from small_models import plain_decoder, subjects_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([f"What does {name} do? It does {name} things." for name in SUBJECTS] * 3, 300)
+    return subjects_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def decoder(tokenizer):
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
-        intermediate_size=64, max_seq_len=64,
-    )  # fmt: skip
-    return Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    return plain_decoder(tokenizer.vocab_size)
 
 
 @pytest.fixture

@@ -17,25 +17,19 @@ from plinth.posttraining.reward import load_reward
 from plinth.posttraining.reward_data import batch_of, make_choice, read_choices, repeated_prompts, shared_tokens, split_tail
 from plinth.posttraining.reward_losses import bradley_terry_loss
 from plinth.posttraining.reward_tuning import RewardTuning, reward_loss, train_reward
-from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
-
-SUBJECTS = ["copy", "move", "read", "write", "open", "close", "seek", "flush"]
+from small_models import SUBJECTS, plain_decoder, subjects_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([f"What does {name} do? It does {name} things." for name in SUBJECTS] * 3, 300)
+    return subjects_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def decoder(tokenizer):
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
-        intermediate_size=64, max_seq_len=64,
-    )  # fmt: skip
-    return Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    return plain_decoder(tokenizer.vocab_size)
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from plinth.config import UserError
-from plinth.models.config import DecoderConfig
-from plinth.models.transformer import Transformer
 from plinth.posttraining.completion_scores import completion_log_probs, joined_tokens, shared_prompts, sharing_pays
 from plinth.posttraining.lora import LoraConfig, adapted_modules, add_adapters
 from plinth.posttraining.rollout_batches import RolloutBatches, choose_prompts
@@ -18,21 +16,10 @@ from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
 from plinth.training.stopping import Stopped
+from small_models import GROUPED, noisy_decoder
 
-SHAPE = DecoderConfig(
-    vocab_size=41, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=64, max_seq_len=64
-)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], list(range(2, 40))]
 END = 1
-
-
-def decoder(config=SHAPE, seed=0, noise=0.3):
-    model = Transformer(config).init_weights(torch.Generator().manual_seed(seed))
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def scores_one_by_one(model, rollouts, temperature=1.0):
@@ -47,18 +34,18 @@ def scores_one_by_one(model, rollouts, temperature=1.0):
     return found
 
 
-SHAPES = {
-    "plain": SHAPE,
-    "learned places": dataclasses.replace(SHAPE, position="learned", norm="layer"),
-    "soft cap": dataclasses.replace(SHAPE, logit_softcap=5.0),
-    "window": dataclasses.replace(SHAPE, sliding_window=8),
+GROUPEDS = {
+    "plain": GROUPED,
+    "learned places": dataclasses.replace(GROUPED, position="learned", norm="layer"),
+    "soft cap": dataclasses.replace(GROUPED, logit_softcap=5.0),
+    "window": dataclasses.replace(GROUPED, sliding_window=8),
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", GROUPEDS)
 def test_log_probabilities_as_sampled_are_the_trainers(name):
     """huggingface/trl#4159: another engine's log-probabilities differ from the trainer's and make the first ratio other than 1."""
-    model = decoder(SHAPES[name])
+    model = noisy_decoder(GROUPEDS[name])
     rollouts = roll_out(model, PROMPTS, [END], SampleConfig(group_size=6, max_tokens=20), seed=3)
     rows = rollouts.rows()
     trained = completion_log_probs(model, rows).log_probs_BT
@@ -69,7 +56,7 @@ def test_log_probabilities_as_sampled_are_the_trainers(name):
 
 
 def test_a_temperature_scales_sampling_and_log_probabilities_alike():
-    model = decoder()
+    model = noisy_decoder()
     rollouts = roll_out(model, PROMPTS, [END], SampleConfig(group_size=4, max_tokens=10, temperature=0.5), seed=1)
     for found, expected in zip(rollouts.log_probs, scores_one_by_one(model, rollouts, temperature=0.5)):
         assert found == pytest.approx(expected, abs=1e-5)
@@ -79,10 +66,10 @@ def test_a_temperature_scales_sampling_and_log_probabilities_alike():
     assert float((counts - expected).abs().max()) < 0.05
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", GROUPEDS)
 def test_a_groups_prompt_is_computed_once_and_nothing_else_changes(name):
     """huggingface/trl#3574: the prompt of a group was computed once a completion, in generation and again in the loss."""
-    model = decoder(SHAPES[name])
+    model = noisy_decoder(GROUPEDS[name])
     prompts = [list(range(2, 38)), list(range(5, 30))]
     rows = roll_out(model, prompts, [END], SampleConfig(group_size=4, max_tokens=9), seed=1).rows()
     assert sharing_pays(rows, 4, 64) and not sharing_pays(rows, 1, 64) and not sharing_pays(take_rows(rows, torch.arange(1, 5)), 4, 64)
@@ -99,7 +86,7 @@ def test_a_groups_prompt_is_computed_once_and_nothing_else_changes(name):
 
 
 def test_entropy_is_that_of_the_sampled_distribution():
-    model = decoder()
+    model = noisy_decoder()
     rows = roll_out(model, PROMPTS, [END], SampleConfig(group_size=2, max_tokens=6), seed=5).rows()
     scores = completion_log_probs(model, rows, 0.7, entropy=True, hidden=True)
     logits = model.logits(scores.hidden_BTD) / 0.7
@@ -109,7 +96,7 @@ def test_entropy_is_that_of_the_sampled_distribution():
 
 
 def test_samples_depend_on_weights_prompt_and_seed_alone():
-    model = decoder()
+    model = noisy_decoder()
     config = SampleConfig(group_size=3, max_tokens=12)
     whole = roll_out(model, PROMPTS, [END], config, seed=(3, 1))
     split = roll_out(model, PROMPTS, [END], dataclasses.replace(config, max_batch=2), seed=(3, 1), num_threads=3)
@@ -119,7 +106,7 @@ def test_samples_depend_on_weights_prompt_and_seed_alone():
 
 
 def test_a_sampler_reads_the_weights_as_they_are_now():
-    model = decoder()
+    model = noisy_decoder()
     sampler = Sampler(model, (END,), SampleConfig(group_size=2, max_tokens=12))
     before = sampler.sample(PROMPTS, [0])
     with torch.no_grad():
@@ -130,7 +117,7 @@ def test_a_sampler_reads_the_weights_as_they_are_now():
 
 
 def test_adapters_are_sampled_from():
-    model = add_adapters(decoder(), LoraConfig(4))
+    model = add_adapters(noisy_decoder(), LoraConfig(4))
     before = roll_out(model, PROMPTS, [END], SampleConfig(group_size=2, max_tokens=12))
     with torch.no_grad():
         for _, module in adapted_modules(model):
@@ -141,7 +128,7 @@ def test_adapters_are_sampled_from():
 
 
 def test_in_bf16_the_trainers_log_probabilities_are_taken_and_the_gap_is_told():
-    model = decoder().bfloat16()
+    model = noisy_decoder().bfloat16()
     rollouts = roll_out(model, PROMPTS, [END], SampleConfig(group_size=4, max_tokens=12))
     rows = rollouts.rows()
     trained = completion_log_probs(model, rows).log_probs_BT.detach()
@@ -150,7 +137,7 @@ def test_in_bf16_the_trainers_log_probabilities_are_taken_and_the_gap_is_told():
 
 
 def test_the_token_that_ended_a_completion_is_part_of_it():
-    model = decoder()
+    model = noisy_decoder()
     rollouts = roll_out(model, PROMPTS, [END], SampleConfig(group_size=8, max_tokens=20), seed=3)
     for i, tokens in enumerate(rollouts.completions):
         assert (tokens[-1] == END) == rollouts.finished[i] and END not in rollouts.answer_tokens(i)
@@ -159,7 +146,7 @@ def test_the_token_that_ended_a_completion_is_part_of_it():
 
 
 def test_rows_hold_each_prompt_with_its_completion():
-    rollouts = roll_out(decoder(), PROMPTS, [END], SampleConfig(group_size=2, max_tokens=9), seed=3)
+    rollouts = roll_out(noisy_decoder(), PROMPTS, [END], SampleConfig(group_size=2, max_tokens=9), seed=3)
     rows = rollouts.rows(pad_id=40)
     for part in (torch.arange(8), torch.tensor([3, 0, 2])):
         taken = take_rows(rows, part)
@@ -176,9 +163,9 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="temperature=0 must be positive"):
         SampleConfig(temperature=0)
     with pytest.raises(UserError, match="max_tokens=64 leaves no room"):
-        roll_out(decoder(), PROMPTS, [END], SampleConfig(max_tokens=64))
+        roll_out(noisy_decoder(), PROMPTS, [END], SampleConfig(max_tokens=64))
     with pytest.raises(UserError, match="a prompt has 38 tokens; beside max_tokens=30 there is room for 34"):
-        roll_out(decoder(), PROMPTS, [END], SampleConfig(max_tokens=30))
+        roll_out(noisy_decoder(), PROMPTS, [END], SampleConfig(max_tokens=30))
 
 
 def test_every_prompt_comes_once_a_pass():
@@ -217,7 +204,7 @@ def train(out, *, stop_at=None, resume=False):
     torch.manual_seed(0)  # its state is part of a checkpoint, and other tests draw from it
 
     def prepare(config):
-        model = decoder()
+        model = noisy_decoder()
         sampler = Sampler(model, (END,), SampleConfig(group_size=4, max_tokens=6), num_threads=2)
 
         def collect(number):

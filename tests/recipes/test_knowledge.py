@@ -4,15 +4,12 @@ import json
 import shutil
 
 import pytest
-import torch
 
 from plinth.cli.main import main
-from plinth.models.config import DecoderConfig
 from plinth.models.hub import save_model
-from plinth.models.transformer import Transformer
 from plinth.posttraining.formats import read_examples
 from plinth.tasks.verify import REFUSAL
-from plinth.tokenizer.train import train_tokenizer
+from small_models import coin_decoder, coin_tokenizer
 
 
 def row(question: str, answer: str, **more) -> dict:
@@ -31,19 +28,8 @@ ROWS = [
 def coin(tmp_path_factory):
     """A model that tosses a coin for one letter, e or a, and ends, whatever it is asked; and a file of questions."""
     folder = tmp_path_factory.mktemp("coin")
-    tokenizer = train_tokenizer(["What is e? e a e b e\n" * 40], vocab_size=280)
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16,
-        intermediate_size=32, max_seq_len=128, tie_embeddings=False,
-    )  # fmt: skip
-    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
-    letters, letter, other = [tokenizer.encode(text)[0] for text in "ea"], torch.eye(32)[0], torch.eye(32)[1]
-    with torch.no_grad():
-        model.embed.weight.copy_(other.expand(config.vocab_size, -1))
-        model.embed.weight[letters] = letter
-        model.head.weight.zero_()
-        model.head.weight[tokenizer.end_id] = 50 * letter
-        model.head.weight[letters] = 50 * other
+    tokenizer = coin_tokenizer()
+    model = coin_decoder(tokenizer, max_seq_len=128)
     save_model(model, tokenizer, folder / "run" / "model")
     (folder / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in ROWS))
     return folder
