@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from record import threads_of
+
 NAMES = {"sft": "after `plinth sft`", "verifier": "`plinth grpo`, rewarded by the verifier", "random": "`plinth grpo`, rewarded by a coin"}
 COLUMNS = ("pass@1", "pass@8", "greedy")
 
@@ -16,7 +18,7 @@ def grpo_table(record: dict) -> str:
     asked = record["rows"][0]["scores"]["pass@1"]["n"]
     lines += [
         "",
-        f"{record['num_params'] / 1e6:.2f} M parameters, {record['threads']} threads, {asked:,} problems held out; draws at temperature 1, "
+        f"{record['num_params'] / 1e6:.2f} M parameters, {threads_of(record)}, {asked:,} problems held out; draws at temperature 1, "
         "95 % intervals over problems.",
     ]
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from record import threads_of
+
 TASKS = {"sft": "SFT", "dpo": "DPO", "reward": "reward model", "grpo": "GRPO, 8 completions"}
 SETTINGS = {"float32": "same, fp32", "bfloat16": "same, bf16", "defaults": "each side's defaults"}
 NAMES = {"trl": "TRL", "transformers": "plain loop"}
@@ -41,7 +43,7 @@ def peers_table(record: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions_of_peers"].items())
     hardware = record["hardware"]
     return "\n".join(
-        [*lines, "", f"{versions}; {record['rows'][0]['threads']} threads of {hardware['cpu']}; data: {record['data']}; {record['date']}."]
+        [*lines, "", f"{versions}; {threads_of(record['rows'][0])} of {hardware['cpu']}; data: {record['data']}; {record['date']}."]
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from plinth.evaluation.panels import Line, Panel, panels_svg
-from record import RECORDS
+from record import RECORDS, threads_of
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 
@@ -97,7 +97,7 @@ def gold_table(found: dict[str, Any]) -> str:
         part = row[name]
         lines.append(f"| {label} | {plus_minus(part['reward'])} | {plus_minus(part['kl_nats'])} | {part['answer_tokens']:.0f} |")
     lines += ["", f"The optimum is 1. A roll-out of training reached {row['goal']:.1f} {reached}; the whole took {row['wall_s']:.0f} s "
-              f"with {row['threads']} threads. What it ends with, for one prompt: “{row['after']['example']}”"]  # fmt: skip
+              f"with {threads_of(row)}. What it ends with, for one prompt: “{row['after']['example']}”"]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from record import threads_of
+
 
 def preference_table(record: dict[str, Any]) -> str:
     """Return the methods by what their answers are worth, with the KL and the length that it cost."""
     lines = [
         f"{record['prompts']} held-out prompts with {record['answers_per_prompt']} answers each; {record['epochs']:g} passes over the "
-        f"pairs, {record['pairs_per_step']} an update, equal rates, {record['time_s'] / 60:.0f} minutes with {record['threads']} "
-        f"thread{'s' if record['threads'] > 1 else ''} in all.",
+        f"pairs, {record['pairs_per_step']} an update, equal rates, {record['time_s'] / 60:.0f} minutes with {threads_of(record)} "
+        "in all.",
         "",
         "| method | gold reward | 95 % interval | best at this KL | KL, nats | tokens | wins against SFT | 95 % interval | chosen fell |",
         "|---|---|---|---|---|---|---|---|---|",

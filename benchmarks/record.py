@@ -19,6 +19,11 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
+def threads_of(record: dict[str, Any]) -> str:
+    """Return how many threads a record or one of its rows was made with, in words."""
+    return f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+
+
 def write_record(name: str, question: str, rows: list[dict[str, Any]], folder: Path = RECORDS, **more: Any) -> Path:
     """Write NAME.json into `folder`, by default benchmarks/records, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
