@@ -89,8 +89,8 @@ def measure(config: DecoderConfig, dtype: str, examples: list[Rendered], sizes: 
 
 def batches_of(way: str, examples: list[Rendered], lengths: list[int], sizes: tuple[int, int]) -> list[list[tuple]]:
     """Return the micro-batches of each step of an epoch."""
-    settings = SftConfig(packing=way == "packed", conversations_per_step=sizes[0], micro_batch_size=sizes[1])
-    deal = deal_examples(lengths, settings, CONTEXT, padded=way == "padded")
+    settings = SftConfig(packing=way == "packed", unpadded=way == "end to end", conversations_per_step=sizes[0], micro_batch_size=sizes[1])
+    deal = deal_examples(lengths, settings, CONTEXT)
     steps = [[[[examples[i] for i in row] for row in part] for part in deal.rows(step)] for step in range(deal.steps_per_epoch)]
     if way != "padded":
         return [[pack_rows(part, 0) for part in step] for step in steps]

@@ -170,7 +170,7 @@ def quick(steps, dtype="float32", **more):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_sft_without_padding_resumes_to_the_same_weights(files, monkeypatch, packing):
-    config = quick(6, "bfloat16", packing=packing)
+    config = quick(6, "bfloat16", packing=packing, unpadded=not packing)
     whole = train_sft(files / "whole", files / "model", files / "sft.jsonl", config)
     assert whole.metrics()[-1]["loss_nats"] < whole.metrics()[0]["loss_nats"]
 
@@ -197,10 +197,10 @@ def test_sft_counts_the_same_tokens_and_starts_at_the_same_loss_padded_packed_or
     """One step of all conversations: all ways learn the same tokens, with the same mean loss; a window larger than any changes nothing."""
     windowed = load_model(files / "model")
     windowed.config = replace(windowed.config, sliding_window=128)
-    save_model(windowed, Tokenizer.load(files / "model"), files / "padded")
+    save_model(windowed, Tokenizer.load(files / "model"), files / "windowed")
     first = []
-    for number, (packing, model) in enumerate([(False, "model"), (True, "model"), (False, "padded")]):
-        config = replace(quick(1, packing=packing), conversations_per_step=16, micro_batch_size=8)
+    for number, (way, model) in enumerate([({"unpadded": True}, "model"), ({"packing": True}, "model"), ({}, "model"), ({}, "windowed")]):
+        config = replace(quick(1, **way), conversations_per_step=16, micro_batch_size=8)
         first.append(train_sft(files / f"run{number}", files / model, files / "sft.jsonl", config).metrics()[0])
     for other in first[1:]:
         assert first[0]["tokens"] == other["tokens"]

@@ -21,7 +21,6 @@ from plinth.posttraining.masks import render_weighted
 from plinth.run import Run, file_sha256, find_model, tree_sha256
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
-from plinth.training.device import choose_device
 from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives import causal_lm_loss
@@ -56,8 +55,10 @@ class SftConfig:
     too_long: Literal["error", "leave-out"] = "error"
     """what to do when conversations are longer: stop before training, or leave them out; either way their rows and lengths are told"""
     packing: bool = False
-    """put whole conversations into rows of max_seq_len tokens by best fit, each seeing itself alone (default: on a CPU a micro-batch is one
-    row without padding, in which each sees itself alone; on a GPU, or with a sliding window, rows of like lengths, padded)"""
+    """put whole conversations in rows of max_seq_len tokens by best fit, each seeing itself alone (default: padded rows of like lengths)"""
+    unpadded: bool = False
+    """make each micro-batch one row without padding, each conversation seeing itself alone; on a CPU it pays for long conversations of
+    unequal lengths"""
     adapter: LoraConfig = field(default_factory=LoraConfig)
     """train adapters in place of the weights"""
 
@@ -66,6 +67,8 @@ class SftConfig:
             raise UserError(f"epochs={self.epochs} must be positive.")
         if self.join_turns < 1:
             raise UserError(f"join_turns={self.join_turns} must be at least 1.")
+        if self.packing and self.unpadded:
+            raise UserError("packing=true and unpadded=true are two ways to make batches. Give one.")
 
 
 def train_sft(
@@ -102,8 +105,7 @@ def train_sft(
         if rounds > 1:
             examples = join_examples(examples, config.join_turns, rounds, limit, config.train.seed)
         lengths = [len(example.tokens) for example in examples]
-        padded = choose_device(config.train.device) != "cpu" or model.config.sliding_window is not None
-        deal = deal_examples(lengths, config, limit, padded=padded)
+        deal = deal_examples(lengths, config, limit)
         pad_id = tokenizer.pad_id or 0
 
         def batches_at(step: int):
@@ -168,15 +170,13 @@ class TooLong:
         )
 
 
-def deal_examples(
-    lengths: Sequence[int], config: SftConfig, max_seq_len: int, *, padded: bool
-) -> LengthBuckets | PackedExamples | EvenMicroBatches:
+def deal_examples(lengths: Sequence[int], config: SftConfig, max_seq_len: int) -> LengthBuckets | PackedExamples | EvenMicroBatches:
     """Return what deals conversations of these lengths, in tokens, into steps; benchmarks/sft_packing.py compares the ways on a CPU."""
     sizes = (config.conversations_per_step, config.micro_batch_size, config.train.seed)
     inputs = [length - 1 for length in lengths]  # a last token is predicted but not read
     if config.packing:
         return PackedExamples(inputs, max_seq_len, *sizes)
-    return LengthBuckets(lengths, *sizes) if padded else EvenMicroBatches(inputs, *sizes)
+    return EvenMicroBatches(inputs, *sizes) if config.unpadded else LengthBuckets(lengths, *sizes)
 
 
 def render_examples(
