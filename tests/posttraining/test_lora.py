@@ -329,16 +329,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_the_same_base(tmp_p
     class Killed(BaseException):
         pass
 
-    seen, pack_rows = [], sft.pack_rows
+    seen, pad_rows = [], sft.pad_rows
 
-    def killing_pack(*arguments):
+    def killing_pad(*arguments):
         seen.append(1)
         if len(seen) == 7:
             raise Killed
-        return pack_rows(*arguments)
+        return pad_rows(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(sft, "pack_rows", killing_pack)
+        patch.setattr(sft, "pad_rows", killing_pad)
         train_sft(tmp_path / "cut", source, base / "sft.jsonl", config)
     save_model(decoder(load_decoder(source).config, seed=7), Tokenizer.load(source), source)
     with pytest.raises(UserError, match="base_sha256=.* differs from"):

@@ -247,14 +247,14 @@ def test_sft_resumes_to_the_same_weights(tmp_path, tokenizer, model_dir, monkeyp
 
     seen = []
 
-    def killing_pack(*arguments):
+    def killing_pad(*arguments):
         seen.append(1)
         if len(seen) == 7:
             raise Killed
-        return pack_rows(*arguments)
+        return pad_rows(*arguments)
 
-    pack_rows = sft.pack_rows
-    monkeypatch.setattr(sft, "pack_rows", killing_pack)
+    pad_rows = sft.pad_rows
+    monkeypatch.setattr(sft, "pad_rows", killing_pad)
     with pytest.raises(Killed):
         train_sft(tmp_path / "cut", model_dir, file, config)
     monkeypatch.undo()
