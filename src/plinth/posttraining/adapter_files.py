@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from plinth.config import UserError, nearest, read_json, save_json
 from plinth.models.formats.tensors import FLOATS
@@ -18,7 +19,7 @@ from plinth.models.hub import TokenizerFiles, load_decoder, save_model
 from plinth.models.tensor_file import TensorFiles, save_tensors
 from plinth.models.transformer import Transformer
 from plinth.posttraining.lora import AdaptedLinear, LoraConfig, Projection, adaptable, adapted_modules, add_adapters, install, merge
-from plinth.run import find_model, publish_dir
+from plinth.run import find_model, publish_dir, tree_sha256
 from plinth.tokenizer.encode import Tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,6 +44,16 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 def with_adapters(model: Transformer, config: LoraConfig, seed: int) -> Transformer:
     """Return the model, with fresh adapters where the configuration names a rank."""
     return model if config.rank is None else add_adapters(model, config, torch.Generator().manual_seed(seed))
+
+
+def count_trained(model: nn.Module) -> int:
+    """Return how many numbers of a model are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def frozen_identity(adapter: LoraConfig, source: Path) -> dict[str, str]:
+    """Return what a run with adapters may only be resumed with: the base, whose weights its checkpoints lack; nothing without adapters."""
+    return {} if adapter.rank is None else {"base_sha256": tree_sha256(source)}
 
 
 def publish_model(model: Transformer, tokenizer: TokenizerFiles | None, folder: Path, base: str) -> None:

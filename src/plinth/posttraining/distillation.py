@@ -15,7 +15,7 @@ from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.moe import Routing
-from plinth.posttraining.adapter_files import publish_model, with_adapters
+from plinth.posttraining.adapter_files import frozen_identity, publish_model, with_adapters
 from plinth.posttraining.batches import describe_examples, pad_rows
 from plinth.posttraining.distill_losses import DIVERGENCES, Head, chunked_distillation_loss
 from plinth.posttraining.examples import Conversation, Examples
@@ -159,7 +159,7 @@ def distill(
                 "teacher_sha256": tree_sha256(sources[1]),
                 "tokenizer_sha256": tokenizer.sha256,
                 "seed": config.train.seed,
-                **({"base_sha256": tree_sha256(sources[0])} if config.adapter.rank is not None else {}),  # checkpoints lack frozen weights
+                **frozen_identity(config.adapter, sources[0]),
             },
             begin=begin,
             step_metrics=(lambda steps: {}) if own is None else (lambda steps: own.metrics),

@@ -17,7 +17,7 @@ from plinth.models.hub import load_decoder
 from plinth.models.reward import RewardModel
 from plinth.models.transformer import Transformer
 from plinth.posttraining.actor_critic import ActorCritic, View, new_actor_critic
-from plinth.posttraining.adapter_files import publish_model, with_adapters
+from plinth.posttraining.adapter_files import count_trained, publish_model, with_adapters
 from plinth.posttraining.policy_losses import PolicyBatch, policy_loss, value_loss
 from plinth.posttraining.ppo_config import PpoConfig
 from plinth.posttraining.ppo_experience import RewardState, advantages, end_completions, joint_advantages, measures, shape_scores
@@ -200,7 +200,7 @@ def train_ppo(
             learner.collect, config.epochs, config.minibatches, config.micro_batch_size, seed=config.train.seed, reshuffle=config.reshuffle
         )
         batches = PpoBatches(frame, _mix(config, tokenizer, base.config.max_seq_len), config)
-        trained = sum(p.numel() for p in model.policy.parameters() if p.requires_grad)
+        trained = count_trained(model.policy)
 
         def summarise(summary: dict[str, Any]) -> dict[str, Any]:
             counts = {"prompts": len(asked), "completions": (frame.number + 1) * config.completions_per_rollout, "trained_params": trained}

@@ -15,10 +15,10 @@ from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
-from plinth.posttraining.adapter_files import publish_model, with_adapters
+from plinth.posttraining.adapter_files import count_trained, frozen_identity, publish_model, with_adapters
 from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.displacement import displacement, last_means, length_bias
-from plinth.posttraining.examples import Examples
+from plinth.posttraining.examples import SHOWN, Examples
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.log_probs import counted_tokens, reference_log_probs, sequence_log_probs, shared_log_probs
 from plinth.posttraining.lora import LoraConfig
@@ -36,15 +36,13 @@ from plinth.posttraining.pairs import (
 from plinth.posttraining.preference_losses import PREFERENCE_LOSSES, REFERENCE_FREE, Pairs, check_options, preference_loss
 from plinth.posttraining.unpaired import LabelledAnswer, reference_point, render_labelled, unpaired_loss, weight_advice
 from plinth.posttraining.unpaired_losses import UNPAIRED_LOSSES
-from plinth.run import Run, file_sha256, find_model, tree_sha256
+from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device, move_batch
 from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
 from plinth.training.step import Batch, InlineWorker, Workers
-
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -287,7 +285,7 @@ def train_dpo(
 
     def prepare(config: DpoConfig) -> Job:
         model = fresh(config)
-        trained_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained_params = count_trained(model)
         rows, left_out = load_rows(tokenizer, found, config, model.config.max_seq_len, data, warn)
         buckets = LengthBuckets(rows.lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
         epochs = config.epochs if config.tokens is None else config.tokens / rows.total_tokens
@@ -328,7 +326,7 @@ def train_dpo(
                 "pairs_sha256": file_sha256(data),
                 "tokenizer_sha256": tokenizer.sha256,
                 "seed": config.train.seed,
-                **({"base_sha256": tree_sha256(source)} if config.adapter.rank is not None else {}),  # checkpoints lack frozen weights
+                **frozen_identity(config.adapter, source),
             },
             describe_batch=describe_batch,
             begin=begin,

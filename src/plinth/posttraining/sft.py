@@ -12,13 +12,13 @@ import numpy as np
 from plinth.config import UserError
 from plinth.data.buckets import EvenMicroBatches, LengthBuckets, PackedExamples
 from plinth.models.hub import load_decoder
-from plinth.posttraining.adapter_files import publish_model, with_adapters
+from plinth.posttraining.adapter_files import count_trained, frozen_identity, publish_model, with_adapters
 from plinth.posttraining.batches import describe_examples, pack_rows, pad_rows
 from plinth.posttraining.examples import SHOWN, Conversation, rows_text
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.masks import render_weighted
-from plinth.run import Run, file_sha256, find_model, tree_sha256
+from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.job import Job, run_job
@@ -96,7 +96,7 @@ def train_sft(
 
     def prepare(config: SftConfig) -> Job:
         model = with_adapters(load_decoder(source), config.adapter, config.train.seed)
-        trained_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained_params = count_trained(model)
         limit = config.max_seq_len or model.config.max_seq_len
         examples, too_long = render_examples(tokenizer, found.rows, limit, found.numbers, leave_out=config.too_long == "leave-out")
         if too_long:
@@ -131,7 +131,7 @@ def train_sft(
                 "messages_sha256": file_sha256(messages),
                 "tokenizer_sha256": tokenizer.sha256,
                 "seed": config.train.seed,
-                **({"base_sha256": tree_sha256(source)} if config.adapter.rank is not None else {}),  # checkpoints lack frozen weights
+                **frozen_identity(config.adapter, source),
             },
             describe_batch=describe_batch,
             summarise=lambda summary: (
