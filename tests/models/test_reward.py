@@ -10,7 +10,7 @@ from decoder_families import FAMILIES
 from plinth.config import UserError, read_json, save_json
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_decoder, load_model, save_model
-from plinth.models.reward import RewardModel, align
+from plinth.models.reward import RewardModel
 from plinth.models.transformer import Transformer
 from plinth.recipes.parity import PROBES
 
@@ -30,33 +30,23 @@ def reward_model(config=TINY, seed=0):
     return RewardModel.from_decoder(decoder, generator)
 
 
-def padded(rows, left, right, pad_id):
-    width = left + right + max(map(len, rows))
-    tokens, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.bool)
+def padded(rows, more, pad_id):
+    """Return tokens and lengths of rows that are padded beyond the longest."""
+    tokens = torch.full((len(rows), more + max(map(len, rows))), pad_id)
     for i, row in enumerate(rows):
-        start = width - right - len(row) if left else 0
-        tokens[i, start : start + len(row)] = torch.tensor(row)
-        mask[i, start : start + len(row)] = True
-    return tokens, mask
+        tokens[i, : len(row)] = torch.tensor(row)
+    return tokens, torch.tensor([len(row) for row in rows])
 
 
 ROWS = [[5, 9, 3, 7, 7], [8, 7], [4, 4, 4, 7, 2, 6, 7]]
 
 
 @pytest.mark.parametrize("pad_id", [0, 7])  # 7 ends the texts too: whoever looks for it reads at the wrong place
-@pytest.mark.parametrize("left,right", [(0, 0), (0, 5), (4, 0), (3, 6)])
-def test_complaint_11_score_is_read_at_the_last_token_whatever_the_padding_transformers_35352_trl_422(left, right, pad_id):
+@pytest.mark.parametrize("more", [0, 5])
+def test_complaint_11_score_is_read_at_the_last_token_whatever_the_padding_transformers_35352_trl_422(more, pad_id):
     model = reward_model()
     alone = torch.cat([model(torch.tensor([row]), torch.tensor([len(row)])) for row in ROWS])
-    torch.testing.assert_close(model.score_padded(*padded(ROWS, left, right, pad_id)), alone, rtol=1e-5, atol=1e-5)
-
-
-def test_align_keeps_the_order_and_refuses_empty_rows():
-    tokens, mask = torch.tensor([[9, 1, 9, 2], [3, 4, 9, 9]]), torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]], dtype=torch.bool)
-    aligned, lengths = align(tokens, mask)
-    assert aligned[:, :2].tolist() == [[1, 2], [3, 4]] and lengths.tolist() == [2, 2]
-    with pytest.raises(ValueError, match="row 1 holds no token"):
-        align(tokens, mask & torch.tensor([[True], [False]]))
+    torch.testing.assert_close(model(*padded(ROWS, more, pad_id)), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_head_is_drawn_with_variance_one_over_width_plus_one():
@@ -79,11 +69,11 @@ def test_round_trip_is_bit_identical_but_for_multipliers(name, tmp_path):
 
 def test_rescale_maps_every_score():
     model = reward_model()
-    args = padded(ROWS, 0, 0, 0)
-    before = model.score_padded(*args)
+    args = padded(ROWS, 0, 0)
+    before = model(*args)
     model.rescale(3.0, 0.5)
     model.rescale(0.5, -1.0)
-    torch.testing.assert_close(model.score_padded(*args), 0.5 * (3 * before + 0.5) - 1.0)
+    torch.testing.assert_close(model(*args), 0.5 * (3 * before + 0.5) - 1.0)
 
 
 @pytest.mark.oracle
@@ -95,11 +85,12 @@ def test_transformers_gives_equal_scores(name, tmp_path):
     values = read_json(tmp_path / "model/config.json")
     theirs = getattr(importlib.import_module("transformers"), values["architectures"][0]).from_pretrained(tmp_path / "model").eval()
     theirs.config.pad_token_id = 0
-    tokens, mask = padded(ROWS, 0, 3, 0)
+    tokens, lengths = padded(ROWS, 3, 0)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
     with torch.no_grad():
         scores = theirs(input_ids=tokens, attention_mask=mask.long()).logits[:, 0]
         alone = theirs(input_ids=tokens[2:, :7]).logits
-    torch.testing.assert_close(model.score_padded(tokens, mask), scores + 0.75, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(tokens, lengths), scores + 0.75, rtol=1e-4, atol=1e-4)
     probed = PROBES["reward model"].ours(model, {"input_ids": tokens[2:, :7]})  # what `plinth import` compares
     torch.testing.assert_close(probed.detach(), alone, rtol=1e-4, atol=1e-4)
 

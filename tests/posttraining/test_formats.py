@@ -6,7 +6,7 @@ import json
 import pytest
 
 from plinth.config import UserError
-from plinth.posttraining.examples import Conversation, Preference, Ranking, TextRow, Unpaired, Verifiable
+from plinth.posttraining.examples import Conversation, Preference, Prompt, Ranking, TextRow, Unpaired
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.turns import join_transcript, split_transcript
 
@@ -119,14 +119,14 @@ FORMATS = [
         Ranking([USER], [[WRONG], [REPLY]], (1, 0)),
     ),
     ({"prompt": "2+2?", "completion": "5", "label": False}, "unpaired", Unpaired([USER], [WRONG], False)),
-    ({"messages": [USER], "ground_truth": "4", "dataset": "sums"}, "verifiable", Verifiable([USER], "4", "sums")),
+    ({"messages": [USER], "ground_truth": "4", "dataset": "sums"}, "verifiable", Prompt([USER], "4", "sums")),
     ({"messages": [USER, REPLY], "answer": "4", "label": 1, "response": "4"}, "messages", Conversation([USER, REPLY])),
     (
         {"prompt": "2+2?", "completion": "4", "label": None, "chosen": None, "rejected": None},
         "prompt and completion",
         Conversation([USER, REPLY]),
     ),
-    ({"question": "2+2?", "answer": 4}, "verifiable", Verifiable([USER], "4")),
+    ({"question": "2+2?", "answer": 4}, "verifiable", Prompt([USER], "4")),
 ]
 
 
@@ -170,8 +170,6 @@ def test_what_is_left_out_has_its_row_number_and_reason(tmp_path):
     for (_, reason), words in zip(examples.rejected, expected):
         assert words in reason
     assert "11 rejected (row 5: not JSON" in examples.describe() and "not read: id (3 rows)" in examples.describe()
-    with pytest.raises(UserError, match="11 rows rejected, the first is row 5"):
-        examples.refuse_rejected(file)
     with pytest.raises(UserError, match="holds no ranking row that can be read"):
         read_examples(file, "ranking")
     with pytest.raises(UserError, match="kind='rankings' is not one of .* Did you mean ranking"):

@@ -15,7 +15,7 @@ from plinth.evaluation.sample_curve import pass_at
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_decoder, save_model
 from plinth.models.transformer import Transformer
-from plinth.posttraining.examples import Verifiable
+from plinth.posttraining.examples import Prompt
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.grpo import FAMILY, Collector, GrpoConfig, completion_loss, render_prompts, train_grpo
 from plinth.posttraining.lora import LoraConfig
@@ -70,7 +70,7 @@ def rollouts_of(tokens, group_size, finished=None):
 
 
 def test_rewards_by_verifier_format_length_and_chance():
-    problems = [Verifiable([], "4", "numeric"), Verifiable([], "five")]
+    problems = [Prompt([], "4", "numeric"), Prompt([], "five")]
     config = RewardConfig(("verifier", "format:^[0-9]$", "length", "random"), verifier="exact")
     rollouts = rollouts_of([[1, 2, 0]] * 4, 2)
     found = score_rollouts(config, problems, rollouts, ["4", "it is 4", "Five.", "5"], seed=[0], max_tokens=4)
@@ -81,7 +81,7 @@ def test_rewards_by_verifier_format_length_and_chance():
 
 
 def test_a_callers_own_reward_and_mistakes():
-    problems = [Verifiable([], "4", "numerc")]
+    problems = [Prompt([], "4", "numerc")]
     found = score_rollouts(
         RewardConfig(("vowels",)), problems, rollouts_of([[1]], 1), ["aei"], seed=[0], max_tokens=4, own={"vowels": lambda p, t: len(t)}
     )

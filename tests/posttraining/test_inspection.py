@@ -11,7 +11,7 @@ from plinth.models.config import DecoderConfig
 from plinth.models.hub import save_model
 from plinth.models.transformer import Transformer
 from plinth.posttraining.checks import check_rows
-from plinth.posttraining.examples import Conversation, Preference, Ranking, TextRow, Unpaired, Verifiable
+from plinth.posttraining.examples import Conversation, Preference, Prompt, Ranking, TextRow, Unpaired
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.inspection import inspect_data, pieces_of
 from plinth.posttraining.masks import render_row, render_weighted
@@ -75,12 +75,12 @@ def test_of_answers_to_a_prompt_the_answer_alone_is_learnt(tokenizer):
         Preference: Preference(prompt, [reply("yes")], [reply("no")]),
         Ranking: Ranking(prompt, [[reply("yes")], [reply("no")]], (0, 1)),
         Unpaired: Unpaired(prompt, [reply("yes")], True),
-        Verifiable: Verifiable(prompt, "4"),
+        Prompt: Prompt(prompt, "4"),
         TextRow: TextRow("the cat"),
     }
     found = {kind: [learnt(tokenizer, part.rendered) for part in render_row(tokenizer, row)] for kind, row in rows.items()}
     both = [["yes<|end|>"], ["no<|end|>"]]
-    assert found[Preference] == found[Ranking] == both and found[Unpaired] == both[:1] and found[Verifiable] == [[]]
+    assert found[Preference] == found[Ranking] == both and found[Unpaired] == both[:1] and found[Prompt] == [[]]
     assert found[TextRow][0][0].endswith("<|endoftext|>")
 
 

@@ -131,7 +131,7 @@ def test_verifiers_are_rewards(world, tmp_path):
     assert open_reward("exact").score(asked, ["A.", "dot"]) == [1.0, 0.0]
     run = train_ppo(tmp_path / "run", world / "model", "verifier", tmp_path / "asked.jsonl", config(1, watch="refusal"))
     assert 0 <= run.summary["reward"] <= 1 and run.summary["gold"] == 0
-    with pytest.raises(UserError, match="compares with an answer, and the prompt .* comes with none"):
+    with pytest.raises(UserError, match="compares with an answer .numeric., and the prompt .* comes with none"):
         train_ppo(tmp_path / "other", world / "model", "numeric", world / "prompts.jsonl", config(1))
 
 

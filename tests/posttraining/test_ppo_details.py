@@ -9,17 +9,19 @@ import torch
 from plinth.config import UserError
 from plinth.models.reward import RewardModel
 from plinth.posttraining.actor_critic import View, new_actor_critic
+from plinth.posttraining.examples import Prompt
 from plinth.posttraining.policy_losses import PolicyLoss, value_loss
 from plinth.posttraining.ppo import ppo_loss
 from plinth.posttraining.ppo_config import AdvantageConfig, CriticConfig, EndConfig, KlConfig, PpoConfig, PromptConfig, RewardShape
 from plinth.posttraining.ppo_experience import RewardState, advantages, end_completions, joint_advantages, shape_scores
-from plinth.posttraining.prompts import Prompt, matching, prompt_tokens
+from plinth.posttraining.prompts import matching, prompt_tokens
 from plinth.posttraining.rollout_batches import RolloutBatches
-from plinth.posttraining.rollouts import Rollouts, SampleConfig, roll_out, take_rows
+from plinth.posttraining.rollouts import Rollouts, SampleConfig, take_rows
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.optim import OptimizerConfig, build_optimizer
 from plinth.training.precision import MasterWeights
 from plinth.training.step import InlineWorker
+from sampled import roll_out
 from small_models import GROUPED, noisy_decoder
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15]]

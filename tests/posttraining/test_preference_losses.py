@@ -218,7 +218,7 @@ def test_rankings_count_every_pair_of_a_prompt_once():
     total, count, metrics = ranking_loss(scores, ranks)
     expected = -(logsig(1.0) + logsig(3.0) + logsig(2.0)) / 3 - logsig(0.0)
     assert count == 2 and float(total.detach()) == pytest.approx(expected, rel=1e-12)
-    assert metrics == {"accuracy": 1.0, "margin": 2.0}
+    assert metrics == {"accuracy": 1.0, "margin": 2.0, "mean_score": pytest.approx(2 / 3 + 0.5)}
     assert torch.autograd.gradcheck(lambda x: ranking_loss(x, ranks)[0], [scores])
     with pytest.raises(ValueError, match="they must agree"):
         ranking_loss(scores, ranks[:1])

@@ -10,12 +10,13 @@ from plinth.config import UserError
 from plinth.posttraining.completion_scores import completion_log_probs, joined_tokens, shared_prompts, sharing_pays
 from plinth.posttraining.lora import LoraConfig, adapted_modules, add_adapters
 from plinth.posttraining.rollout_batches import RolloutBatches, choose_prompts
-from plinth.posttraining.rollouts import SampleConfig, Sampler, roll_out, take_rows
+from plinth.posttraining.rollouts import SampleConfig, Sampler, take_rows
 from plinth.training.checkpoint import list_checkpoints
 from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
 from plinth.training.stopping import Stopped
+from sampled import roll_out
 from small_models import GROUPED, noisy_decoder
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], list(range(2, 40))]

@@ -101,7 +101,7 @@ def evaluate_problems(model: Path, problems: Path, config: ProblemConfig) -> dic
     if found.rejected:
         say(f"{problems}: {found.describe()}")
     text = TextEngine.load(model)
-    asked = [Problem(row.prompt, row.answer, row.verifier) for row in found.rows]
+    asked = [Problem(row.messages, row.answer, row.verifier) for row in found.rows]
     result = score_problems(text, asked, config)
     return {"model": str(find_model(model)), "problems_sha256": file_sha256(problems), "rejected": len(found.rejected), **result}
 

@@ -39,7 +39,7 @@ class RewardModel(nn.Module):
     """A decoder with a head of one number in place of the vocabulary's; `forward` gives each row's score.
 
     Differs from transformers' ForSequenceClassification: which token is the last is told by position, not found by comparing tokens
-    with the padding's, so a text may end with the token that others are padded with, and padding may stand on either side.
+    with the padding's, so a text may end with the token that others are padded with.
     """
 
     def __init__(self, config: RewardConfig):
@@ -82,10 +82,6 @@ class RewardModel(nn.Module):
         last_BR = rows.places_BRT.gather(2, (lengths_BR - 1)[..., None])[..., 0]
         return self.read(self.trunk(tokens_BL, shared=rows, wanted_BR=last_BR))
 
-    def score_padded(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Return `forward` of rows padded on any side; the mask is true where a token stands."""
-        return self(*align(tokens_BT, mask_BT))
-
     def read(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the scores of hidden states (..., D), fp32 (...)."""
         return (hidden.float() * self.score.weight[0].float()).sum(-1) + self.config.bias
@@ -104,12 +100,3 @@ class RewardModel(nn.Module):
     def matrix_parts(self) -> dict[str, tuple[int, ...]]:
         """Return the hidden matrices by parameter name, each with the row counts of the projections fused in it."""
         return {f"trunk.{name}": rows for name, rows in self.trunk.matrix_parts().items()}
-
-
-def align(tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows whose tokens begin at place 0, in their order, and how many they are; raises ValueError for a row without any."""
-    lengths_B = mask_BT.sum(1)
-    if int(lengths_B.min()) == 0:
-        raise ValueError(f"row {int(lengths_B.argmin())} holds no token: the mask is false everywhere.")
-    order_BT = torch.argsort(mask_BT.to(torch.int8), dim=1, descending=True, stable=True)
-    return tokens_BT.gather(1, order_BT), lengths_B

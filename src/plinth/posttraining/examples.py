@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from plinth.config import UserError
 from plinth.tokenizer.chat import Message
 
 Kind = Literal["text", "messages", "preference", "ranking", "unpaired", "verifiable"]
@@ -75,18 +74,23 @@ class Unpaired:
 
 
 @dataclass(frozen=True)
-class Verifiable:
-    """A prompt whose answer can be checked."""
+class Prompt:
+    """What a model is asked, and what its answer is checked by where the file says so; with an answer it is a row of kind verifiable."""
 
-    prompt: list[Message]
-    """messages before the answer"""
-    answer: str
+    messages: list[Message]
+    """the conversation before the answer"""
+    answer: str | None = None
     """what the check compares with; JSON text where the file holds a list or an object"""
     verifier: str | None = None
-    """name of the check, where the file says so"""
+    """name of the check"""
+
+    @property
+    def text(self) -> str:
+        """The last message's text."""
+        return str(self.messages[-1]["content"])
 
 
-Row = TextRow | Conversation | Preference | Ranking | Unpaired | Verifiable
+Row = TextRow | Conversation | Preference | Ranking | Unpaired | Prompt
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Examples:
     kind: Kind
     """what the rows are"""
     rows: list[Any]
-    """normalised rows: TextRow, Conversation, Preference, Ranking, Unpaired or Verifiable, as the kind says"""
+    """normalised rows: TextRow, Conversation, Preference, Ranking, Unpaired or Prompt, as the kind says"""
     numbers: list[int]
     """of each row its number in the file, from 1"""
     detected: dict[str, int]
@@ -118,12 +122,6 @@ class Examples:
             parts.append("not read: " + ", ".join(f"{name} ({rows_text(count)})" for name, count in self.unread.items()))
         return "; ".join(parts)
 
-    def refuse_rejected(self, path: Any) -> None:
-        """Raise UserError when a row was left out."""
-        if self.rejected:
-            number, reason = self.rejected[0]
-            raise UserError(f"{path}: {rows_text(len(self.rejected))} rejected, the first is row {number}: {reason}. Mend or remove them.")
-
 
 def rows_text(count: int) -> str:
     """Return a number of rows in words."""
@@ -143,8 +141,8 @@ def convert(row: Row, kind: Kind) -> list[Row]:
         case (Ranking(), "preference"):
             ranked = list(zip(row.ranks, row.completions))
             return [Preference(row.prompt, better, worse) for a, better in ranked for b, worse in ranked if a < b]
-        case (Verifiable(), "messages"):
-            return [Conversation([*unweighted(row.prompt), {"role": "assistant", "content": row.answer}])]
+        case (Prompt(), "messages"):
+            return [Conversation([*unweighted(row.messages), {"role": "assistant", "content": row.answer}])]
     return []
 
 

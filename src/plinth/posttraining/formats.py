@@ -20,11 +20,11 @@ from plinth.posttraining.examples import (
     Examples,
     Kind,
     Preference,
+    Prompt,
     Ranking,
     Row,
     TextRow,
     Unpaired,
-    Verifiable,
     convert,
     unweighted,
 )
@@ -214,7 +214,7 @@ def _read_verifiable(record: Record) -> Row:
     verifier = _first(record, "verifier", "dataset")
     if verifier is not None and not isinstance(verifier, str):
         raise UserError(f"verifier={verifier!r} is not one name")
-    return Verifiable(_prompt(record), answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False), verifier)
+    return Prompt(_prompt(record), answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False), verifier)
 
 
 def _refuse(why: str) -> Callable[[Record], Row]:

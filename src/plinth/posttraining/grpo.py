@@ -24,11 +24,12 @@ from plinth.posttraining.advantage import (
     separate_reward_advantages,
 )
 from plinth.posttraining.completion_scores import completion_log_probs
-from plinth.posttraining.examples import Examples, Verifiable
+from plinth.posttraining.examples import Examples, Prompt
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.policy_losses import POLICY_LOSSES, PolicyBatch, PolicyLoss, policy_loss
-from plinth.posttraining.rewards import Reward, RewardConfig, overlong_punishment, score_rollouts
+from plinth.posttraining.reward_sources import Rule
+from plinth.posttraining.rewards import RewardConfig, overlong_punishment, score_rollouts
 from plinth.posttraining.rollout_batches import RolloutBatches, choose_prompts
 from plinth.posttraining.rollouts import Rollouts, Rows, SampleConfig, Sampler
 from plinth.run import Run, file_sha256, find_model, tree_sha256, usable_cores
@@ -191,14 +192,14 @@ class Collector:
     """Samples a roll-out, rewards it and gives each completion its advantage; `RolloutBatches` calls it with the roll-out's number."""
 
     sampler: Sampler
-    problems: Sequence[Verifiable]
+    problems: Sequence[Prompt]
     prompts: Sequence[list[int]]
     """the problems' token ids"""
     tokenizer: Tokenizer
     config: GrpoConfig
     reference: Callable[[], Transformer] | None = None
     """loads the model that the KL is to; None where there is none"""
-    own_rewards: Mapping[str, Reward] = field(default_factory=dict)
+    own_rewards: Mapping[str, Rule] = field(default_factory=dict)
 
     def __call__(self, number: int) -> tuple[Rows, dict[str, float]]:
         began, config = time.perf_counter(), self.config
@@ -306,7 +307,7 @@ def _of_groups(rewards_KN: torch.Tensor, groups: list[int], size: int) -> torch.
 
 def render_prompts(tokenizer: Tokenizer, found: Examples, max_prompt_tokens: int) -> list[list[int]]:
     """Return each problem's tokens, ready for the answer. Raises UserError, with the row's number, for one that is too long."""
-    prompts = [render(tokenizer, problem.prompt, add_generation_prompt=True).tokens for problem in found.rows]
+    prompts = [render(tokenizer, problem.messages, add_generation_prompt=True).tokens for problem in found.rows]
     for number, prompt in zip(found.numbers, prompts):
         if len(prompt) > max_prompt_tokens:
             raise UserError(
@@ -322,7 +323,7 @@ def train_grpo(
     data: Path,
     config: GrpoConfig,
     *,
-    rewards: Mapping[str, Reward] | None = None,
+    rewards: Mapping[str, Rule] | None = None,
     resume: bool = False,
     argv: list[str] | None = None,
     warn: Callable[[str], None] = lambda text: None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plinth.config import UserError
-from plinth.posttraining.examples import Conversation, Preference, Ranking, Row, TextRow, Unpaired, Verifiable, unweighted
+from plinth.posttraining.examples import Conversation, Preference, Prompt, Ranking, Row, TextRow, Unpaired, unweighted
 from plinth.tokenizer.chat import Message, Rendered, render
 from plinth.tokenizer.encode import Tokenizer
 
@@ -44,8 +44,8 @@ def render_row(tokenizer: Tokenizer, row: Row) -> list[Part]:
         case Unpaired():
             name = "wanted" if row.label else "unwanted"
             return [Part(f"{name} completion", render_weighted(tokenizer, unweighted(row.prompt) + row.completion))]
-        case Verifiable():
-            tokens = render(tokenizer, row.prompt, add_generation_prompt=True).tokens
+        case Prompt():
+            tokens = render(tokenizer, row.messages, add_generation_prompt=True).tokens
             return [Part("prompt", Rendered(tokens, [False] * len(tokens)))]  # what is learnt are the model's own answers
 
 

@@ -18,13 +18,14 @@ from plinth.models.reward import RewardModel
 from plinth.models.transformer import Transformer
 from plinth.posttraining.actor_critic import ActorCritic, View, new_actor_critic
 from plinth.posttraining.adapter_files import count_trained, publish_model, with_adapters
+from plinth.posttraining.examples import Prompt
 from plinth.posttraining.policy_losses import PolicyBatch, policy_loss, value_loss
 from plinth.posttraining.ppo_config import PpoConfig
 from plinth.posttraining.ppo_experience import RewardState, advantages, end_completions, joint_advantages, measures, shape_scores
 from plinth.posttraining.pretrain_mix import PretrainMix, read_texts
-from plinth.posttraining.prompts import Prompt, matching, prompt_tokens, read_prompts
+from plinth.posttraining.prompts import matching, prompt_tokens, read_prompts
 from plinth.posttraining.reward import load_reward
-from plinth.posttraining.reward_sources import LearntReward, RewardSource, check_answers, open_reward, open_rule
+from plinth.posttraining.reward_sources import LearntReward, RewardSource, open_reward, open_rule
 from plinth.posttraining.rollout_batches import RolloutBatches, choose_prompts
 from plinth.posttraining.rollouts import SCORED_ROWS, Rollouts, Rows, Sampler, take_rows
 from plinth.run import Run, file_sha256, find_model, tree_sha256
@@ -177,7 +178,7 @@ def train_ppo(
 ) -> Run:
     """Tune a run's model towards a reward and publish it as out/model.
 
-    `reward` is a run of a reward model or the name of a rule (reward_sources.RULES); prompts come from any file that `read_prompts` reads.
+    `reward` is a run of a reward model or the name of a rule (`find_rule`); prompts come from any file that `read_prompts` reads.
     """
     source = find_model(model_run)
     tokenizer = Tokenizer.load(source)
@@ -189,10 +190,9 @@ def train_ppo(
         longest = base.config.max_seq_len - config.sample.max_tokens
         asked = matching(read_prompts(prompts_file), config.prompt.pattern)
         asked, tokens = prompt_tokens(tokenizer, asked, longest, config.prompt.too_long)
-        check_answers(reward, asked)
+        given.check(asked)
         if config.watch is not None:
-            open_rule(config.watch)
-            check_answers(config.watch, asked)
+            open_rule(config.watch).check(asked)
         model = _actor_critic(config, source, base, given)
         learner = Learner(model, base, tokenizer, asked, tokens, given, config)
         learners.append(learner)

@@ -177,7 +177,7 @@ class PpoConfig:
     adapter: LoraConfig = field(default_factory=LoraConfig)
     """train adapters in place of the policy's weights"""
     watch: str | None = None
-    """a rule of reward_sources.RULES that is measured beside the reward, as `gold`; nothing learns from it"""
+    """a rule (reward_sources.find_rule) that is measured beside the reward, as `gold`; nothing learns from it"""
 
     def __post_init__(self) -> None:
         for name in ("completions", "prompts_per_rollout", "epochs", "minibatches", "micro_batch_size"):

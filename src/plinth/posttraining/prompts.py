@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plinth.config import UserError
+from plinth.posttraining.examples import Conversation, Preference, Prompt, Ranking, Row, Unpaired
 from plinth.posttraining.formats import detect, read_records
 from plinth.posttraining.turns import read_prompt
-from plinth.tokenizer.chat import Message, render
+from plinth.tokenizer.chat import render
 from plinth.tokenizer.encode import Tokenizer
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked, and what an answer is compared with where the file says so."""
-
-    messages: list[Message]
-    """the conversation before the answer"""
-    answer: str | None = None
-    """what a verifier compares with"""
-    verifier: str | None = None
-    """name of the check"""
-
-    @property
-    def text(self) -> str:
-        """The last message's text."""
-        return str(self.messages[-1]["content"])
 
 
 def read_prompts(path: Path | str) -> list[Prompt]:
@@ -57,11 +40,18 @@ def _read(record: Any) -> Prompt:
     if not isinstance(record, dict):
         raise UserError(f"is of type {type(record).__name__}, not an object with a prompt")
     form = detect(record)
-    row: Any = form.read(record)
-    if hasattr(row, "prompt"):
-        return Prompt(row.prompt, getattr(row, "answer", None), getattr(row, "verifier", None))
-    if not hasattr(row, "messages"):
-        raise UserError(f"is {form.name}, which has no prompt")
+    row: Row = form.read(record)
+    match row:
+        case Prompt():
+            return row
+        case Preference() | Ranking() | Unpaired():
+            return Prompt(row.prompt)
+        case Conversation():
+            return _before_last_answer(row)
+    raise UserError(f"is {form.name}, which has no prompt")
+
+
+def _before_last_answer(row: Conversation) -> Prompt:
     last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
     messages = [{name: value for name, value in message.items() if name != "weight"} for message in row.messages[:last]]
     if not messages:

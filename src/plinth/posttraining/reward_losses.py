@@ -47,16 +47,25 @@ def ranked_pairs(ranks_PG: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return prompt_M, better_M, worse_M, better_PGG.sum((1, 2))[prompt_M].double().reciprocal()
 
 
-def ranking_loss(scores_PG: Tensor, ranks_PG: Tensor, *, center_coef: float = 0.0) -> tuple[Tensor, int, dict[str, float]]:
+def ranking_loss(
+    scores_PG: Tensor, ranks_PG: Tensor, *, margin_P: Tensor | None = None, probability_P: Tensor | None = None, center_coef: float = 0.0
+) -> tuple[Tensor, int, dict[str, float]]:
     """Return (Σ over prompts of the mean −log σ(better − worse), prompts, metrics) of rankings; rank 0 is the best.
 
     All pairs of one prompt make one element. Equal ranks make no pair, and a negative rank leaves the completion out; a prompt without
-    pairs does not count. Metrics: those of `bradley_terry_loss`, as means over a prompt's pairs summed over prompts.
+    pairs does not count. Margins and probabilities are as in `bradley_terry_loss`, of every pair of their prompt. Metrics, summed over
+    prompts: those of `bradley_terry_loss` as means over a prompt's pairs, and mean_score, of its ranked completions.
     Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
     """
     if scores_PG.shape != ranks_PG.shape:
         raise ValueError(f"scores have shape {tuple(scores_PG.shape)}, ranks {tuple(ranks_PG.shape)}; they must agree.")
     prompt_M, better_M, worse_M, weight_M = ranked_pairs(ranks_PG)
-    better, worse = scores_PG[prompt_M, better_M], scores_PG[prompt_M, worse_M]
-    total, _, metrics = bradley_terry_loss(better.double(), worse.double(), weight_B=weight_M, center_coef=center_coef)
+    weight_M = weight_M.to(scores_PG.dtype)
+    total, _, metrics = bradley_terry_loss(
+        scores_PG[prompt_M, better_M], scores_PG[prompt_M, worse_M], margin_B=None if margin_P is None else margin_P[prompt_M],
+        center_coef=center_coef, probability_B=None if probability_P is None else probability_P[prompt_M], weight_B=weight_M,
+    )  # fmt: skip
+    with torch.no_grad():
+        present_PG = ranks_PG >= 0
+        metrics["mean_score"] = float(((scores_PG * present_PG).sum(1) / present_PG.sum(1))[prompt_M] @ weight_M)
     return total, len(prompt_M.unique()), metrics

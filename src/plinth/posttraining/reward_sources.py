@@ -10,39 +10,66 @@ from typing import Any, Protocol
 from plinth.config import UserError, nearest
 from plinth.inference.verifiers import VERIFIERS, check_name, verify
 from plinth.models.reward import RewardModel
-from plinth.posttraining.prompts import Prompt
+from plinth.posttraining.examples import Prompt
 from plinth.posttraining.reward import LoadedReward, load_reward
 from plinth.run import find_model, tree_sha256
 from plinth.tasks import reviews
 
 Rule = Callable[[Prompt, str], float]
+"""(prompt, text of the answer) -> reward; NaN where it cannot be told"""
+PATTERN = "format:"
+"""what stands before a regular expression that answers must hold"""
+DEFAULT_VERIFIER = "exact"
 
 
-def by_verifier(name: str | None) -> Rule:
-    """Return the rule of a verifier, or without a name of the one that each prompt's row names (exact where it names none)."""
-    return lambda prompt, answer: verify(name or prompt.verifier or "exact", answer, prompt.answer or "")
+def by_verifier(name: str | None, default: str = DEFAULT_VERIFIER) -> Rule:
+    """Return the rule of a verifier, or without a name of the one that each prompt names, `default` where it names none."""
+    return lambda prompt, answer: verify(name or prompt.verifier or default, answer, prompt.answer or "")
 
 
 RULES: dict[str, Rule] = {
-    "reviews": lambda prompt, answer: reviews.reward(prompt.text, answer),
     "verifier": by_verifier(None),
     **{name: by_verifier(name) for name in VERIFIERS},
+    "reviews": lambda prompt, answer: reviews.reward(prompt.text, answer),
 }
 """rewards that are known rules, by name"""
-READ_ANSWERS = {"verifier", *VERIFIERS} - {"refusal"}
 
 
-def check_answers(name: str, prompts: Sequence[Prompt]) -> None:
+def is_rule(name: str) -> bool:
+    """Say whether a name is that of a known rule."""
+    return name in RULES or name.startswith(PATTERN)
+
+
+def find_rule(name: str, verifier: str = DEFAULT_VERIFIER) -> Rule:
+    """Return what a name of RULES, or a pattern behind format:, rewards; `verifier` is for prompts that name none.
+
+    Raises UserError for a name that is none, and for a pattern that cannot be read.
+    """
+    check_name(verifier)
+    if name.startswith(PATTERN):
+        pattern = name.removeprefix(PATTERN)
+        verify("regex", "", pattern)
+        return lambda prompt, answer: verify("regex", answer, pattern)
+    if name not in RULES:
+        raise UserError(f"reward={name!r} is none of {', '.join(RULES)} and {PATTERN}PATTERN.{nearest(name, RULES)}")
+    return by_verifier(None, verifier) if name == "verifier" else RULES[name]
+
+
+def check_prompts(name: str, prompts: Sequence[Prompt], verifier: str = DEFAULT_VERIFIER) -> None:
     """Raise UserError where a rule compares with answers and a prompt has none, or names a verifier that there is not."""
-    for prompt in prompts if name in READ_ANSWERS else ():
-        if prompt.answer is None:
-            raise UserError(f"reward={name!r} compares with an answer, and the prompt {prompt.text[:60]!r} comes with none.")
-        if name == "verifier" and prompt.verifier is not None:
-            check_name(prompt.verifier)
+    for prompt in prompts if name == "verifier" or name in VERIFIERS else ():
+        judge = name if name in VERIFIERS else prompt.verifier or verifier
+        check_name(judge)
+        if prompt.answer is None and judge != "refusal":
+            raise UserError(f"reward={name!r} compares with an answer ({judge}), and the prompt {prompt.text[:60]!r} comes with none.")
 
 
 class RewardSource(Protocol):
     """Gives answers their scores."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError for a prompt whose answers it cannot score."""
+        ...
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """Return the score of each answer to its prompt."""
@@ -55,13 +82,19 @@ class RewardSource(Protocol):
 
 @dataclass(frozen=True)
 class RuleReward:
-    """A rule of RULES."""
+    """A known rule (`find_rule`)."""
 
     name: str
     """its name"""
+    verifier: str = DEFAULT_VERIFIER
+    """verifier of prompts that name none"""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        check_prompts(self.name, prompts, self.verifier)
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        return [RULES[self.name](prompt, answer) for prompt, answer in zip(prompts, answers)]
+        rule = find_rule(self.name, self.verifier)
+        return [rule(prompt, answer) for prompt, answer in zip(prompts, answers)]
 
     def identity(self) -> dict[str, Any]:
         return {"reward": self.name}
@@ -76,6 +109,9 @@ class LearntReward:
     folder: Path
     """where it was loaded from"""
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Any prompt will do."""
+
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         return self.loaded.score([prompt.messages for prompt in prompts], answers)
 
@@ -87,17 +123,16 @@ class LearntReward:
         return self.loaded.model
 
 
-def open_rule(name: str) -> RuleReward:
+def open_rule(name: str, verifier: str = DEFAULT_VERIFIER) -> RuleReward:
     """Return a rule by its name. Raises UserError for one that there is not."""
-    if name not in RULES:
-        raise UserError(f"{name!r} is no rule of {', '.join(RULES)}.{nearest(name, RULES)}")
-    return RuleReward(name)
+    find_rule(name, verifier)
+    return RuleReward(name, verifier)
 
 
-def open_reward(spec: str, device: str = "cpu") -> RewardSource:
-    """Return the rule of RULES that `spec` names, else the reward model in the run or folder that it names."""
-    if spec in RULES:
-        return open_rule(spec)
+def open_reward(spec: str, device: str = "cpu", verifier: str = DEFAULT_VERIFIER) -> RewardSource:
+    """Return the known rule that `spec` names, else the reward model in the run or folder that it names."""
+    if is_rule(spec):
+        return open_rule(spec, verifier)
     if not Path(spec).exists():
         raise UserError(f"reward={spec!r} is neither a run of a reward model nor a known rule ({', '.join(RULES)}).{nearest(spec, RULES)}")
     return LearntReward(load_reward(Path(spec), device=device), find_model(Path(spec)))

@@ -20,7 +20,7 @@ from plinth.posttraining.formats import read_examples
 from plinth.posttraining.masks import render_row
 from plinth.posttraining.reward import LoadedReward
 from plinth.posttraining.reward_data import Batch, Choice, Choices, TooLong, batch_of, read_choices, repeated_prompts, split_tail
-from plinth.posttraining.reward_losses import bradley_terry_loss, ranked_pairs
+from plinth.posttraining.reward_losses import ranking_loss
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.job import Job, run_job
@@ -68,7 +68,7 @@ class RewardTuning:
             raise UserError(f"held_out_share={self.held_out_share} must lie in [0, 1).")
 
 
-def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> tuple[torch.Tensor, float, dict[str, float]]:
+def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> tuple[torch.Tensor, int, dict[str, float]]:
     """Return (Σ over prompts of the mean loss of their pairs, prompts with a pair, metrics) of a batch as `reward_data.batch_of` makes it.
 
     Every answer goes through the model once, whatever the number of its pairs, and what a prompt's answers begin with once for all of them.
@@ -77,16 +77,7 @@ def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> t
     """
     tokens_PL, places, homes, shared, lengths_PG, ranks_PG, margin_P, probability_P = batch
     scores_PG = model.forward_shared(tokens_PL, SharedRows(places, homes, shared), lengths_PG)
-    prompt_M, better_M, worse_M, weight_M = ranked_pairs(ranks_PG)
-    weight_M = weight_M.float()
-    loss, _, metrics = bradley_terry_loss(
-        scores_PG[prompt_M, better_M], scores_PG[prompt_M, worse_M], margin_B=margin_P[prompt_M], center_coef=center_coef,
-        probability_B=probability_P[prompt_M], weight_B=weight_M,
-    )  # fmt: skip
-    with torch.no_grad():
-        present_PG = ranks_PG >= 0
-        metrics["mean_score"] = float(((scores_PG * present_PG).sum(1) / present_PG.sum(1))[prompt_M] @ weight_M)
-    return loss, len(prompt_M.unique()), metrics
+    return ranking_loss(scores_PG, ranks_PG, margin_P=margin_P, probability_P=probability_P, center_coef=center_coef)
 
 
 def start_model(source: Path, seed: int) -> RewardModel:

@@ -249,23 +249,6 @@ class Sampler:
         return replace(rollouts, log_probs=log_probs, engine_gap=gap)
 
 
-def roll_out(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    end_ids: Sequence[int],
-    config: SampleConfig | None = None,
-    *,
-    seed: int | Sequence[int] = 0,
-    num_threads: int = 1,
-) -> Rollouts:
-    """Sample config.group_size completions of each prompt, token ids, from a model as it is; see `Sampler`, which many calls share."""
-    sampler = Sampler(model, tuple(end_ids), config or SampleConfig(), num_threads)
-    try:
-        return sampler.sample(prompts, [seed] if isinstance(seed, int) else seed)
-    finally:
-        sampler.close()
-
-
 @torch.no_grad()
 def score_rows(
     model: Transformer,

@@ -10,10 +10,9 @@ from typing import Any, Literal
 from plinth.config import UserError
 from plinth.inference.chat_model import BATCH, ChatModel
 from plinth.inference.sampling_params import SamplingParams
-from plinth.inference.verifiers import verify
+from plinth.posttraining.examples import Prompt
 from plinth.posttraining.feedback import Comparison, JudgeConfig, judge_pairs
-from plinth.posttraining.prompts import Prompt
-from plinth.posttraining.reward_sources import open_reward
+from plinth.posttraining.reward_sources import DEFAULT_VERIFIER, open_reward
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class SelectionConfig:
     n: int = 8
     """answers drawn to each prompt"""
     by: str = "first"
-    """what scores them: a run of a reward model, a known rule's name, verifier (the data's answers), judge, or first for none"""
-    verifier: str | None = None
-    """check for prompts whose row names none: exact, words, numeric, regex, json, code, sql or refusal"""
+    """what scores them: a run of a reward model, a known rule (verifier: the one that each prompt's row names), judge, or first for none"""
+    verifier: str = DEFAULT_VERIFIER
+    """verifier of rows that name none: exact, words, numeric, regex, json, code, sql or refusal"""
     keep: Literal["best", "passing"] = "best"
     """best: the answer of the highest score; passing: all different answers that reach the threshold (rejection sampling)"""
     threshold: float = 1.0
@@ -102,17 +101,21 @@ def draw_answers(
     return found, cut_off
 
 
-def open_score(config: SelectionConfig, judge: ChatModel | None, judge_config: JudgeConfig, principles: Sequence[str] = ()) -> Score | None:
-    """Return what scores answers, None for by=first. Raises UserError where it is not known, or a judge is missing or not asked."""
+def open_score(
+    config: SelectionConfig, prompts: Sequence[Prompt], judge: ChatModel | None, judge_config: JudgeConfig, principles: Sequence[str] = ()
+) -> Score | None:
+    """Return what scores answers to the prompts, None for by=first.
+
+    Raises UserError where it is not known or cannot score answers to one of them, and where a judge is missing or not asked.
+    """
     if (config.by == "judge") != (judge is not None):
         raise UserError(f"by={config.by}, and {'no judge' if judge is None else 'a judge'} is named. A judge goes with by=judge alone.")
     if judge is not None:
         return lambda prompts, answers: tournament(judge, prompts, answers, judge_config, principles)
     if config.by == "first":
         return None
-    if config.by == "verifier":
-        return lambda prompts, answers: [verified(prompt, texts, config.verifier) for prompt, texts in zip(prompts, answers)]
-    source = open_reward(config.by)
+    source = open_reward(config.by, verifier=config.verifier)
+    source.check(prompts)
 
     def score(prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[list[float]]:
         each = [(prompt, text) for prompt, texts in zip(prompts, answers) for text in texts]
@@ -120,16 +123,6 @@ def open_score(config: SelectionConfig, judge: ChatModel | None, judge_config: J
         return [[float(next(values)) for _ in texts] for texts in answers]
 
     return score
-
-
-def verified(prompt: Prompt, texts: Sequence[str], verifier: str | None) -> list[float]:
-    """Return what a prompt's verifier says of answers. Raises UserError where it has none, or nothing to compare with."""
-    name = prompt.verifier or verifier
-    if name is None:
-        raise UserError(f"the prompt {prompt.text[:60]!r} names no verifier. Name one for all with --verifier.")
-    if prompt.answer is None and name != "refusal":
-        raise UserError(f"the prompt {prompt.text[:60]!r} has no answer that verifier={name} could compare with.")
-    return [verify(name, text, prompt.answer or "") for text in texts]
 
 
 def tournament(

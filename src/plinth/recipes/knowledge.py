@@ -17,7 +17,7 @@ from plinth.evaluation.sampled_answers import draw_answers
 from plinth.inference.sampling import SamplingParams
 from plinth.inference.text import TextEngine
 from plinth.inference.verifiers import check_name, verify
-from plinth.posttraining.examples import Conversation, Row, Verifiable
+from plinth.posttraining.examples import Conversation, Prompt, Row
 from plinth.posttraining.formats import read_examples, read_records
 from plinth.run import file_sha256, find_model, publish_dir, tree_sha256
 from plinth.tasks.knowledge import Asked, Judged, KnowledgeConfig, factuality_pairs, judge_knowledge, refusal_aware_lines
@@ -95,8 +95,8 @@ def read_questions(data: Path, config: KnowledgeConfig) -> tuple[list[Asked], li
 
 def _asked(row: Row) -> Asked | None:
     """Return the question of a row, not answered yet; None where there is none that a text would answer."""
-    if isinstance(row, Verifiable):
-        return Asked(row.prompt, row.answer, "", (), row.verifier, is_checked_only=True)
+    if isinstance(row, Prompt):
+        return Asked(row.messages, row.answer or "", "", (), row.verifier, is_checked_only=True)
     assert isinstance(row, Conversation)
     *prompt, last = row.messages
     answer = str(last.get("content") or "")

@@ -40,7 +40,7 @@ def select_answers(
     known = [] if principles is None else read_principles(principles)
     prompts = read_prompts(data)
     kept_judge = None if judge is None else KeptAnswers(judge, out / "judged.jsonl")
-    score = open_score(config, kept_judge, judge_config or JudgeConfig(), known)
+    score = open_score(config, prompts, kept_judge, judge_config or JudgeConfig(), known)
     with Progress(len(prompts), "drawing", "prompt") as progress:
         answers, cut_off = draw_answers(KeptAnswers(model, out / KEPT_FILE), prompts, config, progress.update)
     scores: Sequence[Sequence[float]] = [()] * len(prompts) if score is None else score(prompts, answers)
