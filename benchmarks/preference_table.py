@@ -21,7 +21,8 @@ from plinth.evaluation.statistics import mean_score, paired_difference
 from plinth.inference.best_of import best_of_kl
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
-from plinth.posttraining.preference import DpoConfig, train_dpo
+from plinth.posttraining.preference import train_dpo
+from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.rollouts import Rollouts, SampleConfig, Sampler
 from plinth.tasks.reviews import best_mean, prompts, reward
 from plinth.tokenizer.chat import render

@@ -10,7 +10,8 @@ from plinth.models.hub import load_decoder, save_model
 from plinth.models.transformer import Transformer
 from plinth.posttraining.displacement import displacement, last_means, length_bias
 from plinth.posttraining.lora import LoraConfig
-from plinth.posttraining.preference import DpoConfig, train_dpo
+from plinth.posttraining.preference import train_dpo
+from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.sft import SftConfig, train_sft
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
@@ -93,12 +94,12 @@ def test_adapters_learn_pairs_against_the_model_without_them(tmp_path, base, ada
 def test_a_resumed_run_with_adapters_equals_an_uninterrupted_one(tmp_path, base, monkeypatch):
     config = {"adapter": LoraConfig(2), "train": quick(5, dtype="bfloat16", checkpoint_every_s=0.0)}
     whole, _ = tuned(base, tmp_path / "whole", **config)
-    from plinth.posttraining import preference
+    from plinth.posttraining import preference_rows
 
     class Killed(BaseException):
         pass
 
-    steps, share_sides = [], preference.share_sides
+    steps, share_sides = [], preference_rows.share_sides
 
     def killing(*arguments):
         steps.append(1)
@@ -106,7 +107,7 @@ def test_a_resumed_run_with_adapters_equals_an_uninterrupted_one(tmp_path, base,
             raise Killed
         return share_sides(*arguments)
 
-    monkeypatch.setattr(preference, "share_sides", killing)
+    monkeypatch.setattr(preference_rows, "share_sides", killing)
     with pytest.raises(Killed):
         tuned(base, tmp_path / "cut", **config)
     monkeypatch.undo()

@@ -12,18 +12,10 @@ import torch
 
 from plinth.posttraining.advantage import gae, token_rewards, whiten
 from plinth.posttraining.distill_losses import divergence
+from plinth.posttraining.pair_scores import Pairs, implicit_rewards, wpo_weights
 from plinth.posttraining.policy_losses import POLICY_LOSSES, PolicyBatch, policy_loss
-from plinth.posttraining.preference_losses import (
-    Pairs,
-    implicit_rewards,
-    mixed_loss,
-    odds_ratio,
-    preference_loss,
-    shared_length_log_probs,
-    sigmoid,
-    simpo,
-    wpo_weights,
-)
+from plinth.posttraining.preference_losses import mixed_loss, odds_ratio, preference_loss, sigmoid, simpo
+from plinth.posttraining.preference_objective import desensitised_log_probs
 from plinth.posttraining.reward_losses import bradley_terry_loss
 from plinth.posttraining.unpaired_losses import apo_zero_unpaired, kto, kto_reference_point
 
@@ -87,14 +79,15 @@ def test_exo_with_its_two_logarithms_rounded_to_float32():
 
 
 def test_mpo_is_a_mixture_of_three_losses():
-    loss_B = mixed_loss(PAIRS, {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, {"sft": {"tokens_per_pair": 3.5}})
+    loss_B, _ = mixed_loss(PAIRS, {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, {"sft": {"tokens_per_pair": 3.5}})
     assert abs(float(loss_B.mean()) - 1.3582977711) < TENTH_DIGIT
 
 
 def test_length_desensitised_dpo():
-    shared = torch.minimum(TOKENS[:2], TOKENS[2:]).repeat(2)
-    policy, reference = (shared_length_log_probs(values, MASK, shared, 0.5) for values in (POLICY, REFERENCE))
-    assert abs(float(sigmoid(pairs_of(policy, reference)).mean()) - 0.6787613312) < TENTH_DIGIT
+    sides = [torch.stack([values[:2], values[2:]], 1) for values in (POLICY, REFERENCE, MASK)]
+    policy_B2, reference_B2 = (desensitised_log_probs(values, sides[2], 0.5) for values in sides[:2])
+    pairs = Pairs(*policy_B2.unbind(1), *reference_B2.unbind(1))
+    assert abs(float(sigmoid(pairs).mean()) - 0.6787613312) < TENTH_DIGIT
 
 
 def test_weighted_preference_optimisation():

@@ -7,17 +7,23 @@ import math
 import pytest
 import torch
 
+from plinth.cli.main import main
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
+from plinth.posttraining import preference_rows
 from plinth.posttraining.examples import Conversation
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.inspection import inspect_data
+from plinth.posttraining.pair_scores import Pairs
 from plinth.posttraining.pairs import render_pairs, share_sides
-from plinth.posttraining.preference import DpoConfig, pairs_log_probs, pairs_loss, train_dpo
-from plinth.posttraining.preference_losses import REFERENCE_FREE, Pairs, cdpo, preference_loss
+from plinth.posttraining.preference import train_dpo
+from plinth.posttraining.preference_config import REFERENCE_FREE, DpoConfig
+from plinth.posttraining.preference_losses import cdpo, preference_loss
+from plinth.posttraining.preference_objective import pairs_log_probs, pairs_loss, reference_pairs_log_probs
 from plinth.posttraining.sft import SftConfig, render_examples, train_sft
+from plinth.run import Run
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
@@ -143,7 +149,15 @@ def test_soft_labels_are_learnt_by_cdpo_and_named_where_they_are_not(tmp_path, t
     torch.testing.assert_close(values, torch.tensor(expected))
 
 
-@pytest.mark.parametrize("options", [{"loss": "sigmoid"}, {"loss": "ipo"}, {"loss": "orpo"}])
+SPLITS = [
+    {"loss": "sigmoid"},
+    {"loss": "ipo", "divergence": "js"},
+    {"loss": "orpo"},
+    {"loss": "sigmoid=0.8,bco_pair=0.2,sft", "tail_weight": 0.3, "weigh_by_policy": True},
+]
+
+
+@pytest.mark.parametrize("options", SPLITS)
 def test_any_split_of_a_step_of_pairs_gives_the_same_loss_and_gradient(tmp_path, tokenizer, model_dir, options):
     """The class of complaint of trl#2175 and trl#2604: a step is divided once, by its pairs, however it is accumulated and padded."""
     records = [pair(a, b + " and more" * i) for i, (a, b) in enumerate(zip(SUBJECTS[:5], SUBJECTS[1:]))]
@@ -159,11 +173,131 @@ def test_any_split_of_a_step_of_pairs_gives_the_same_loss_and_gradient(tmp_path,
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def separate_rows(model, pairs):
+    """Return of each answer the log-probabilities of its counted tokens and the log of the sum of squares there, in float64."""
+    found = []
+    for each in (side for pair in pairs for side in (pair.chosen, pair.rejected)):
+        ids, counted = torch.tensor(each.tokens), torch.tensor(each.loss_mask)[1:]
+        table = model.logits(model(ids[None]))[0].double().log_softmax(-1)[:-1]
+        found.append((table.gather(1, ids[1:, None])[:, 0][counted], (2 * table).logsumexp(-1)[counted]))
+    return found
+
+
+def test_the_tail_and_the_policy_weigh_as_the_equations_say(tmp_path, tokenizer, model_dir):
+    """LD-DPO and WPO on the shared rows against a loop over separate ones: the loss, the weights, and the gradient."""
+    pairs = rendered_pairs(tokenizer, tmp_path / "pairs.jsonl", [pair("copy", "seek and tell"), pair("open and close", "move")])
+    model, alpha, beta = load_model(model_dir), 0.3, 0.4
+    config = DpoConfig(beta=beta, tail_weight=alpha, weigh_by_policy=True, chosen_nll_coef=0.0)
+    with torch.no_grad():
+        model.output_weight.mul_(10)  # sure of itself, so that the weights are not all 1
+        reference = reference_pairs_log_probs(model, sides(pairs), config) + torch.tensor([[2.0, 0.0], [-1.0, 0.5]])
+    total, count, metrics = pairs_loss(model, (*sides(pairs), reference), config)
+    expected, weights, rows = 0.0, [], separate_rows(model, pairs)
+    for b in range(2):
+        sums, means = [], []
+        shorter = min(len(rows[2 * b][0]), len(rows[2 * b + 1][0]))
+        for r in range(2):
+            log_probs, squares = rows[2 * b + r]
+            sums.append(log_probs[:shorter].sum() + alpha * log_probs[shorter:].sum())
+            means.append((log_probs - squares).mean())
+        weights.append(float(torch.exp(means[0] + means[1]).detach().clamp(max=1)))
+        margin = beta * ((sums[0] - reference[b, 0]) - (sums[1] - reference[b, 1]))
+        expected = expected - weights[-1] * torch.nn.functional.logsigmoid(margin)
+    assert count == 2 and metrics["weight"] == pytest.approx(sum(weights), rel=1e-4) and 0 < metrics["weight"] < 2
+    assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    parameters = list(model.parameters())
+    for one, other in zip(torch.autograd.grad(total, parameters), torch.autograd.grad(expected, parameters)):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5)
+
+
+def test_a_mix_logs_each_of_its_losses(tmp_path, tokenizer, model_dir):
+    pairs = rendered_pairs(tokenizer, tmp_path / "pairs.jsonl", [pair("copy", "seek and tell"), pair("open", "move")])
+    model, batch = load_model(model_dir), (*sides(pairs), torch.tensor([[-50.0, -60.0], [-55.0, -52.0]]))
+    weights = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
+    total, _, metrics = pairs_loss(model, batch, DpoConfig(loss="sigmoid=0.8,bco_pair=0.2,sft", beta=0.3))
+    alone = {name: {"loss": name, "chosen_nll_coef": 0.0} | ({} if name == "sft" else {"beta": 0.3}) for name in weights}
+    single = {name: pairs_loss(model, batch, DpoConfig(**options)) for name, options in alone.items()}
+    assert float(total.detach()) == pytest.approx(sum(weights[name] * float(part[0].detach()) for name, part in single.items()), rel=1e-5)
+    assert all(metrics[f"loss_{name}"] == pytest.approx(float(part[0].detach()), rel=1e-5) for name, part in single.items())
+    assert metrics["margin"] == pytest.approx(single["sigmoid"][2]["margin"]) and "loss_sigmoid" not in single["sigmoid"][2]
+
+
+WRONG_OPTIONS = [
+    ({"loss": "sigmiod"}, "loss='sigmiod': 'sigmiod' is not one of .* Did you mean sigmoid?"),
+    ({"loss": "sigmoid=0,sft"}, "name each loss once, with a positive weight after it, as in sigmoid=0.8"),
+    ({"loss": "sigmoid=x,sft"}, "name each loss once"),
+    ({"loss": "sft,sft"}, "name each loss once"),
+    ({"loss": "sigmoid,kto"}, "kto is of single answers and cannot be mixed"),
+    ({"loss": "kto=0.5"}, "cannot be mixed or weighed. Write --loss kto."),
+    ({"loss": "sigmoid,sft", "gamma": 1.0}, "gamma=1.0 is not read by the loss sigmoid, sft, which takes beta, divergence"),
+    ({"loss": "sft", "beta": 1.0}, "beta=1.0 is not read by the loss sft, which takes none"),
+    ({"loss": "apo_zero", "divergence": "js"}, "divergence=js is not read by the loss apo_zero, which takes beta"),
+    ({"divergence_alpha": 0.3}, "divergence_alpha=0.3 is for --divergence alpha"),
+    ({"divergence": "alpha", "divergence_alpha": 1.0}, "at 1 that is reverse_kl"),
+    ({"tail_weight": 1.5}, "tail_weight=1.5 must lie between 0"),
+    ({"loss": "kto", "tail_weight": 0.5}, "tail_weight=0.5 is for losses of pairs"),
+    ({"loss": "aot", "weigh_by_policy": True}, "aot sorts them apart"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), WRONG_OPTIONS)
+def test_options_of_the_command_line_are_checked_before_anything_is_read(options, text):
+    with pytest.raises(UserError, match=text):
+        DpoConfig(**options)
+
+
+def test_cpo_reads_the_weight_of_its_own_likelihood():
+    config = DpoConfig(loss="cpo", chosen_nll_coef=0.25)
+    assert (config.nll_coef, config.options_of("cpo")) == (0.0, {"nll_coef": 0.25})
+
+
+def test_a_resumed_run_of_a_weighed_mix_equals_an_uninterrupted_one(tmp_path, tokenizer, model_dir, monkeypatch):
+    """From the command line, and stopped in its midst: the metrics of every step and the weights are the same to the bit."""
+    file = write_lines(tmp_path / "pairs.jsonl", [pair(a, b + " too" * (i % 3)) for i, (a, b) in enumerate(zip(SUBJECTS, SUBJECTS[1:]))])
+    words = ["prefer", str(tmp_path), "--data", str(file), "--loss", "sigmoid=0.8,bco_pair=0.2,sft", "--divergence", "js", "--tail-weight"]
+    words += [
+        "0.5",
+        "--weigh-by-policy",
+        "--pairs-per-step",
+        "4",
+        "--micro-batch-size",
+        "2",
+        "--train.steps",
+        "6",
+        "--train.num-threads",
+        "2",
+    ]
+    words += ["--train.checkpoint-every-s", "0"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+
+    class Killed(BaseException):
+        pass
+
+    steps, share_sides = [], preference_rows.share_sides
+
+    def killing(*arguments):
+        steps.append(1)
+        if len(steps) == 12:
+            raise Killed
+        return share_sides(*arguments)
+
+    monkeypatch.setattr(preference_rows, "share_sides", killing)
+    with pytest.raises(Killed):
+        main([*words, "--out", str(tmp_path / "cut")])
+    monkeypatch.undo()
+    assert main([*words, "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    names = ("step", "loss_nats", "loss_sigmoid", "loss_bco_pair", "loss_sft", "weight", "margin", "chosen_ratio", "grad_norm")
+    found = [[[line[name] for name in names] for line in Run.open(tmp_path / run).metrics()] for run in ("whole", "cut")]
+    assert len(found[0]) == 6 and found[0] == found[1]
+    models = [load_model(tmp_path / run / "model") for run in ("whole", "cut")]
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
+
+
 def test_cross_entropy_is_added_to_dpo_alone_unless_asked():
     assert (DpoConfig().nll_coef, DpoConfig(loss="simpo").nll_coef, DpoConfig(loss="simpo", chosen_nll_coef=0.5).nll_coef) == (0.2, 0, 0.5)
     with pytest.raises(UserError, match="gamma=1.0 is not read by the loss sigmoid"):
         DpoConfig(gamma=1.0)
-    with pytest.raises(UserError, match="loss='dpo' is not one of sigmoid"):
+    with pytest.raises(UserError, match="loss='dpo': 'dpo' is not one of sigmoid"):
         DpoConfig(loss="dpo")
 
 

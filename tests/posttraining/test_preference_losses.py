@@ -1,21 +1,15 @@
 """Losses of pairs and of single answers against scalar loops, their gradients, their limits and their error texts."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
 from plinth.config import UserError
-from plinth.posttraining.preference_losses import (
-    PREFERENCE_LOSSES,
-    REFERENCE_FREE,
-    Pairs,
-    divergence_score,
-    mixed_loss,
-    preference_loss,
-    shared_length_log_probs,
-    wpo_weights,
-)
+from plinth.posttraining.pair_scores import Pairs, divergence_score, shared_length_log_probs, wpo_weights
+from plinth.posttraining.preference_config import PAIR_OPTIONS, REFERENCE_FREE, SINGLE_OPTIONS, SORTING
+from plinth.posttraining.preference_losses import PREFERENCE_LOSSES, mixed_loss, preference_loss
 from plinth.posttraining.reward_losses import bradley_terry_loss, ranking_loss
 from plinth.posttraining.unpaired_losses import UNPAIRED_LOSSES, bco, kto, kto_reference_point
 
@@ -123,10 +117,37 @@ def test_limits():
     plain = preference_loss("sigmoid", pairs)[0]
     assert torch.equal(preference_loss("cdpo", pairs, epsilon=0.0)[0], plain)
     assert torch.equal(preference_loss("robust", pairs, epsilon=0.0)[0], plain)
-    near = preference_loss("sigmoid", pairs, divergence="alpha", alpha=1 - 1e-7)[0]
+    near = preference_loss("sigmoid", pairs, divergence="alpha", divergence_alpha=1 - 1e-7)[0]
     assert float(near) == pytest.approx(float(plain), rel=1e-5)
     sums_ipo = preference_loss("ipo", pairs, per_token=False)[0]
     assert float(sums_ipo) == pytest.approx(float(((pairs.difference_B - 5) ** 2).sum()))
+
+
+def test_the_table_of_options_is_what_the_losses_read():
+    tie = {"divergence", "divergence_alpha"}
+    for table, losses in ((PAIR_OPTIONS, PREFERENCE_LOSSES), (SINGLE_OPTIONS, UNPAIRED_LOSSES)):
+        for name, function in losses.items():
+            read = {key for key, argument in inspect.signature(function).parameters.items() if argument.kind is argument.KEYWORD_ONLY}
+            assert set(table[name]) - tie == read - {"tokens_per_pair"}, name
+        assert list(table) == list(losses)
+
+
+@pytest.mark.parametrize("name", sorted(set(PREFERENCE_LOSSES) - REFERENCE_FREE - SORTING))
+def test_another_divergence_is_offered_where_the_difference_alone_counts(name):
+    """The partition function of a prompt adds one number to both scores: where that changes the loss, f-DPO has no meaning."""
+    (c, r, p, q), _ = sums()
+    lengths = [torch.full((6,), 3), torch.full((6,), 3)]
+    shifted = loss_rows(name, (c, r, p - 0.7, q - 0.7), lengths)
+    invariant = torch.allclose(shifted, loss_rows(name, (c, r, p, q), lengths), rtol=1e-9)
+    assert invariant == ("divergence" in PAIR_OPTIONS[name])
+
+
+def test_a_divergence_survives_an_answer_that_has_all_but_vanished():
+    values = [torch.tensor([x], requires_grad=i < 2) for i, x in enumerate((-1.0, -4000.0, -1.0, -2.0))]
+    for name in ("forward_kl", "js", "alpha"):
+        total = preference_loss("hinge", Pairs(*values), divergence=name)[0]
+        grads = torch.autograd.grad(total, values[:2])
+        assert torch.isfinite(total) and all(torch.isfinite(grad).all() for grad in grads), name
 
 
 def test_scores_of_divergences_are_derivatives():
@@ -157,12 +178,12 @@ def test_odds_survive_both_ends():
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("sigmoid", {"epsilon": 0.1}, "epsilon=0.1 is not read by the loss sigmoid, which takes beta, divergence, alpha"),
+        ("sigmoid", {"epsilon": 0.1}, "epsilon=0.1 is not read by the loss sigmoid, which takes beta, divergence, divergence_alpha"),
         ("dpo", {}, "loss='dpo' is not one of sigmoid, cdpo"),
         ("cdpo", {"epsilon": 0.5}, r"epsilon=0.5 is not in \[0, 0.5\)"),
         ("exo_pair", {"epsilon": 0.0}, "the loss is infinite at 0"),
         ("sigmoid", {"divergence": "kl"}, "none of reverse_kl"),
-        ("sigmoid", {"divergence": "alpha", "alpha": 1}, "divides by zero"),
+        ("sigmoid", {"divergence": "alpha", "divergence_alpha": 1}, "divides by zero"),
     ],
 )
 def test_options_are_never_ignored(name, options, text):
@@ -178,7 +199,7 @@ def test_pairs_are_checked():
         Pairs(values[0], values[1][:2])
     with pytest.raises(ValueError, match="without counted tokens"):
         Pairs(values[0], values[1], chosen_tokens_B=torch.zeros(6), rejected_tokens_B=torch.ones(6)).per_token()
-    with pytest.raises(UserError, match="weights is empty"):
+    with pytest.raises(UserError, match="parts is empty"):
         mixed_loss(Pairs(*values), {})
 
 

@@ -12,7 +12,9 @@ from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.posttraining.examples import Unpaired
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.preference import DpoConfig, LabelledRows, train_dpo
+from plinth.posttraining.preference import train_dpo
+from plinth.posttraining.preference_config import DpoConfig
+from plinth.posttraining.preference_rows import LabelledRows
 from plinth.posttraining.unpaired import mismatches, reference_point, render_labelled, weight_advice
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig

@@ -10,7 +10,8 @@ import tyro
 
 from plinth.cli.output import say
 from plinth.cli.pretrain import show_run
-from plinth.posttraining.preference import DpoConfig, train_dpo
+from plinth.posttraining.preference import train_dpo
+from plinth.posttraining.preference_config import DpoConfig
 
 
 @dataclass(frozen=True)

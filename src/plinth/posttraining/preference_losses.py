@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,89 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plinth.config import UserError
+from plinth.posttraining.pair_scores import Pairs, given, implicit_rewards
+from plinth.posttraining.preference_config import PAIR_OPTIONS
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Log-probabilities in nats of chosen and rejected answers, each summed over the answer's tokens, shape (B,)."""
-
-    chosen_B: Tensor
-    """the policy's, of the chosen answers"""
-    rejected_B: Tensor
-    """the policy's, of the rejected answers"""
-    reference_chosen_B: Tensor | None = None
-    """the reference's, of the chosen answers; None for a loss without a reference"""
-    reference_rejected_B: Tensor | None = None
-    """the reference's, of the rejected answers"""
-    chosen_tokens_B: Tensor | None = None
-    """counted tokens of the chosen answers; needed by the losses that divide by the length"""
-    rejected_tokens_B: Tensor | None = None
-    """counted tokens of the rejected answers"""
-
-    def __post_init__(self) -> None:
-        shapes = {tuple(value.shape) for value in vars(self).values() if value is not None}
-        if len(shapes) != 1:
-            raise ValueError(f"the pairs' shapes differ: {sorted(shapes)}.")
-
-    @property
-    def chosen_ratio_B(self) -> Tensor:
-        """log π/π_ref of the chosen answers."""
-        return self.chosen_B - _given(self.reference_chosen_B, "reference_chosen_B")
-
-    @property
-    def rejected_ratio_B(self) -> Tensor:
-        """log π/π_ref of the rejected answers."""
-        return self.rejected_B - _given(self.reference_rejected_B, "reference_rejected_B")
-
-    @property
-    def difference_B(self) -> Tensor:
-        """The chosen answers' ratio minus the rejected answers', Δ in the equations."""
-        return self.chosen_ratio_B - self.rejected_ratio_B
-
-    def per_token(self) -> Pairs:
-        """The same pairs with every sum divided by its answer's tokens."""
-        chosen, rejected = _given(self.chosen_tokens_B, "chosen_tokens_B"), _given(self.rejected_tokens_B, "rejected_tokens_B")
-        if bool((chosen <= 0).any()) or bool((rejected <= 0).any()):
-            raise ValueError("an answer without counted tokens has no mean log-probability. Leave its pair out.")
-        return Pairs(
-            self.chosen_B / chosen,
-            self.rejected_B / rejected,
-            None if self.reference_chosen_B is None else self.reference_chosen_B / chosen,
-            None if self.reference_rejected_B is None else self.reference_rejected_B / rejected,
-            chosen,
-            rejected,
-        )
-
-
-def _given(value: Tensor | None, name: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"{name} is None, and this loss needs it.")
-    return value
-
-
-def divergence_score(ratio_B: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
-    """Return f′(u) up to a constant for u = e^ratio, which takes the place of the ratio under another divergence than the reverse KL.
-
-    `divergence` is reverse_kl, forward_kl, js or alpha; `alpha`, which only the last reads, is not 1.
-    Source: Wang et al. 2023 (f-DPO), arXiv:2309.16240.  Differs: our α is one minus theirs, as in TRL.
-    """
-    if divergence == "reverse_kl":
-        return ratio_B
-    if divergence == "forward_kl":
-        return -torch.exp(-ratio_B)
-    if divergence == "js":
-        return math.log(2) + F.logsigmoid(ratio_B)
-    if divergence == "alpha":
-        if alpha == 1:
-            raise UserError("alpha=1 divides by zero. Use divergence=reverse_kl, its limit.")
-        return torch.expm1((alpha - 1) * ratio_B) / (alpha - 1)
-    raise UserError(f"divergence={divergence!r} is none of reverse_kl, forward_kl, js, alpha.")
-
-
-def sigmoid(pairs: Pairs, *, beta: float = 0.1, divergence: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
-    """−log σ(βΔ).  Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; with another divergence, Wang et al. 2023, arXiv:2309.16240."""
-    scores = [divergence_score(ratio, divergence, alpha) for ratio in (pairs.chosen_ratio_B, pairs.rejected_ratio_B)]
-    return -F.logsigmoid(beta * (scores[0] - scores[1]))
+def sigmoid(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
+    """−log σ(βΔ).  Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7."""
+    return -F.logsigmoid(beta * pairs.difference_B)
 
 
 def cdpo(pairs: Pairs, *, beta: float = 0.1, epsilon: float | Tensor = 0.1) -> Tensor:
@@ -185,7 +108,7 @@ def aot(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.0) -> Tensor:
     The sort is over the pairs of one call, so that the loss depends on how a step is split into micro-batches.
     Source: Melnyk et al. 2024 (AOT, paired), arXiv:2406.05882.
     """
-    reference_B = _given(pairs.reference_chosen_B, "reference_chosen_B") - _given(pairs.reference_rejected_B, "reference_rejected_B")
+    reference_B = given(pairs.reference_chosen_B, "reference_chosen_B") - given(pairs.reference_rejected_B, "reference_rejected_B")
     return _smoothed((pairs.chosen_B - pairs.rejected_B).sort().values - reference_B.sort().values, beta, epsilon)
 
 
@@ -202,7 +125,7 @@ def sft(pairs: Pairs, *, tokens_per_pair: float | None = None) -> Tensor:
 
     With the mean number of chosen tokens over the whole step as `tokens_per_pair`, the mean over pairs is the mean over tokens.
     """
-    return -pairs.chosen_B / (_given(pairs.chosen_tokens_B, "chosen_tokens_B") if tokens_per_pair is None else tokens_per_pair)
+    return -pairs.chosen_B / (given(pairs.chosen_tokens_B, "chosen_tokens_B") if tokens_per_pair is None else tokens_per_pair)
 
 
 def orpo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
@@ -275,15 +198,6 @@ PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "simpo": simpo,
     "cpo": cpo,
 }
-REFERENCE_FREE = frozenset({"sft", "orpo", "odds_ratio", "simpo", "cpo"})
-
-
-def implicit_rewards(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
-    """Return β log π/π_ref of the chosen and of the rejected answers; without a reference, β times the mean log π of a token."""
-    if pairs.reference_chosen_B is not None:
-        return beta * pairs.chosen_ratio_B, beta * pairs.rejected_ratio_B
-    plain = pairs if pairs.chosen_tokens_B is None else pairs.per_token()
-    return beta * plain.chosen_B, beta * plain.rejected_B
 
 
 def preference_loss(name: str, pairs: Pairs, *, weights_B: Tensor | None = None, **options: Any) -> tuple[Tensor, int, dict[str, float]]:
@@ -292,59 +206,56 @@ def preference_loss(name: str, pairs: Pairs, *, weights_B: Tensor | None = None,
     Raises UserError for an unknown loss and for an option that this loss does not read, which is never ignored. Metrics are sums over
     pairs of accuracy (a tie is wrong) and margin, both of `implicit_rewards`.
     """
-    loss_B = _rows(name, pairs, options)
-    defaults = inspect.signature(PREFERENCE_LOSSES[name]).parameters
-    beta = options.get("beta", defaults["beta"].default if "beta" in defaults else 1.0)
-    with torch.no_grad():
-        chosen_B, rejected_B = implicit_rewards(pairs, beta)
-        metrics = {"accuracy": float((chosen_B > rejected_B).sum()), "margin": float((chosen_B - rejected_B).sum())}
+    loss_B = loss_rows(name, pairs, **options)
+    metrics = pair_metrics(pairs, options.get("beta", default_beta(name)))
     return (loss_B if weights_B is None else loss_B * weights_B).sum(), loss_B.numel(), metrics
 
 
-def mixed_loss(pairs: Pairs, weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]] | None = None) -> Tensor:
-    """Return the weighted sum of several losses, one value a pair; `options` are given by the loss's name.
+def mixed_loss(
+    pairs: Pairs,
+    parts: Mapping[str, float],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    weights_B: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the weighted sum of several losses, one value a pair, and each loss's own sum over pairs as loss_NAME.
 
+    `parts` are the weights and `options` the options by the loss's name; `weights_B` multiplies each pair's loss, as in WPO.
     Source: Wang et al. 2024 (MPO), arXiv:2411.10442, which takes 0.8 sigmoid + 0.2 bco_pair + 1 sft.
     """
-    if not weights:
-        raise UserError("weights is empty. Name at least one loss, such as {'sigmoid': 1.0}.")
-    parts = [weight * _rows(name, pairs, dict((options or {}).get(name, {}))) for name, weight in weights.items()]
-    return torch.stack(parts).sum(0)
+    if not parts:
+        raise UserError("parts is empty. Name at least one loss, such as {'sigmoid': 1.0}.")
+    rows = {name: loss_rows(name, pairs, **dict((options or {}).get(name, {}))) for name in parts}
+    total_B = torch.stack([weight * rows[name] for name, weight in parts.items()]).sum(0)
+    return total_B if weights_B is None else total_B * weights_B, {f"loss_{name}": float(row.detach().sum()) for name, row in rows.items()}
 
 
-def check_options(name: str, options: Mapping[str, Any], losses: Mapping[str, Callable[..., Tensor]] = PREFERENCE_LOSSES) -> None:
-    """Raise UserError for an unknown loss and for an option that it does not read; options are the keyword-only arguments."""
-    if name not in losses:
-        raise UserError(f"loss={name!r} is not one of {', '.join(losses)}.")
-    arguments = inspect.signature(losses[name]).parameters.values()
-    known = [argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
-    unread = [option for option in options if option not in known]
-    if unread:
-        raise UserError(f"{unread[0]}={options[unread[0]]} is not read by the loss {name}, which takes {', '.join(known)}. Leave it out.")
+@torch.no_grad()
+def pair_metrics(pairs: Pairs, beta: float) -> dict[str, float]:
+    """Return the sums over pairs of accuracy (a tie is wrong) and margin, both of `implicit_rewards`."""
+    chosen_B, rejected_B = implicit_rewards(pairs, beta)
+    return {"accuracy": float((chosen_B > rejected_B).sum()), "margin": float((chosen_B - rejected_B).sum())}
 
 
-def _rows(name: str, pairs: Pairs, options: dict[str, Any]) -> Tensor:
-    check_options(name, options)
-    return PREFERENCE_LOSSES[name](pairs, **options)
+def default_beta(name: str) -> float:
+    """Return the β that a loss takes where none is given; 1 for a loss without."""
+    arguments = inspect.signature(PREFERENCE_LOSSES[name]).parameters
+    return arguments["beta"].default if "beta" in arguments else 1.0
 
 
-def shared_length_log_probs(log_probs_BT: Tensor, mask_BT: Tensor, shared_tokens_B: Tensor, alpha: float) -> Tensor:
-    """Return Σ log-probabilities of the first `shared_tokens_B` counted tokens + α Σ of the later ones, shape (B,).
+def loss_rows(name: str, pairs: Pairs, *, divergence: str | None = None, divergence_alpha: float | None = None, **options: Any) -> Tensor:
+    """Return one loss a pair, (B,). Raises UserError for an unknown loss and for an option that it does not read.
 
-    `shared_tokens_B` is the length of the shorter answer of the pair; α = 1 is the plain sum.
-    Source: Liu et al. 2024 (LD-DPO), arXiv:2409.06411.
+    The losses of the difference alone are given another divergence's scores in place of the ratios, where one is named.
     """
-    counted_BT = mask_BT != 0
-    shared_BT = counted_BT.cumsum(1) <= shared_tokens_B[:, None]
-    return (torch.where(shared_BT, log_probs_BT, alpha * log_probs_BT) * counted_BT).sum(1)
-
-
-def wpo_weights(chosen_BT: Tensor, chosen_mask_BT: Tensor, rejected_BT: Tensor, rejected_mask_BT: Tensor) -> Tensor:
-    """Return detached weights min(1, e^{mean chosen + mean rejected}), shape (B,), for `preference_loss`.
-
-    Both hold log p(token) − log Σ_v p(v)², the second term being that of the policy's distribution at the token's position.
-    Source: Zhou et al. 2024 (WPO), arXiv:2406.11827, eq. 2.
-    """
-    sides = ((chosen_BT, chosen_mask_BT), (rejected_BT, rejected_mask_BT))
-    means = [(values * mask).sum(1) / mask.sum(1) for values, mask in sides]
-    return torch.exp(means[0] + means[1]).clamp(max=1).detach()
+    if name not in PREFERENCE_LOSSES:
+        raise UserError(f"loss={name!r} is not one of {', '.join(PREFERENCE_LOSSES)}.")
+    function = PREFERENCE_LOSSES[name]
+    tie = {"divergence": divergence, "divergence_alpha": divergence_alpha}
+    given_options = options | {option: value for option, value in tie.items() if value is not None}
+    known = [*PAIR_OPTIONS[name], *(("tokens_per_pair",) if name == "sft" else ())]
+    if unread := [option for option in given_options if option not in known]:
+        value = given_options[unread[0]]
+        raise UserError(f"{unread[0]}={value} is not read by the loss {name}, which takes {', '.join(known)}. Leave it out.")
+    if divergence is not None:
+        pairs = pairs.under(divergence, 0.5 if divergence_alpha is None else divergence_alpha)
+    return function(pairs, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from plinth.posttraining.preference import DpoConfig
+from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.sft import SftConfig
 from plinth.recipes.pretraining import PretrainConfig
 from plinth.scaling.plan_record import Plan
