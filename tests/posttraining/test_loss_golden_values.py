@@ -62,6 +62,16 @@ PAIRS = pairs_of(POLICY.sum(1), REFERENCE.sum(1))
         ("aot_unpaired", {}, 0.6768012944),
         ("sigmoid", {"divergence": "forward_kl"}, 0.6723715254),
         ("sigmoid", {"divergence": "js"}, 0.6840125510),
+        ("sigmoid_norm", {"divergence": "forward_kl", "beta": 0.1}, 0.6870893388),
+        ("sigmoid_norm", {"divergence": "js", "beta": 0.1}, 0.6904643844),
+        ("hinge", {"divergence": "forward_kl"}, 0.9579048856),
+        ("hinge", {"divergence": "js"}, 0.9816318334),
+        ("ipo", {"divergence": "forward_kl"}, 23.8000208526),
+        ("ipo", {"divergence": "js"}, 24.4656473997),
+        ("robust", {"divergence": "forward_kl", "epsilon": 0.1}, 0.6671096361),
+        ("robust", {"divergence": "js", "epsilon": 0.1}, 0.6817165302),
+        ("discopop", {"divergence": "forward_kl"}, 0.8699782331),
+        ("discopop", {"divergence": "js"}, 0.8596798935),
     ],
 )
 def test_preference_losses(name, options, value):
