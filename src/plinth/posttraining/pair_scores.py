@@ -82,17 +82,17 @@ def given(value: Tensor | None, name: str) -> Tensor:
 
 
 def divergence_score(ratio_B: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
-    """Return f′(u) up to a constant for u = e^ratio, which takes the place of the ratio under another divergence than the reverse KL.
+    """Return f′(u) for u = e^ratio, 0 at ratio 0, which takes the place of the ratio under another divergence than the reverse KL.
 
-    `divergence` is reverse_kl, forward_kl, js or alpha; `alpha`, which only the last reads, is not 1. What is left out is a constant and
-    the prompt's partition function, which cancel in the difference of two answers and nowhere else.
+    `divergence` is reverse_kl, forward_kl, js or alpha; `alpha`, which only the last reads, is not 1. Left out is
+    the partition function of the prompt, which cancels in the difference of two answers and nowhere else.
     Source: Wang et al. 2023 (f-DPO), arXiv:2309.16240.  Differs: our α is one minus theirs, as in TRL; exponents end at LARGEST, as those
     of TRL's alpha divergence do.
     """
     if divergence == "reverse_kl":
         return ratio_B
     if divergence == "forward_kl":
-        return -torch.exp((-ratio_B).clamp(max=LARGEST))
+        return -torch.expm1((-ratio_B).clamp(max=LARGEST))
     if divergence == "js":
         return math.log(2) + F.logsigmoid(ratio_B)
     if divergence == "alpha":
