@@ -1,6 +1,7 @@
 """Does tuning on what a model knows keep it from making answers up, and what does it cost where it knows?
 
-    python benchmarks/factuality_tuning.py --build runs/demo [--seeds 1] [--out FOLDER]
+    python benchmarks/factuality_tuning.py --build runs/demo [--seeds 1] [--out FOLDER]     # twenty minutes of one core a seed
+    python benchmarks/factuality_tuning.py --build runs/demo --seeds 2 --add               # the seeds that the record lacks
 
 Takes the pretrained model and the questions of a build of the embedded default (`make demo`). Of its functions, by seed, five in ten are
 taught, three are the pool that the model is asked about beside them without having been taught them, and two are never trained on.
@@ -25,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import write_record
+from record import RECORDS, write_record
 
 SCORES = (
     "known_exact", "over_refusal", "heldout_refusal", "heldout_exact", "invented_refusal", "accuracy_answered", "coverage",
@@ -123,14 +124,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, required=True, help="a build of the embedded default")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
+    parser.add_argument("--add", action="store_true", help="keep the record's seeds, which should be of the same build")
     parser.add_argument("--out", type=Path, help="folder for the runs (default: one that goes away)")
     options = parser.parse_args()
     started = time.perf_counter()
+    record, plan = RECORDS / "factuality_tuning.json", json.loads((options.build / "plan.json").read_text())
+    kept = json.loads(record.read_text()) if options.add and record.exists() else {"rows": [], "num_params": plan["num_params"]}
+    if kept["num_params"] != plan["num_params"]:
+        parser.error(f"the record is of a build of {kept['num_params']} parameters, {options.build} has {plan['num_params']}")
+    rows = kept["rows"]
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for seed in range(options.seeds) for row in one_seed(options.build, (options.out or Path(folder)) / str(seed), seed)]
-    plan = json.loads((options.build / "plan.json").read_text())
+        for seed in sorted(set(range(options.seeds)) - {row["seed"] for row in rows}):
+            rows += one_seed(options.build, (options.out or Path(folder)) / str(seed), seed)
     question = "Does tuning on what a model knows keep it from making answers up, and what does it cost where it knows?"
-    more = {"num_params": plan["num_params"], "wall_s": time.perf_counter() - started}
+    more = {"num_params": plan["num_params"], "wall_s": kept.get("wall_s", 0.0) + time.perf_counter() - started}
     print(write_record("factuality_tuning", question, rows, **more))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plinth.config import UserError
-from plinth.posttraining.distill_losses import DIVERGENCES, Head, chunked_distillation_loss, dft_loss, distillation_loss, divergence
+from plinth.posttraining.distill_losses import DIVERGENCES, Head, chunked_distillation_loss, distillation_loss, divergence
 
 
 def random(*shape, seed=0):
@@ -99,11 +99,3 @@ def test_options_are_checked():
             distillation_loss(STUDENT, TEACHER, TARGETS, **options)
     with pytest.raises(UserError, match="temperature=0 must be positive"):
         divergence("jsd", STUDENT, TEACHER, temperature=0)
-
-
-def test_dynamic_finetuning_weights_by_the_probability():
-    log_probs = torch.tensor([-0.5, -2.0], dtype=torch.float64, requires_grad=True)
-    total, count = dft_loss(log_probs)
-    total.backward()
-    assert count == 2 and float(total.detach()) == pytest.approx(0.5 * math.exp(-0.5) + 2 * math.exp(-2))
-    torch.testing.assert_close(log_probs.grad, -log_probs.detach().exp())

@@ -8,7 +8,7 @@ import pytest
 from plinth.config import UserError
 from plinth.posttraining.examples import Conversation, Preference, Prompt, Ranking, TextRow, Unpaired
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.turns import join_transcript, split_transcript
+from plinth.posttraining.turns import split_transcript
 
 USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 WRONG = {"role": "assistant", "content": "5"}
@@ -186,7 +186,9 @@ def test_transcripts_are_split_by_role_and_no_character_is_swallowed(tmp_path):
     assert row.chosen == [{"role": "assistant", "content": "I can.\n\nReally. "}]
     assert [message["role"] for message in row.prompt] == ["user", "assistant", "user"]
     for side in ("chosen", "rejected"):
-        assert join_transcript(row.prompt + getattr(row, side)) == record[side]
+        names = {"user": "Human", "assistant": "Assistant"}
+        turns = [f"\n\n{names[message['role']]}: {message['content']}" for message in row.prompt + getattr(row, side)]
+        assert "".join(turns) == record[side]
     assert split_transcript("\n\nHuman: a\n\nAssistant:")[1] == {"role": "assistant", "content": ""}
     with pytest.raises(UserError, match="before the first speaker"):
         split_transcript("Hi\n\nHuman: a")

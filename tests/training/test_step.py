@@ -71,6 +71,19 @@ def test_uncounted_targets_change_nothing():
     assert count == int((targets >= 0).sum())
 
 
+def test_the_dynamic_loss_weighs_each_token_by_its_probability():
+    inputs, targets = make_rows()
+    model = make_masters().model
+    loss, count, metrics = causal_lm_loss(model, (inputs, targets), dynamic=True)
+    log_probs = torch.log_softmax(model.logits(model(inputs)).float(), -1).gather(2, targets.clamp_min(0)[..., None])[..., 0]
+    weights = log_probs.detach().exp() * (targets >= 0)
+    torch.testing.assert_close(loss, -(weights * log_probs).sum(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(metrics["nll_nats"], causal_lm_loss(model, (inputs, targets))[0].detach(), rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(*(torch.autograd.grad(each, list(model.parameters())) for each in (loss, -(weights * log_probs).sum()))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert count == int((targets >= 0).sum())
+
+
 def test_a_batch_without_a_supervised_token_is_an_error():
     masters = make_masters()
     optimizer = build_optimizer(masters, OptimizerConfig())

@@ -184,11 +184,3 @@ def chunked_distillation_loss(
     fixed = [replace(head, hidden_ND=head.hidden_ND.detach(), weight_VD=head.weight_VD.detach()) for head in chosen]
     total, sums = _ChunkedDistillation.apply(hidden_ND, weight_VD, *fixed, targets_N[places], rows, options)
     return total, len(places), dict(zip(MEASURES, sums))
-
-
-def dft_loss(log_probs_N: Tensor) -> tuple[Tensor, int]:
-    """Return (Σ −p log p with p detached, tokens): a finetuning loss that follows the surprising tokens less.
-
-    Source: Wu et al. 2025 (DFT), arXiv:2508.05629.
-    """
-    return -(log_probs_N.detach().exp() * log_probs_N).sum(), log_probs_N.numel()

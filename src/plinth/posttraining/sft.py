@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,8 @@ class SftConfig:
         )
     )
     """optimizer and schedule; not compiled on a GPU, as its batches have many shapes"""
+    loss: Literal["nll", "dft"] = "nll"
+    """nll: cross-entropy; dft: each token's weighed by its probability, so that what surprises the model is followed less"""
     epochs: float = 3.0
     """passes over the conversations"""
     tokens: int | None = None
@@ -121,7 +124,7 @@ def train_sft(
 
         return Job(
             model,
-            causal_lm_loss,
+            partial(causal_lm_loss, dynamic=config.loss == "dft"),
             batches_at,
             steps=deal.steps_for(config.epochs / rounds, config.tokens),
             tokenizer=tokenizer,

@@ -92,12 +92,6 @@ def split_transcript(text: str) -> list[Message]:
     return [{"role": SPEAKERS[mark[1]], "content": text[mark.end() : end]} for mark, end in zip(marks, ends)]
 
 
-def join_transcript(messages: list[Message]) -> str:
-    """Return messages as a transcript: the opposite of split_transcript."""
-    names = {role: name for name, role in SPEAKERS.items()}
-    return "".join(f"\n\n{names[message['role']]}: {message['content']}" for message in messages)
-
-
 def read_prompt(value: Any, where: str = "prompt") -> list[Message]:
     """Return a prompt given as a text, a transcript that may end with the assistant's name, or messages."""
     if not isinstance(value, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from plinth.ops.loss import linear_cross_entropy
+from plinth.ops.loss import linear_cross_entropy, token_log_probs
 from plinth.ops.moe import Routing
 from plinth.training.objectives_moe import add_router_losses
 
@@ -23,13 +23,15 @@ def select_rows(counted_N: torch.Tensor, count: int) -> torch.Tensor:
     return order[: padded_rows(count)]
 
 
-def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]):
+def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...], dynamic: bool = False):
     """Return the next-token cross-entropy; the batch is (inputs (B, T), targets (B, T)), targets below 0 do not count.
 
     A third tensor gives the segments (B, T) that attention keeps to, or the images of a decoder that sees. Where the model has
-    experts, what keeps their load even is added.
+    experts, what keeps their load even is added. With `dynamic` it is Σ −p log p with p held fixed, which follows surprising tokens less,
+    and the metric nll_nats has the cross-entropy.
     On a CPU the output head runs on counted positions only, but for the filling up to a multiple of ROW_STEP. On a GPU
     it runs on all: how many are counted is known there alone, and asking would make it idle.
+    Source of the dynamic loss: Wu et al. 2025 (DFT), arXiv:2508.05629.
     """
     inputs_BT, targets_BT, *others = batch
     config = getattr(model.config, "decoder", model.config)
@@ -44,5 +46,13 @@ def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]):
     if on_cpu and padded_rows(count) < targets_N.numel():
         rows = select_rows(counted_N, count)
         hidden_ND, targets_N = hidden_ND[rows], targets_N[rows]
-    loss = linear_cross_entropy(hidden_ND, model.output_weight, targets_N, cap)
-    return (loss, count, {}) if not routings else add_router_losses(loss, count, routings, counted_N, config)
+    if not dynamic:
+        loss, metrics = linear_cross_entropy(hidden_ND, model.output_weight, targets_N, cap), {}
+    else:
+        log_probs_N = token_log_probs(hidden_ND, model.output_weight, targets_N, cap)
+        fixed_N = log_probs_N.detach()
+        loss, metrics = -(fixed_N.exp() * log_probs_N).sum(), {"nll_nats": -fixed_N.sum()}
+    if routings:
+        loss, count, more_metrics = add_router_losses(loss, count, routings, counted_N, config)
+        metrics = metrics | more_metrics
+    return loss, count, metrics
