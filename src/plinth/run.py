@@ -358,6 +358,10 @@ def find_model(path: Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"{path} does not exist. Name a run directory, a build directory or a model folder.")
+    if (path / "adapter_config.json").exists():
+        raise UserError(
+            f"{path} holds an adapter and no model. Name the model that it belongs to: `plinth generate MODEL --adapter {path}`."
+        )
     raise UserError(f"{path} holds no finished model. Finish it with --resume, or name another run.")
 
 

@@ -18,7 +18,8 @@ from plinth.models.mlp import Linear
 from plinth.models.tensor_file import TensorFiles, save_tensors
 from plinth.models.transformer import Transformer
 from plinth.posttraining import sft
-from plinth.posttraining.adapter_files import load_adapter, merge_adapter, save_adapter
+from plinth.posttraining.adapted_models import merge_adapter
+from plinth.posttraining.adapter_files import load_adapter, save_adapter
 from plinth.posttraining.lora import AdaptedLinear, LoraConfig, Projection, adapted_modules, add_adapters, merge
 from plinth.posttraining.sft import SftConfig, train_sft
 from plinth.tokenizer.encode import Tokenizer
@@ -321,7 +322,8 @@ def test_training_in_bf16_leaves_the_base_bit_for_bit(tmp_path, base):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_the_same_base(tmp_path, base, monkeypatch):
-    config = sft_config(LoraConfig(4, dora=True), "bfloat16", steps=5, checkpoint_every_s=0.0)
+    adapter = LoraConfig(4, dora=True, dropout=0.2, lr_ratio=4.0)
+    config = sft_config(adapter, "bfloat16", steps=5, checkpoint_every_s=0.0)
     source = tmp_path / "model"
     shutil.copytree(base / "model", source)
     whole = train_sft(tmp_path / "whole", source, base / "sft.jsonl", config)

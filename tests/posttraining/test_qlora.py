@@ -13,7 +13,8 @@ from plinth.models.hub import load_decoder, save_model
 from plinth.models.mlp import Linear
 from plinth.models.transformer import Transformer
 from plinth.ops.nf4 import dequantise_nf4, quantise_nf4
-from plinth.posttraining.adapter_files import load_adapter, merge_adapter, save_adapter
+from plinth.posttraining.adapted_models import merge_adapter
+from plinth.posttraining.adapter_files import load_adapter, save_adapter
 from plinth.posttraining.lora import LoraConfig, adapted_modules, add_adapters, merge
 from plinth.posttraining.sft import SftConfig, train_sft
 from plinth.tokenizer.train import train_tokenizer

@@ -24,6 +24,8 @@ class ChatCommand:
 
     run: tyro.conf.Positional[Path]
     """a run, a build, or a model folder in Hugging Face's format, with the chat's special tokens"""
+    adapter: Path | None = None
+    """run with --adapter.rank, or a folder that PEFT saved, whose adapter is merged into the model in memory; None = the model as it is"""
     system: str | None = None
     """system message before the conversation"""
     max_tokens: int = 256
@@ -114,7 +116,7 @@ def main(argv: list[str]) -> int:
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     params = SamplingParams(**{name: getattr(command, name) for name in names})
-    engine = load_engine(command.run, command.weights)
+    engine = load_engine(command.run, command.weights, adapter=command.adapter)
     if not engine.tokenizer.can_chat:
         raise UserError(
             f"{command.run} has neither chat tokens nor a chat template, so it cannot chat. Use `plinth generate` to continue a text."

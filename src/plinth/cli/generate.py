@@ -22,6 +22,8 @@ class GenerateCommand:
 
     run: tyro.conf.Positional[Path]
     """a run, a build, or a model folder in Hugging Face's format"""
+    adapter: Path | None = None
+    """run with --adapter.rank, or a folder that PEFT saved, whose adapter is merged into the model in memory; None = the model as it is"""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"])] = ()
     """texts to go on from, all at once in one batch; none: standard input is the prompt"""
     chat: bool = False
@@ -108,10 +110,12 @@ def generate(command: GenerateCommand, prompts: tuple[str, ...]) -> dict[str, An
     command.search.check()
     if grammar is not None and command.search.answers_each > 1:
         raise UserError("--beams and --best-of take no grammar. Draw single answers under it.")
-    engine = load_engine(command.run, command.weights, max_batch=min(64, len(prompts) * command.search.answers_each))
+    engine = load_engine(
+        command.run, command.weights, max_batch=min(64, len(prompts) * command.search.answers_each), adapter=command.adapter
+    )
     refuse_without_engine(engine, command, grammar)
     speculate(engine, command.speculate, command.draft_tokens, command.weights)
-    keep_answers(engine, command.run, command.answer_cache, command.min_likeness)
+    keep_answers(engine, command.run, command.answer_cache, command.min_likeness, command.adapter)
     if grammar is not None:
         for ignored in compile_grammar(engine, grammar):
             say(f"warning: not enforced: {ignored}")
@@ -200,14 +204,24 @@ def compile_grammar(engine, grammar) -> tuple[str, ...]:
         return engine.grammars.compile(grammar).warnings
 
 
-def load_engine(run: Path, weights: Literal["fp32", "bf16", "int8", "int4"] | None, max_batch: int = 1):
-    """Load a run for generation: a decoder on the engine, a recurrent language model token by token."""
+def load_engine(run: Path, weights: Literal["fp32", "bf16", "int8", "int4"] | None, max_batch: int = 1, adapter: Path | None = None):
+    """Load a run for generation, with an adapter merged into it: a decoder on the engine, a recurrent language model token by token."""
     from plinth.inference.step_text import StepText, goes_by_steps
+
+    if adapter is None and goes_by_steps(run):
+        return StepText.load(run, weights)
+    return load_text_engine(run, weights, max_batch, adapter)
+
+
+def load_text_engine(run: Path, weights: Literal["fp32", "bf16", "int8", "int4"] | None, max_batch: int, adapter: Path | None):
+    """Load a decoder on the engine, with an adapter merged into it where one is named."""
     from plinth.inference.text import TextEngine
 
-    if goes_by_steps(run):
-        return StepText.load(run, weights)
-    return TextEngine.load(run, weights, max_batch=max_batch)
+    if adapter is None:
+        return TextEngine.load(run, weights, max_batch=max_batch)
+    from plinth.posttraining.adapted_models import load_adapted_decoder
+
+    return TextEngine.of(*load_adapted_decoder(run, adapter), weights, max_batch=max_batch)
 
 
 def _plain(engine, prompt: str, completion) -> dict[str, Any]:

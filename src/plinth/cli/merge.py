@@ -10,7 +10,9 @@ import tyro
 from rich.console import Console
 
 from plinth.cli.output import emit
-from plinth.posttraining.adapter_files import merge_adapter
+from plinth.models.hub import read_config
+from plinth.models.reward import RewardConfig
+from plinth.posttraining.adapted_models import merge_adapter
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """run, build or model folder that the adapter was trained on"""
     adapter: Annotated[Path, tyro.conf.Positional]
-    """run of `plinth sft --adapter.rank N`, or a folder that PEFT saved"""
+    """run with --adapter.rank N, or a folder that PEFT saved; the adapter of a reward model makes one of a decoder"""
     out: Path
     """model folder to write; must not hold anything yet"""
     onto: Literal["dequantised", "original"] | None = None
@@ -36,7 +38,8 @@ def main(argv: list[str]) -> int:
     folder, count = merge_adapter(options.run, options.adapter, options.out, options.onto)
 
     def render(console: Console) -> None:
-        text = f"{folder}: an adapter of {count:,} parameters merged. Next: plinth generate {folder}"
+        verb = "reward score" if isinstance(read_config(folder)[1], RewardConfig) else "generate"
+        text = f"{folder}: an adapter of {count:,} parameters merged. Next: plinth {verb} {folder}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     emit({"path": str(folder), "adapter_params": count}, options.json, render)

@@ -23,6 +23,8 @@ class Options:
     """run of `plinth reward`, or a folder with transformers' ForSequenceClassification of one label"""
     data: Path
     """pairs, rankings or conversations, in any format that `plinth inspect` reads"""
+    adapter: Path | None = None
+    """run of `plinth reward --adapter.rank`, or its adapter's folder: run is then the model that it belongs to"""
     out: Path | None = None
     """JSON Lines file to write, a line an answer: row, rank, score"""
     too_long: TooLong = "leave_out"
@@ -33,7 +35,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth reward score", args=argv)
-    found = score_file(options.run, options.data, out=options.out, too_long=options.too_long, warn=say)
+    found = score_file(options.run, options.data, adapter=options.adapter, out=options.out, too_long=options.too_long, warn=say)
 
     def render(console: Console) -> None:
         if "accuracy" in found:

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from plinth.cli.answers import keep_answers
+from plinth.cli.generate import load_text_engine
 from plinth.cli.output import emit, say
 from plinth.cli.speculate import speculate
 from plinth.config import UserError, read_json
@@ -33,6 +34,8 @@ class ServeConfig:
 
     run: Annotated[Path, tyro.conf.Positional]
     """a build, a run, or a model folder in Hugging Face's format"""
+    adapter: Path | None = None
+    """run with --adapter.rank, or a folder that PEFT saved, whose adapter is merged into the model in memory; None = the model as it is"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 opens the server to the network: see api_key_file"""
     port: int = 8000
@@ -113,7 +116,7 @@ def serve_on_ray(config: ServeConfig, replicas: int, model_dir: Path, keys: ApiK
     if config.port == 0:
         raise UserError("port=0 has no meaning with ray_replicas: name a port.")
     listen(config.host, config.port).close()  # says in one line that the port is taken
-    here = replace(config, run=config.run.absolute())
+    here = replace(config, run=config.run.absolute(), adapter=config.adapter and config.adapter.absolute())
     build = partial(build_replica, here, model_dir.absolute(), keys)
     held = config.max_batch + config.limits.max_queue
     stop = serve_replicas(build, replicas, host=config.host, port=config.port, requests_each=held)
@@ -133,10 +136,10 @@ def build_replica(config: ServeConfig, model_dir: Path, keys: ApiKeys) -> Any:
 
 def make_app(config: ServeConfig, model_dir: Path, keys: ApiKeys) -> tuple[Any, dict[str, Any]]:
     """Load the model; return the application and what there is to say about it."""
-    text_engine = TextEngine.load(model_dir, config.weights, max_batch=config.max_batch)
+    text_engine = load_text_engine(model_dir, config.weights, config.max_batch, config.adapter)
     speculate(text_engine, config.speculate, config.draft_tokens, config.weights)
-    keep_answers(text_engine, model_dir, config.answer_cache, config.min_likeness)
-    is_chat = speaks_chat(model_dir, text_engine)
+    keep_answers(text_engine, model_dir, config.answer_cache, config.min_likeness, config.adapter)
+    is_chat = speaks_chat(model_dir, text_engine, config.adapter)
     is_loopback = config.host in LOOPBACK_NAMES
     name = config.name or model_name(config.run)
     app = create_app(
@@ -158,11 +161,11 @@ def model_name(path: Path) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def speaks_chat(model_dir: Path, text_engine: TextEngine) -> bool:
-    """Whether the model was tuned to answer: its run is not a pretraining run, and its tokenizer has the headers or a template."""
+def speaks_chat(model_dir: Path, text_engine: TextEngine, adapter: Path | None = None) -> bool:
+    """Whether the model was tuned to answer: its run is not a pretraining run or it has an adapter, and its tokenizer can chat."""
     provenance = model_dir.parent / "provenance.json"
     stage = read_json(provenance).get("stage") if model_dir.name == "model" and provenance.exists() else None
-    return stage != "pretrain" and text_engine.tokenizer.can_chat
+    return (stage != "pretrain" or adapter is not None) and text_engine.tokenizer.can_chat
 
 
 def announce(config: ServeConfig, facts: dict[str, Any], is_open: bool) -> None:

@@ -19,6 +19,7 @@ from plinth.inference.runners import Weights, loading_dtype, make_runner
 from plinth.inference.sampling import SamplingParams
 from plinth.inference.verdict import why_invalid
 from plinth.models.hub import load_decoder, read_config
+from plinth.models.transformer import Transformer
 from plinth.run import find_model
 from plinth.tokenizer.chat import Message, render
 from plinth.tokenizer.encode import Tokenizer
@@ -203,7 +204,20 @@ class TextEngine:
         folder = find_model(Path(path))
         tokenizer = Tokenizer.load(folder)
         dtype = loading_dtype(read_config(folder)[1], weights, device)
-        runner = make_runner(load_decoder(folder, dtype).to(device).eval(), weights)
+        return cls.of(load_decoder(folder, dtype).to(device), tokenizer, weights, max_batch=max_batch, max_seq_len=max_seq_len)
+
+    @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        weights: Weights | None = None,
+        *,
+        max_batch: int = 32,
+        max_seq_len: int | None = None,
+    ) -> TextEngine:
+        """Take a model that is in memory, on its device; what else is as in `load`."""
+        runner = make_runner(model.eval(), weights)
         return cls(Engine(runner, max_batch=max_batch, max_seq_len=max_seq_len, eos_ids=end_ids(tokenizer)), tokenizer)
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,6 +31,28 @@ def dropout(x: torch.Tensor, rate: float, generator: torch.Generator | None) -> 
     if generator is None or not rate:
         return x
     return x * dropout_mask(x.shape, rate, generator, x)
+
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def dropping(generator: torch.Generator | None) -> Iterator[None]:
+    """Let `dropout_within` draw from a generator inside the block, in this thread alone; outside of any such block it drops nothing.
+
+    For a module that may stand anywhere in a model, which would otherwise hand a generator through every layer above it.
+    """
+    before = getattr(_thread, "generator", None)
+    _thread.generator = generator
+    try:
+        yield
+    finally:
+        _thread.generator = before
+
+
+def dropout_within(x: torch.Tensor, rate: float) -> torch.Tensor:
+    """Return `dropout` of x by the generator of the innermost `dropping`, x itself outside of any."""
+    return dropout(x, rate, getattr(_thread, "generator", None)) if rate else x
 
 
 def seeded(seeds_B: torch.Tensor | None) -> torch.Generator | None:

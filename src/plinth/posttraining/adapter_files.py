@@ -6,26 +6,38 @@ is fused in ours.  Source: PEFT's `LoraConfig` and `get_peft_model_state_dict`, 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from plinth.config import UserError, nearest, read_json, save_json
 from plinth.models.formats.tensors import FLOATS
-from plinth.models.hub import TokenizerFiles, load_decoder, save_model
+from plinth.models.hub import TokenizerFiles, format_of, save_model
+from plinth.models.reward import RewardModel
 from plinth.models.tensor_file import TensorFiles, save_tensors
 from plinth.models.transformer import Transformer
-from plinth.posttraining.lora import AdaptedLinear, LoraConfig, Projection, adaptable, adapted_modules, add_adapters, install, merge
-from plinth.run import find_model, publish_dir, tree_sha256
-from plinth.tokenizer.encode import Tokenizer
+from plinth.posttraining.lora import (
+    AdaptedLinear,
+    LoraConfig,
+    Projection,
+    adaptable,
+    adapted_modules,
+    add_adapters,
+    install,
+    merge,
+    projections_of,
+)
+from plinth.run import publish_dir, tree_sha256
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QUANTISATION = "quantisation.json"  # beside them where the base was held in 4 bits; other programs do not read it
-Onto = Literal["dequantised", "original"]
+REWARD = "reward.json"  # beside them where a reward model's head is saved whole: what is added to its scores
 PREFIX = "base_model.model."
+HEAD = "score"  # a reward model's, one of PEFT's modules_to_save
+Adaptable = TypeVar("Adaptable", Transformer, RewardModel)
 KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 # Fields of PEFT's configuration that would change what is computed, and the values with which they do not.
 HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -33,7 +45,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # others store a base of their own
     **dict.fromkeys(
-        ("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias", "target_parameters",
+        ("rank_pattern", "alpha_pattern", "layer_replication", "lora_bias", "target_parameters",
          "trainable_token_indices", "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
          "velora_config", "monteclora_config"),
         (None, False, {}, []),
@@ -41,9 +53,16 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def with_adapters(model: Transformer, config: LoraConfig, seed: int) -> Transformer:
-    """Return the model, with fresh adapters where the configuration names a rank."""
-    return model if config.rank is None else add_adapters(model, config, torch.Generator().manual_seed(seed))
+def with_adapters(model: Adaptable, config: LoraConfig, seed: int) -> Adaptable:
+    """Return the model, with fresh adapters where a rank is named; a reward model's are on its trunk, and its head is trained whole."""
+    if config.rank is not None:
+        add_adapters(decoder_of(model), config, torch.Generator().manual_seed(seed))
+    return model
+
+
+def decoder_of(model: Transformer | RewardModel) -> Transformer:
+    """Return the decoder that has the adapters: a reward model's trunk, or the model itself."""
+    return model.trunk if isinstance(model, RewardModel) else model
 
 
 def count_trained(model: nn.Module) -> int:
@@ -56,7 +75,7 @@ def frozen_identity(adapter: LoraConfig, source: Path) -> dict[str, str]:
     return {} if adapter.rank is None else {"base_sha256": tree_sha256(source)}
 
 
-def publish_model(model: Transformer, tokenizer: TokenizerFiles | None, folder: Path, base: str) -> None:
+def publish_model(model: Transformer | RewardModel, tokenizer: TokenizerFiles | None, folder: Path, base: str) -> None:
     """Publish a trained model; adapters are published beside it as `adapter`, and merged into it."""
     if any(True for _ in adapted_modules(model)):
         save_adapter(model, folder.with_name("adapter"), base)
@@ -64,24 +83,56 @@ def publish_model(model: Transformer, tokenizer: TokenizerFiles | None, folder: 
     save_model(model, tokenizer, folder)
 
 
-def save_adapter(model: Transformer, folder: Path, base: str | None = None) -> None:
+def save_adapter(model: Transformer | RewardModel, folder: Path, base: str | None = None) -> None:
     """Publish the model's adapters as a folder that PEFT loads, by one rename; `base` says what model they belong to.
 
+    Of a reward model the head is saved whole, and what is added to its scores beside PEFT's files.
     Raises UserError when the model has no adapters.
     """
     modules = [module for _, module in adapted_modules(model)]
     if not modules:
         raise UserError("the model has no adapters to save. Save it as a model.")
-    tensors, projections = {}, []
+    config, head, tensors, projections = modules[0].adapter, _head(model), {}, []
     for module in modules:
         for published, (projection, parts) in module.adapters().items():
             projections.append(projection)
             tensors |= {f"{PREFIX}{published}.{kind}": _published(part, kind, projection) for kind, part in parts.items()}
+    if head is not None:
+        tensors[head.name] = (head.weight.detach().float().cpu() * head.factor).contiguous()
     with publish_dir(folder) as temporary:
-        save_json(temporary / CONFIG, _peft_config(modules[0].adapter, projections, base))
+        save_json(temporary / CONFIG, _peft_config(config, projections, _target_modules(decoder_of(model), projections), head, base))
         save_tensors(tensors, temporary / WEIGHTS, {"format": "pt"})
-        if modules[0].adapter.quantise:
-            save_json(temporary / QUANTISATION, {"base": modules[0].adapter.quantise})
+        if config.quantise:
+            save_json(temporary / QUANTISATION, {"base": config.quantise})
+        if isinstance(model, RewardModel):
+            save_json(temporary / REWARD, {"bias": model.config.bias})
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A head that is saved whole."""
+
+    name: str
+    """its tensor's name in a file"""
+    weight: torch.Tensor
+    """its own"""
+    factor: float
+    """what it is multiplied by when it is published"""
+
+
+def _head(model: Transformer | RewardModel) -> _Head | None:
+    if not isinstance(model, RewardModel):
+        return None
+    entry = next(entry for entry in format_of(model.config).layout(model.config) if entry.name == f"{HEAD}.weight")
+    return _Head(f"{PREFIX}{entry.published[0]}", model.score.weight, (entry.factors or (1.0,))[0])
+
+
+def _target_modules(decoder: Transformer, projections: list[Projection]) -> list[str]:
+    """Return the last names of the adapted projections, or their whole names where not every projection so called is adapted."""
+    adapted = {projection.published for projection in projections}
+    targets = {projection.target for projection in projections}
+    so_called = {part.published for fused in projections_of(decoder).values() for part in fused if part.target in targets}
+    return sorted(targets if so_called == adapted else adapted)
 
 
 def _published(part: torch.Tensor, kind: str, projection: Projection) -> torch.Tensor:
@@ -90,43 +141,65 @@ def _published(part: torch.Tensor, kind: str, projection: Projection) -> torch.T
     return (part if kind == "lora_A.weight" else part * projection.factor).contiguous().clone()
 
 
-def _peft_config(config: LoraConfig, projections: list[Projection], base: str | None) -> dict[str, Any]:
+def _peft_config(
+    config: LoraConfig, projections: list[Projection], target_modules: list[str], head: _Head | None, base: str | None
+) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "use_rslora": config.rank_stabilised,
         "use_dora": config.dora,
-        "target_modules": sorted({projection.target for projection in projections}),
+        "target_modules": target_modules,
         "bias": "none",
         "fan_in_fan_out": any(projection.is_transposed for projection in projections),
-        "init_lora_weights": True,
-        "modules_to_save": None,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
+        "modules_to_save": None if head is None else [HEAD],
         "inference_mode": True,
     }
 
 
-def load_adapter(model: Transformer, folder: Path, quantise: Literal["nf4"] | None = None) -> Transformer:
+def load_adapter(model: Adaptable, folder: Path, quantise: Literal["nf4"] | None = None) -> Adaptable:
     """Put the adapters of a folder in PEFT's format on the model, in place, all else frozen; returns the model.
 
-    With `quantise` the matrices below them are rounded to 4 bits.
+    A reward model gets the head that the folder holds, too. With `quantise` the matrices below the adapters are rounded to 4 bits.
     Raises UserError, before anything is changed, for a kind of adapter that we do not compute, and for tensors that are missing, of
     another shape, or without a place in the model.
     """
     config = replace(read_adapter_config(folder), quantise=quantise)
-    files = TensorFiles([folder / WEIGHTS])
-    matrices = adaptable(model)
+    files, decoder, head = TensorFiles([folder / WEIGHTS]), decoder_of(model), _head(model)
+    matrices = adaptable(decoder)
     shapes = dict(files.shapes())
-    wanted = _check_tensors(model, matrices, shapes, config, folder)
+    _check_head(head, shapes, folder)
+    wanted = _check_tensors(decoder, matrices, shapes, config, folder)
     if unusual := [name for name in shapes if files.dtype(name) not in FLOATS]:
         raise UserError(f"{folder / WEIGHTS}: {unusual[0]} holds no floating-point numbers. Save the adapter in fp32, fp16 or bf16.")
-    install(model, matrices, wanted, config, torch.Generator().manual_seed(0))
-    for _, module in adapted_modules(model):
+    install(decoder, matrices, wanted, config, torch.Generator().manual_seed(0))
+    for _, module in adapted_modules(decoder):
         _fill(module, files)
+    if head is not None and isinstance(model, RewardModel):
+        with torch.no_grad():
+            head.weight.copy_(files.read(head.name)).div_(head.factor)
+        bias = read_json(folder / REWARD)["bias"] if (folder / REWARD).is_file() else 0.0
+        model.config = replace(model.config, bias=float(bias))
     return model
+
+
+def has_head(folder: Path) -> bool:
+    """Whether an adapter's folder holds the head of a reward model."""
+    return f"{PREFIX}{HEAD}.weight" in TensorFiles([folder / WEIGHTS]).shapes()
+
+
+def _check_head(head: _Head | None, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Take the head out of a file's tensors. Raises UserError where model and file do not both have one, of one number."""
+    found = shapes.pop(f"{PREFIX}{HEAD}.weight", None)
+    if head is None and found is not None:
+        raise UserError(f"{folder} holds the head of a reward model, and this model is none. Merge it: `plinth merge BASE {folder}`.")
+    if head is not None and found != tuple(head.weight.shape):
+        raise UserError(f"{folder / WEIGHTS}: {head.name} is {found or 'absent'}, but this reward model needs {tuple(head.weight.shape)}.")
 
 
 @torch.no_grad()
@@ -147,10 +220,20 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     for name, harmless in HARMLESS.items():
         if name in values and values[name] not in harmless:
             raise UserError(f"{file}: {name}={values[name]!r} is not supported; LoRA, rsLoRA and DoRA are. Merge it with PEFT first.")
+    whole = set(values.get("modules_to_save") or ())
+    if whole - {HEAD, "classifier"} or (whole and values.get("task_type") != "SEQ_CLS"):  # which PEFT names both, whichever there is
+        raise UserError(
+            f"{file}: modules_to_save={values['modules_to_save']!r} is not supported; the head of a reward model is. "
+            "Merge it with PEFT first."
+        )
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise UserError(f"{file}: r={rank!r} and lora_alpha={alpha!r} must be numbers. Copy the adapter again.")
-    return LoraConfig(rank, float(alpha), bool(values.get("use_rslora")), bool(values.get("use_dora")))
+    gaussian, dropout = values.get("init_lora_weights") == "gaussian", float(values.get("lora_dropout") or 0.0)
+    return LoraConfig(
+        rank, float(alpha), bool(values.get("use_rslora")), bool(values.get("use_dora")),
+        dropout=dropout, init="gaussian" if gaussian else "uniform",
+    )  # fmt: skip
 
 
 def _check_tensors(
@@ -191,28 +274,3 @@ def find_adapter(path: Path) -> Path:
 def trained_on(folder: Path) -> Literal["nf4"] | None:
     """Return the format in which an adapter's base was held while it was trained, None for whole weights or where nothing says so."""
     return read_json(folder / QUANTISATION)["base"] if (folder / QUANTISATION).is_file() else None
-
-
-def merge_adapter(base: Path, adapter: Path, out: Path, onto: Onto | None = None) -> tuple[Path, int]:
-    """Write the model of `base` with the adapter of `adapter` merged, in fp32, to `out`; returns the folder and the adapter's parameters.
-
-    An adapter trained on 4 bits fits those: `onto` says whether it is added to the base rounded and read back (dequantised), which
-    computes what was trained, or to the original, which does not.
-    Raises UserError when `out` holds anything, the adapter does not fit, or it was trained on 4 bits and `onto` is not given.
-    """
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty. Name a new folder.")
-    source, folder = find_model(base), find_adapter(adapter)
-    format = trained_on(folder)
-    if format is not None and onto is None:
-        raise UserError(
-            f"{folder} was trained on a base of 4 bits ({format}), and {base} has whole weights: added to them it would compute "
-            "something that nobody trained or measured. Pass --onto dequantised for the model that was trained, in whole weights, "
-            "or --onto original if you want the sum all the same."
-        )
-    if format is None and onto == "dequantised":
-        raise UserError(f"{folder} was trained on whole weights: leave out --onto dequantised.")
-    model = load_adapter(load_decoder(source), folder, format if onto == "dequantised" else None)
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    save_model(merge(model), Tokenizer.load(source), out)
-    return out, count

@@ -16,6 +16,7 @@ from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.moe import Routing
 from plinth.posttraining.adapter_files import frozen_identity, publish_model, with_adapters
+from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples, pad_rows
 from plinth.posttraining.distill_losses import DIVERGENCES, Head, chunked_distillation_loss
 from plinth.posttraining.examples import Conversation, Examples
@@ -146,7 +147,7 @@ def distill(
                 own.close()
             publish_model(student, tokenizer, folder, str(sources[0]))
 
-        return Job(
+        job = Job(
             student,
             lambda model, batch: distill_loss(model, teacher, batch, config),
             batches_at,
@@ -170,6 +171,7 @@ def distill(
                 summary | {"examples": len(examples), "rejected": len(found.rejected), "epochs": summary["steps"] / buckets.steps_per_epoch}
             ),
         )
+        return adapted_job(job, config.adapter, config.train)
 
     return run_job(
         out, "distill", config, prepare, parents=[student_run, teacher_run, data], resume=resume, argv=argv, warn=warn

@@ -15,6 +15,7 @@ from plinth.inference.text import end_ids
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.posttraining.adapter_files import publish_model, with_adapters
+from plinth.posttraining.adapter_training import adapted_job, refuse_dropout
 from plinth.posttraining.advantage import (
     global_advantages,
     group_advantages,
@@ -142,6 +143,7 @@ class GrpoConfig:
             raise UserError(f"mask_unfinished does not go with advantages={self.advantages_kind}. Use group, batch or none.")
         if self.overlong_margin_tokens is not None and not 0 < self.overlong_margin_tokens < self.sample.max_tokens:
             raise UserError(f"overlong_margin_tokens={self.overlong_margin_tokens} must lie between 1 and sample.max_tokens - 1.")
+        refuse_dropout(self.adapter)
         self.settings  # noqa: B018 - its own checks
 
     @property
@@ -358,7 +360,7 @@ def train_grpo(
             sampler.close()
             publish_model(model, tokenizer, folder, str(source))
 
-        return Job(
+        job = Job(
             model,
             lambda policy, rows: completion_loss(policy, rows, settings, temperature, config.sample.group_size),
             batches.batches_at,
@@ -378,5 +380,6 @@ def train_grpo(
                 summary | {"problems": len(found.rows), "rejected": len(found.rejected), "rollouts": batches.number + 1}
             ),
         )
+        return adapted_job(job, config.adapter, config.train)
 
     return run_job(out, "grpo", config, prepare, parents=[model_run, data], resume=resume, argv=argv, warn=warn)

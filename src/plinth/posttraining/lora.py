@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,13 @@ from plinth.config import UserError, nearest
 from plinth.models.hub import format_of
 from plinth.models.mlp import Linear
 from plinth.models.transformer import Transformer
+from plinth.ops.dropout import dropout_within
 from plinth.ops.linear import linear, linear_rows
 from plinth.ops.nf4 import Nf4, dequantise_nf4, nf4_linear, quantise_nf4
 
+ALL = "all-linear"  # as PEFT says it
+Init = Literal["uniform", "gaussian"]
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -34,17 +39,33 @@ class LoraConfig:
     dora: bool = False
     """DoRA: learn the norm of each row of the adapted matrices too"""
     targets: tuple[str, ...] | None = None
-    """published names of the projections adapted, such as q_proj v_proj (default: all of attention and of the feed-forward layers)"""
+    """published names of the projections adapted, such as q_proj v_proj, or all-linear (default: all-linear, all of attention and of the
+    feed-forward layers)"""
     quantise: Literal["nf4"] | None = None
     """hold the matrices under the adapters in 4 bits (QLoRA); what is learnt fits the rounded matrices (default: as they are)"""
+    pattern: str | None = None
+    """in place of targets: regular expression that the whole published name matches, such as '.*self_attn.*'"""
+    layers: tuple[int, ...] | None = None
+    """blocks adapted, counted from 0 (default: all)"""
+    dropout: float = 0.0
+    """share of the numbers that enter A which is set to 0 while training, the others divided by what is left"""
+    lr_ratio: float = 1.0
+    """LoRA+: learning rate of B over that of A, which is the optimizer's; its authors take 16"""
+    init: Init = "uniform"
+    """how A begins, B being 0: uniform within 1 / sqrt(in), or gaussian of deviation 1 / rank"""
 
     def __post_init__(self) -> None:
+        if self.rank is None and any(getattr(self, one.name) != one.default for one in fields(self)):
+            raise UserError("adapter.rank is not given, but other options of adapters are. Add --adapter.rank 16.")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"adapter.rank={self.rank} must be at least 1. Leave it out to train all weights.")
-        if self.alpha <= 0:
-            raise UserError(f"adapter.alpha={self.alpha} must be positive.")
-        if self.rank is None and (self.rank_stabilised or self.dora or self.targets is not None or self.quantise):
-            raise UserError("adapter.rank is not given, but other options of adapters are. Add --adapter.rank 16.")
+        for name in ("alpha", "lr_ratio"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"adapter.{name}={getattr(self, name)} must be positive.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter.dropout={self.dropout} must lie in [0, 1).")
+        if self.targets is not None and self.pattern is not None:
+            raise UserError("adapter.targets and adapter.pattern both say which projections are adapted. Give one.")
 
     @property
     def scaling(self) -> float:
@@ -85,7 +106,9 @@ class AdaptedLinear(Linear):
     are stacked. With config.quantise W is rounded to 4 bits and held so: `frozen` is None, and `packed` has its parts.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3 (DoRA); Dettmers et al.
     2023, arXiv:2305.14314, eq. 5 (QLoRA).
-    Differs: norms are taken in fp32 whatever the dtype; a row of norm 0 stays 0 with DoRA; there is no dropout.
+    Differs: norms are taken in fp32 whatever the dtype; a row of norm 0 stays 0 with DoRA. Dropout, within `dropping` alone, is of what
+    enters A; the projections fused in a matrix drop the same numbers. PEFT's each drop their own, and with DoRA it drops what enters W
+    in the term of the norms too.
     """
 
     def __init__(self, base: Linear, projections: Sequence[Projection], config: LoraConfig):
@@ -119,9 +142,14 @@ class AdaptedLinear(Linear):
 
     @torch.no_grad()
     def init_adapter(self, generator: torch.Generator) -> None:
-        """Draw A uniformly within 1 / sqrt(in_features), as PEFT does; B stays 0."""
+        """Draw A as the configuration says, as PEFT does; B stays 0."""
+        drawn = torch.empty(self.lora_a.shape)
         bound = self.in_features**-0.5
-        self.lora_a.copy_(torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator))
+        if self.adapter.init == "uniform":
+            drawn.uniform_(-bound, bound, generator=generator)
+        else:
+            drawn.normal_(0.0, 1 / self.rank, generator=generator)
+        self.lora_a.copy_(drawn)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._forward(x, linear, F.linear)
@@ -132,7 +160,7 @@ class AdaptedLinear(Linear):
 
     def _forward(self, x: torch.Tensor, product: Product, small: Product) -> torch.Tensor:
         # The adapter's own products are PyTorch's: our kernels know a weight by its identity, and these are slices.
-        hidden = iter(small(x, self.lora_a).split(self.rank, -1))
+        hidden = iter(small(dropout_within(x, self.adapter.dropout), self.lora_a).split(self.rank, -1))
         added = [
             small(next(hidden).contiguous(), b) * self.scaling if b is not None else x.new_zeros(*x.shape[:-1], projection.rows)
             for projection, b in self._parts(self.lora_b)
@@ -205,9 +233,57 @@ def add_adapters(model: Transformer, config: LoraConfig, generator: torch.Genera
     Draws from `generator` (default: seed 0). Raises UserError for a target that the model does not have.
     """
     matrices = adaptable(model)
-    _check_targets({projection.target for parts in matrices.values() for projection in parts}, config.targets)
-    wanted = {p.published for parts in matrices.values() for p in parts if config.targets is None or p.target in config.targets}
-    return install(model, matrices, wanted, config, generator or torch.Generator().manual_seed(0))
+    return install(model, matrices, choose(matrices, config), config, generator or torch.Generator().manual_seed(0))
+
+
+def choose(matrices: dict[str, list[Projection]], config: LoraConfig) -> set[str]:
+    """Return the published names of the projections of `adaptable` that a configuration adapts.
+
+    Raises UserError where it names what the model does not have, or nothing is left.
+    """
+    blocks = {name: int(name.split(".")[1]) for name in matrices}
+    layers = set(blocks.values()) if config.layers is None else set(config.layers)
+    if absent := layers - set(blocks.values()):
+        raise UserError(f"adapter.layers has {min(absent)}, but the blocks that can have adapters are {_spans(set(blocks.values()))}.")
+    parts = [part for name, fused in matrices.items() if blocks[name] in layers for part in fused]
+    if config.pattern is not None:
+        wanted = {part.published for part in parts if _compiled(config.pattern).fullmatch(part.published)}
+    else:
+        targets = _checked({part.target for fused in matrices.values() for part in fused}, config.targets)
+        wanted = {part.published for part in parts if part.target in targets}
+    if not wanted:
+        raise UserError(f"no projection is adapted by {_given(config)}. One is named {next(iter(matrices.values()))[0].published}.")
+    return wanted
+
+
+def _checked(known: set[str], targets: tuple[str, ...] | None) -> set[str]:
+    if targets is None or targets == (ALL,):
+        return known
+    for target in targets:
+        if target not in known:
+            more = f" {ALL} stands alone." if target == ALL else nearest(target, known)
+            raise UserError(f"adapter.targets has {target!r}, but the model's are {', '.join(sorted(known))}.{more}")
+    if not targets:
+        raise UserError(f"adapter.targets is empty. Name some of {', '.join(sorted(known))}, or leave it out for all.")
+    return set(targets)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"adapter.pattern={pattern!r} is no regular expression: {error}.") from None
+
+
+def _given(config: LoraConfig) -> str:
+    """Return the options that choose, as they were given."""
+    names = ("targets", "pattern", "layers")
+    return ", ".join(f"adapter.{name}={value!r}" for name in names if (value := getattr(config, name)) is not None)
+
+
+def _spans(numbers: set[int]) -> str:
+    whole = numbers == set(range(min(numbers), max(numbers) + 1))
+    return f"{min(numbers)} to {max(numbers)}" if whole else ", ".join(map(str, sorted(numbers)))
 
 
 def install(
@@ -225,27 +301,24 @@ def install(
 
 
 def adaptable(model: Transformer) -> dict[str, list[Projection]]:
-    """Return the modules that can have adapters, by name, each with the projections fused in it. Raises UserError if some have already."""
+    """Return what `projections_of` does. Raises UserError if some modules have adapters already."""
     if any(True for _ in adapted_modules(model)):
         raise UserError("the model has adapters already. Merge them first.")
+    return projections_of(model)
+
+
+def projections_of(model: Transformer) -> dict[str, list[Projection]]:
+    """Return the modules that have or can have adapters, by name, each with the projections fused in it."""
     found = {}
     for entry in format_of(model.config).layout(model.config):
         name, _, kind = entry.name.rpartition(".")
-        if kind != "weight" or not name.startswith("layers.") or type(model.get_submodule(name)) is not Linear:
+        if kind != "weight" or not name.startswith("layers.") or type(model.get_submodule(name)) not in (Linear, AdaptedLinear):
             continue
         rows = [shape[-1 if entry.transpose else 0] for shape in entry.shapes]
         factors = entry.factors or (1.0,) * len(rows)
         names = [published.removesuffix(".weight") for published in entry.published]
         found[name] = [Projection(*values, entry.transpose) for values in zip(names, rows, factors)]
     return found
-
-
-def _check_targets(known: set[str], targets: tuple[str, ...] | None) -> None:
-    for target in targets or ():
-        if target not in known:
-            raise UserError(f"adapter.targets has {target!r}, but the model's are {', '.join(sorted(known))}.{nearest(target, known)}")
-    if targets is not None and not targets:
-        raise UserError(f"adapter.targets is empty. Name some of {', '.join(sorted(known))}, or leave it out for all.")
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -256,7 +329,7 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 
 
 @torch.no_grad()
-def merge(model: Transformer) -> Transformer:
+def merge(model: AnyModel) -> AnyModel:
     """Add the adapters to the weights that they adapt, in place; returns the model, which has no adapters then and computes the same.
 
     The sum is taken in fp32 and rounded to the weights' dtype once. All weights can be trained again.

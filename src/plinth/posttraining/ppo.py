@@ -18,6 +18,7 @@ from plinth.models.reward import RewardModel
 from plinth.models.transformer import Transformer
 from plinth.posttraining.actor_critic import ActorCritic, View, new_actor_critic
 from plinth.posttraining.adapter_files import count_trained, publish_model, with_adapters
+from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.examples import Prompt
 from plinth.posttraining.policy_losses import PolicyBatch, policy_loss, value_loss
 from plinth.posttraining.ppo_config import PpoConfig
@@ -206,7 +207,7 @@ def train_ppo(
             counts = {"prompts": len(asked), "completions": (frame.number + 1) * config.completions_per_rollout, "trained_params": trained}
             return {name: value for name, value in summary.items() if name != "tokens"} | counts | frame.metrics(summary["steps"])
 
-        return Job(
+        job = Job(
             model,
             lambda model, batch: ppo_loss(model, batch, config),
             batches.at,
@@ -221,6 +222,7 @@ def train_ppo(
             publish=lambda folder: publish_model(model.policy, tokenizer, folder, str(source)),
             summarise=summarise,
         )
+        return adapted_job(job, config.adapter, config.train)
 
     parents = [model_run, prompts_file, *([Path(reward)] if Path(reward).exists() else [])]
     try:

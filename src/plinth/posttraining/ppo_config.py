@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from plinth.config import UserError
+from plinth.posttraining.adapter_training import refuse_dropout
 from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.policy_losses import PolicyLoss
 from plinth.posttraining.rollouts import SampleConfig
@@ -198,6 +199,7 @@ class PpoConfig:
             raise UserError(f"critic.start={self.critic.start} is for a trunk of its own. Use critic.trunk=separate, or leave it out.")
         if self.prompt.pattern is not None:
             _check_pattern(self.prompt.pattern)
+        refuse_dropout(self.adapter)
 
     @property
     def completions_per_rollout(self) -> int:

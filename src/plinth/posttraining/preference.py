@@ -14,6 +14,7 @@ from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.posttraining.adapter_files import count_trained, frozen_identity, publish_model, with_adapters
+from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.displacement import displacement, last_means, length_bias
 from plinth.posttraining.examples import SHOWN, Examples
@@ -85,7 +86,7 @@ def train_dpo(
             epochs = {"epochs": summary["steps"] / buckets.steps_per_epoch, "pairs_seen": summary["tokens"]}
             return kept | counts | epochs | means | adapted
 
-        return Job(
+        job = Job(
             model,
             rows.loss,
             lambda step: rows.batches(buckets.indices(step), reference, model),
@@ -103,6 +104,7 @@ def train_dpo(
             begin=begin,
             summarise=summarise,
         )
+        return adapted_job(job, config.adapter, config.train)
 
     return run_job(out, "dpo", config, prepare, parents=[model_run, data], resume=resume, argv=argv, warn=warn)
 

@@ -11,8 +11,8 @@ import torch
 
 from plinth.config import UserError
 from plinth.data.buckets import padded_width
-from plinth.models.hub import load_model
-from plinth.models.reward import RewardModel
+from plinth.models.hub import load_decoder, load_model, read_config
+from plinth.models.reward import RewardConfig, RewardModel
 from plinth.posttraining.masks import render_weighted
 from plinth.run import find_model
 from plinth.tokenizer.chat import Message
@@ -73,6 +73,15 @@ def load_reward(run: Path | str, *, device: str = "cpu", dtype: str = "float32")
     if not isinstance(model, RewardModel):
         raise UserError(f"{run} holds no reward model. Train one with `plinth reward {run} --data PAIRS --out NEW`.")
     return LoadedReward(model.to(device).eval(), Tokenizer.load(folder))
+
+
+def start_model(source: Path, seed: int) -> RewardModel:
+    """Return a reward model on a decoder's weights, or the reward model that the folder holds."""
+    if isinstance(read_config(source)[1], RewardConfig):
+        model = load_model(source)
+        assert isinstance(model, RewardModel)
+        return model
+    return RewardModel.from_decoder(load_decoder(source), torch.Generator().manual_seed(seed))
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int, max_seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:

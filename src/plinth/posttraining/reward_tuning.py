@@ -12,13 +12,15 @@ import torch
 
 from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
-from plinth.models.hub import load_decoder, load_model, read_config, save_model
-from plinth.models.reward import RewardConfig, RewardModel
+from plinth.models.reward import RewardModel
 from plinth.ops.shared_rows import SharedRows
+from plinth.posttraining.adapter_files import count_trained, frozen_identity, publish_model, with_adapters
+from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.formats import read_examples
+from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.masks import render_row
-from plinth.posttraining.reward import LoadedReward
+from plinth.posttraining.reward import LoadedReward, start_model
 from plinth.posttraining.reward_data import Batch, Choice, Choices, TooLong, batch_of, read_choices, repeated_prompts, split_tail
 from plinth.posttraining.reward_losses import ranking_loss
 from plinth.run import Run, file_sha256, find_model
@@ -58,6 +60,8 @@ class RewardTuning:
     """scores of the reference answers after training: left as they are, shifted to mean 0, or to mean 0 and deviation 1"""
     normalise_before: bool = False
     """let the untrained model's scores of the reference answers have mean 0 and deviation 1"""
+    adapter: LoraConfig = field(default_factory=LoraConfig)
+    """train adapters in place of the trunk's weights; the head is trained whole"""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0 or self.prompts_per_step < 1 or self.micro_batch_size < 1:
@@ -78,15 +82,6 @@ def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> t
     tokens_PL, places, homes, shared, lengths_PG, ranks_PG, margin_P, probability_P = batch
     scores_PG = model.forward_shared(tokens_PL, SharedRows(places, homes, shared), lengths_PG)
     return ranking_loss(scores_PG, ranks_PG, margin_P=margin_P, probability_P=probability_P, center_coef=center_coef)
-
-
-def start_model(source: Path, seed: int) -> RewardModel:
-    """Return a reward model on a decoder's weights, or the reward model that the folder holds."""
-    if isinstance(read_config(source)[1], RewardConfig):
-        model = load_model(source)
-        assert isinstance(model, RewardModel)
-        return model
-    return RewardModel.from_decoder(load_decoder(source), torch.Generator().manual_seed(seed))
 
 
 def normalise(model: RewardModel, tokenizer: Tokenizer, references: Sequence[Sequence[int]], *, unit: bool) -> tuple[float, float]:
@@ -133,6 +128,8 @@ def train_reward(
 ) -> Run:
     """Train a reward model on a run's decoder, or go on with a reward model, and publish it as out/model.
 
+    With adapters these and the head are published as out/adapter, in PEFT's format, and out/model has them merged.
+
     `data` holds pairs or rankings in any format of formats.FORMATS. Held out is the file `held_out`, else the tail of `data`; `report`
     is asked about it. Rows left out, cut or rejected are counted in the run's summary and told through `warn`.
     """
@@ -140,7 +137,8 @@ def train_reward(
     tokenizer = Tokenizer.load(source)
 
     def prepare(config: RewardTuning) -> Job:
-        model = start_model(source, config.train.seed)
+        model = with_adapters(start_model(source, config.train.seed), config.adapter, config.train.seed)
+        trained = {} if config.adapter.rank is None else {"trained_params": count_trained(model)}
         places = None if model.config.decoder.position == "rope" else model.config.max_seq_len
         limit = config.max_seq_len or model.config.max_seq_len
         limit = limit if places is None else min(limit, places - 1)  # where places are learnt, one is kept for padding
@@ -164,25 +162,32 @@ def train_reward(
         def publish(folder: Path) -> None:
             if config.normalise != "none":
                 normalise(model, tokenizer, rows, unit=config.normalise == "mean_std")
-            save_model(model, tokenizer, folder)
+            publish_model(model, tokenizer, folder, str(source))
 
         def summarise(summary: dict[str, Any]) -> dict[str, Any]:
             counts = {"prompts": len(training), "held_out_prompts": len(other.choices), "repeated_prompts": repeated, **found.counts()}
             told = report(LoadedReward(model, tokenizer), training, other.choices) if report and other.choices else {}
             rest = {name: value for name, value in summary.items() if name != "tokens"}
-            return rest | counts | {"epochs": summary["steps"] / buckets.steps_per_epoch, "prompts_seen": summary["tokens"]} | told
+            return (
+                rest | counts | trained | {"epochs": summary["steps"] / buckets.steps_per_epoch, "prompts_seen": summary["tokens"]} | told
+            )
 
         def loss(model: Any, batch: Batch):
             return reward_loss(model, batch, config.center_coef)
 
-        return Job(
+        job = Job(
             model,
             loss,
             lambda step: [batch_of([training[i] for i in part], tokenizer.pad_id or 0, places) for part in buckets.indices(step)],
             steps=buckets.steps_for(config.epochs, None),
             tokenizer=tokenizer,
             description="reward model",
-            data={"data_sha256": file_sha256(data), "tokenizer_sha256": tokenizer.sha256, "seed": config.train.seed},
+            data={
+                "data_sha256": file_sha256(data),
+                "tokenizer_sha256": tokenizer.sha256,
+                "seed": config.train.seed,
+                **frozen_identity(config.adapter, source),
+            },
             describe_batch=lambda step, chosen: describe_examples(
                 "row", np.concatenate(buckets.indices(step)).tolist(), chosen, lambda i: tokenizer.decode(training[i].rows[0][:40])
             ),
@@ -190,6 +195,7 @@ def train_reward(
             publish=publish,
             summarise=summarise,
         )
+        return adapted_job(job, config.adapter, config.train)
 
     parents = [model_run, data, *(file for file in (held_out, references) if file is not None)]
     return run_job(out, "reward", config, prepare, parents=parents, resume=resume, argv=argv, warn=warn)

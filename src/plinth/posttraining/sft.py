@@ -14,6 +14,7 @@ from plinth.config import UserError
 from plinth.data.buckets import EvenMicroBatches, LengthBuckets, PackedExamples
 from plinth.models.hub import load_decoder
 from plinth.posttraining.adapter_files import count_trained, frozen_identity, publish_model, with_adapters
+from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples, pack_rows, pad_rows
 from plinth.posttraining.examples import SHOWN, Conversation, rows_text
 from plinth.posttraining.formats import read_examples
@@ -122,7 +123,7 @@ def train_sft(
             chosen = [i for row in (packed if rows is None else [packed[r] for r in rows]) for i in row]
             return describe_examples("example", chosen, None, lambda i: tokenizer.decode(examples[i].tokens[:40]))
 
-        return Job(
+        job = Job(
             model,
             partial(causal_lm_loss, dynamic=config.loss == "dft"),
             batches_at,
@@ -149,6 +150,7 @@ def train_sft(
                 | ({"trained_params": trained_params} if config.adapter.rank is not None else {})
             ),
         )
+        return adapted_job(job, config.adapter, config.train)
 
     return run_job(out, "sft", config, prepare, parents=[model_run, messages], resume=resume, argv=argv, warn=warn)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from plinth.config import UserError, read_json, save_json
 from plinth.evaluation.comparisons import Baselines, Pair, compare_judges
+from plinth.posttraining.adapted_models import load_adapted_reward
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.masks import render_row
 from plinth.posttraining.reward import LoadedReward, load_reward
@@ -83,23 +84,30 @@ def report_choices(reward: LoadedReward, choices: Sequence[Choice], baselines: B
 
 
 def score_file(
-    run: Path, data: Path, *, out: Path | None = None, too_long: TooLong = "leave_out", warn: Callable[[str], None] = lambda text: None
+    run: Path,
+    data: Path,
+    *,
+    adapter: Path | None = None,
+    out: Path | None = None,
+    too_long: TooLong = "leave_out",
+    warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Score the answers of a file; on pairs and rankings return what `report_choices` does, on conversations the mean and deviation.
 
-    With `out` a line of JSON for each answer is written there: its row in the file, its rank where there is one, its score.
+    With `adapter`, `run` is the model that it belongs to. With `out` a line of JSON for each answer is written there: its row in the
+    file, its rank where there is one, its score.
     """
-    reward = load_reward(run)
+    reward = load_reward(run) if adapter is None else load_adapted_reward(run, adapter)
     if read_examples(data).kind not in ("preference", "ranking"):
         return _score_conversations(reward, data, out)
     limit = reward.model.config.max_seq_len
     found = read_choices(data, reward.tokenizer, limit, too_long)
     if long := found.describe_long(limit):
         warn(f"{data}: {long}")
-    kept = Path(run) / "evals" / BASELINES
+    kept = Path(adapter or run) / "evals" / BASELINES
     baselines = Baselines.from_dict(read_json(kept)) if kept.is_file() else None
     if baselines is None:
-        warn(f"{run} has no baselines from its training, so the report compares with a coin alone.")
+        warn(f"{adapter or run} has no baselines from its training, so the report compares with a coin alone.")
     scores = reward.score_tokens([row for choice in found.choices for row in choice.rows]).tolist() if out else []
     places = [(choice.number, rank) for choice in found.choices for rank in choice.ranks]
     _write(out, [{"row": number, "rank": rank, "score": score} for (number, rank), score in zip(places, scores)])

@@ -1,0 +1,69 @@
+"""What adapters change about a stage's training: dropout, and a learning rate of their own for B."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from plinth.config import UserError
+from plinth.ops.dropout import dropping, seeded, step_seeds
+from plinth.posttraining.lora import LoraConfig
+from plinth.training.job import Job
+from plinth.training.loop import TrainConfig
+from plinth.training.optim import Scale
+from plinth.training.step import Batch, LossFunction
+
+
+def adapted_job(job: Job, adapter: LoraConfig, train: TrainConfig) -> Job:
+    """Return the job with what the adapters' options ask of it: rates of B, and losses within which what enters A is dropped.
+
+    Dropout wants batches that are tuples of tensors with a row each, and gets one part more: the seed of the micro-batch. What is
+    dropped depends on nothing but the seed of the run, the step and the place of the micro-batch in it.
+    Raises UserError for dropout in a compiled model or a recorded graph, which would drop the same numbers for ever.
+    """
+    if adapter.rank is None:
+        return job
+    scales = {**(job.scales or {}), **rates_of_b(job.model, adapter.lr_ratio)}
+    if not adapter.dropout:
+        return replace(job, scales=scales)
+    for name in ("compile", "cuda_graphs"):
+        if getattr(train, name):
+            raise UserError(f"adapter.dropout={adapter.dropout} draws anew for every batch, and train.{name}=true would not. Give one.")
+    return replace(job, scales=scales, loss=dropped(job.loss), batches_at=lambda step: seed_batches(job.batches_at(step), train.seed, step))
+
+
+def rates_of_b(model: nn.Module, ratio: float) -> dict[str, Scale]:
+    """Return the factors on the rates that LoRA+ gives the matrices B.
+
+    Source: Hayou et al. 2024, arXiv:2402.12354, section 4: eta_B = ratio eta_A.
+    """
+    return {name: Scale(lr=ratio) for name, _ in model.named_parameters() if name.endswith("lora_b")} if ratio != 1.0 else {}
+
+
+def seed_batches(batches: Sequence[tuple[torch.Tensor, ...]], seed: int, step: int) -> list[tuple[torch.Tensor, ...]]:
+    """Return a step's micro-batches with one part more each: its seed, once a row."""
+    return [(*batch, step_seeds(seed, step, part, len(batch[0]))) for part, batch in enumerate(batches)]
+
+
+def dropped(loss: LossFunction) -> LossFunction:
+    """Return the loss of a batch whose last part is its seed, computed with dropout on what enters the adapters."""
+
+    def with_dropout(model: nn.Module, batch: Batch) -> Any:
+        *parts, seeds_B = batch
+        with dropping(seeded(seeds_B)):
+            return loss(model, tuple(parts))
+
+    return with_dropout
+
+
+def refuse_dropout(adapter: LoraConfig) -> None:
+    """Raise UserError for dropout where the model that is updated must be the one that sampled."""
+    if adapter.dropout:
+        raise UserError(
+            f"adapter.dropout={adapter.dropout} is not for methods that sample: the model that is updated must be the one that wrote the "
+            "completions, or the ratio of the two says nothing. Leave it out."
+        )
