@@ -11,6 +11,7 @@ import tempfile
 import tomllib
 import types
 import typing
+import zlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ def read_bytes(path: Path) -> bytes:
         return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is a damaged gzip file: {error}.") from None
 
 

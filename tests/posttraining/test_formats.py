@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import pytest
 
@@ -164,7 +165,7 @@ def test_what_is_left_out_has_its_row_number_and_reason(tmp_path):
     file.write_bytes("\n".join([good, good, good, "", *bad]).encode() + b'\n{"text": "\xff"}')
     examples = read_examples(file)
     assert examples.kind == "messages" and examples.numbers == [1, 2, 3] and examples.unread == {"id": 3}
-    expected = ["not JSON", "type str", "Did you mean prompt", "no message of the assistant", "Did you mean user", "not a list of messages",
+    expected = ["not JSON", "type str", "Did you mean prompt", "no message of the assistant", "Did you mean user", "nor a list of messages",
                 "type image_url", "token ids", "weight=2", "gives no messages row", "not UTF-8"]  # fmt: skip
     assert [number for number, _ in examples.rejected] == list(range(5, 16))
     for (_, reason), words in zip(examples.rejected, expected):
@@ -229,7 +230,12 @@ def test_kinds_that_have_one_meaning_are_converted(tmp_path):
         ({"prompt": "a", "completion": "b", "label": "yes"}, "neither true nor false"),
         ({"prompt": [{"role": "user", "content": "a"}, REPLY], "answer": "b"}, "ends with the assistant's message"),
         ({"question": "a", "answer": ""}, "answer to compare with is empty"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}, "not a number"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}, "not a finite number"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.nan}, "margin=nan is not a finite number"),
+        ({"prompt": "a", "completions": ["b", "c"], "scores": [math.nan, 1]}, "not as many ranks or scores that are finite"),
+        ({"prompt": "a", "completions": ["b", "c"], "ranks": [True, False]}, "not as many ranks or scores that are finite"),
+        ({"prompt": "a", "completion": None}, "completion is null"),
+        ({"prompt": "a", "completion": 5}, "completion is neither text nor a list of messages"),
         ({"messages": [USER, REPLY], "tools": "{"}, "tools is text that is not JSON"),
         ({"conversations": [{"from": "function_call", "value": "add(2)"}]}, "not JSON"),
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "a label for each step"),
@@ -239,3 +245,23 @@ def test_kinds_that_have_one_meaning_are_converted(tmp_path):
 def test_malformed_fields_are_named(tmp_path, record, reason):
     with pytest.raises(UserError, match=reason):
         read_examples(write(tmp_path / "data.jsonl", [record]))
+
+
+def test_files_that_are_not_what_their_names_say_are_refused_in_a_sentence(tmp_path):
+    for name, data, words in (
+        ("a.parquet", b"{}", "is no Parquet file, or a damaged one"),
+        ("a.csv", b"prompt,completion\n", "Write its rows as JSON Lines"),
+        ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
+        ("a.gz", gzip.compress(b"{}" * 1000)[:20] + b"x" * 20, "is a damaged gzip file"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=words):
+            read_examples(tmp_path / name)
+
+
+def test_a_file_of_another_kind_is_sent_to_the_verb_that_reads_it(tmp_path):
+    labels = write(tmp_path / "labels.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
+    with pytest.raises(UserError, match="holds no messages row .* `plinth prefer --loss kto` reads such rows"):
+        read_examples(labels, "messages")
+    with pytest.raises(UserError, match="holds no row that can be read"):
+        read_examples(write(tmp_path / "steps.jsonl", [{"prompt": "a", "completions": ["b"], "labels": [True]}]))

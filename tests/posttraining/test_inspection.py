@@ -15,6 +15,7 @@ from plinth.posttraining.examples import Conversation, Preference, Prompt, Ranki
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.inspection import inspect_data, pieces_of
 from plinth.posttraining.masks import render_row, render_weighted
+from plinth.posttraining.reward_sources import check_prompts
 from plinth.tokenizer.chat import render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
@@ -131,6 +132,19 @@ def test_odd_rows_are_found_with_their_numbers(tmp_path):
     labels = [{"prompt": str(i), "completion": "c", "label": True} for i in range(20)]
     assert names(labels) == {"label_imbalance": []}
     assert names([{"text": "a"}, {"text": " "}]) == {"empty_text": [2]}
+    two = {"messages": [{"role": "system", "content": "s"}, user(" "), {"role": "system", "content": "t"}, reply("a")]}
+    assert names([two]) == {"late_system": [1], "empty_question": [1]}
+
+
+def test_answers_that_their_verifier_cannot_read_are_found_before_they_train(tmp_path):
+    answers = [("exact", "y"), ("regex", "("), ("numeric", "two"), ("numeric", {"value": 2, "tolerance": "x"}), ("exat", "y"),
+               ("json", {"type": "objct"}), ("code", "assert ("), ("code", {"tests": "assert f(1)", "time_s": 1}),
+               ("sql", {"database": str(tmp_path / "none.db"), "query": "select 1"})]  # fmt: skip
+    rows = [{"prompt": str(i), "answer": answer, "verifier": name} for i, (name, answer) in enumerate(answers)]
+    found = check_rows(read_examples(write(tmp_path / "data.jsonl", rows)))
+    assert {finding.name: finding.rows for finding in found} == {"answer_unreadable": [2, 3, 4, 5, 6, 7, 9]}
+    with pytest.raises(UserError, match="no JSON Schema: 'objct' is not"):  # and before a run or a best of n draws its first answer
+        check_prompts("verifier", [Prompt([user("a")], '{"type": "objct"}', "json")])
 
 
 def test_pieces_are_the_tokens_and_spell_the_text(tokenizer):
@@ -164,4 +178,6 @@ def test_the_command_shows_the_same_in_the_terminal_as_json_and_as_a_page(tmp_pa
     assert {finding["name"] for finding in answer["findings"]} == {"empty_reply", "hardly_learnt", "too_long"}
     with pytest.raises(UserError, match="row 2 .* cannot be shown: not JSON"):
         main([*arguments, "--rows", "2"])
+    main([str(write(tmp_path / "odd.jsonl", [{"prompt": "a\x1b[31m", "completion": "b\u202ec"}])), "--run", str(tmp_path / "run")])
+    assert "<|user|>a\\x1b[31m<|end|><|assistant|>[[b\\u202ec<|end|>]]" in capsys.readouterr().out
     assert main([str(write(tmp_path / "good.jsonl", records[:1])), "--run", str(tmp_path / "run"), "--strict"]) == 0

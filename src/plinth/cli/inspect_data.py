@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ from plinth.posttraining.inspection import Inspection, Shown, inspect_data, writ
 from plinth.run import find_model
 from plinth.tokenizer.encode import Tokenizer
 
+JOINERS = "\u200c\u200d"  # of emoji and of several scripts
 STYLES = {True: "bold green underline", False: "dim"}
 
 
@@ -73,6 +75,16 @@ def show(console: Console, found: Inspection, page: Path | None) -> None:
         console.print(f"\n{page}: open it in a browser", markup=False, highlight=False, soft_wrap=True)
 
 
+def visible(text: str) -> str:
+    """Return a text that a terminal can only show: control characters and marks of direction are spelled out, not obeyed."""
+    return "".join(
+        each
+        if each in "\n\t" or unicodedata.category(each) not in ("Cc", "Cf") or each in JOINERS
+        else each.encode("unicode_escape").decode()
+        for each in text
+    )
+
+
 def coloured(shown: Shown, plain: bool) -> Text:
     """Return the tokens with the learnt ones in colour; where there are no colours, between double brackets."""
     text = Text()
@@ -81,5 +93,5 @@ def coloured(shown: Shown, plain: bool) -> Text:
         if plain and piece.learnt != inside:
             text.append("]]" if inside else "[[")
             inside = piece.learnt
-        text.append(piece.text, style=STYLES[piece.learnt])
+        text.append(visible(piece.text), style=STYLES[piece.learnt])
     return text.append("]]" if inside else "")

@@ -11,7 +11,7 @@ from plinth.evaluation.sample_curve import pass_at
 from plinth.evaluation.statistics import Score, mean_score
 from plinth.inference.sampling_params import SamplingParams
 from plinth.inference.text import TextCompletion, TextEngine
-from plinth.inference.verifiers import check_name, verify
+from plinth.inference.verifiers import check_answer, check_name, verify
 from plinth.run import Progress
 from plinth.tokenizer.chat import Message
 
@@ -64,8 +64,8 @@ def score_problems(text: TextEngine, problems: Sequence[Problem], config: Proble
     config = config or ProblemConfig()
     asked = list(problems[: config.max_problems])
     names = [problem.verifier or config.verifier for problem in asked]
-    for name in set(names):
-        check_name(name)
+    for name, problem in zip(names, asked):
+        check_answer(name, problem.answer)
     drawn = _answers(text, asked, config)
     values = [[verify(name, one.text, problem.answer) for one in each] for name, problem, each in zip(names, asked, drawn)]
     protocol = {

@@ -53,6 +53,14 @@ class Outcome:
     """what went wrong, empty where nothing did"""
 
 
+def check_tests(tests: str) -> None:
+    """Raise UserError for tests that are no Python."""
+    try:
+        compile(tests, "tests", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"the tests {tests[:80]!r} are no Python: {error}.") from None
+
+
 def passes_tests(program: str, tests: str, limits: Limits | None = None) -> Outcome:
     """Run a Python program, and then tests (Python source with assert) in the same namespace; blocks until both have ended.
 
@@ -60,10 +68,7 @@ def passes_tests(program: str, tests: str, limits: Limits | None = None) -> Outc
     """
     if os.name != "posix":
         raise UserError("programs are tested on Linux and macOS only: this system can't bound what they use.")
-    try:
-        compile(tests, "tests", "exec")
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"the tests are no Python: {error}.") from None
+    check_tests(tests)
     limits, secret = limits or Limits(), secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="plinth-code-") as folder:
         job = {

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from jsonschema import FormatChecker
-from jsonschema.exceptions import ValidationError
+from jsonschema.exceptions import SchemaError, ValidationError
 from jsonschema.validators import Draft202012Validator, extend, validator_for
 from llguidance import LLMatcher, LLTokenizer
 from referencing.exceptions import Unresolvable
@@ -23,6 +23,14 @@ MAX_CHECKS = 50_000  # keywords applied to one document; a document of some thou
 
 class Undecided(Exception):
     """A document that cannot be judged at a bounded cost."""
+
+
+def check_schema(schema: Any) -> None:
+    """Raise ValueError for what is no JSON Schema, such as one with an unknown type."""
+    try:
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(error.message) from None
 
 
 class SchemaChecker:

@@ -10,12 +10,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from plinth.config import UserError, nearest
-from plinth.inference.code_sandbox import Limits, passes_tests
-from plinth.inference.json_validity import SchemaChecker, Undecided, found_in
+from plinth.inference.code_sandbox import Limits, check_tests, passes_tests
+from plinth.inference.json_validity import SchemaChecker, Undecided, check_schema, found_in
 from plinth.inference.sql import run_query
 from plinth.tasks.numbers import numbers_in
 from plinth.tasks.verify import exact_match, is_refusal, token_f1
@@ -37,6 +38,14 @@ def check_name(name: str) -> Verifier:
     if name not in VERIFIERS:
         raise UserError(f"verifier={name!r} is none of {', '.join(VERIFIERS)}.{nearest(name, VERIFIERS)}")
     return VERIFIERS[name]
+
+
+def check_answer(name: str, answer: str) -> None:
+    """Raise UserError for an unknown name, and for an answer that its verifier cannot read. Tests of programs are not run."""
+    if name == "code":
+        check_tests(_tests(answer)[0])
+    else:
+        verify(name, "", answer)
 
 
 def exact(text: str, answer: str) -> float:
@@ -61,6 +70,8 @@ def numeric(text: str, answer: str) -> float:
         raise UserError(f"verifier=numeric, but the answer {answer[:80]!r} holds no number.")
     found, value = numbers_in(text), wanted[-1]
     tolerance = given.get("tolerance", NUMERIC_TOLERANCE * max(1, abs(value)))
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, Fraction)) or not tolerance >= 0:
+        raise UserError(f"verifier=numeric, but the tolerance of the answer {answer[:80]!r} is no number of 0 or more.")
     return float(bool(found) and abs(found[-1] - value) <= tolerance)
 
 
@@ -82,13 +93,8 @@ def code(text: str, answer: str) -> float:
 
     The answer is source text with assert statements, run behind the program, or {"tests": source, "time_s": s, "memory_bytes": n}.
     """
-    given = _object(answer)
-    if not given:
-        return float(passes_tests(code_in(text), answer).passed)
-    if not isinstance(given.get("tests"), str):
-        raise UserError(f'verifier=code, but the answer {answer[:80]!r} has no text under "tests".')
-    limits = Limits(**{name: given[name] for name in ("time_s", "memory_bytes") if name in given})
-    return float(passes_tests(code_in(text), given["tests"], limits).passed)
+    tests, limits = _tests(answer)
+    return float(passes_tests(code_in(text), tests, limits).passed)
 
 
 def sql(text: str, answer: str) -> float:
@@ -157,11 +163,22 @@ def _object(answer: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _tests(answer: str) -> tuple[str, Limits]:
+    given = _object(answer)
+    if not given:
+        return answer, Limits()
+    if not isinstance(given.get("tests"), str):
+        raise UserError(f'verifier=code, but the answer {answer[:80]!r} has no text under "tests".')
+    return given["tests"], Limits(**{name: given[name] for name in ("time_s", "memory_bytes") if name in given})
+
+
 @lru_cache(maxsize=512)
 def _schema(answer: str) -> SchemaChecker:
     try:
-        return SchemaChecker(json.loads(answer))
-    except ValueError as error:
+        schema = json.loads(answer)
+        check_schema(schema)
+        return SchemaChecker(schema)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"verifier=json, but the answer {answer[:80]!r} is no JSON Schema: {error}.") from None
 
 

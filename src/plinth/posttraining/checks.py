@@ -7,18 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
-from plinth.posttraining.examples import Conversation, Examples, Preference, Ranking, Row, TextRow, Unpaired, rows_text
+from plinth.config import UserError
+from plinth.inference.verifiers import check_answer
+from plinth.posttraining.examples import Conversation, Examples, Preference, Prompt, Ranking, Row, TextRow, Unpaired, rows_text
 from plinth.posttraining.masks import Part
 from plinth.tokenizer.chat import Message
 from plinth.tokenizer.encode import Tokenizer
 
 MEANINGS = {
     "roles_do_not_alternate": "the same speaker twice in a row, or the assistant first",
+    "late_system": "a message of the system behind the first message",
+    "empty_question": "a message of the user is empty or blank",
     "last_is_not_assistant": "messages behind the last answer, which nobody learns",
     "empty_reply": "an answer that is learnt is empty or blank",
     "empty_text": "the text is empty or blank",
     "several_turns": "an answer to a prompt goes on over several messages",
     "identical_pair": "chosen and rejected are the same",
+    "answer_unreadable": "its verifier does not exist, or cannot read the answer to compare with",
     "tied_ranks": "answers of equal rank, which say nothing of each other",
     "duplicate": "the same as an earlier row",
     "near_duplicate": "an earlier row but for letters' case and blanks",
@@ -114,6 +119,12 @@ def _issues(row: Row) -> Iterator[str]:
                 yield "tied_ranks"
         case Unpaired():
             yield from _answer_issues(row.prompt, row.completion)
+        case Prompt():
+            yield from _turn_issues(row.messages)
+            try:
+                check_answer(row.verifier or "exact", row.answer or "")
+            except UserError:
+                yield "answer_unreadable"
 
 
 def _answer_issues(prompt: list[Message], *answers: list[Message]) -> Iterator[str]:
@@ -127,6 +138,10 @@ def _turn_issues(messages: list[Message], learnt_from: int = 0) -> Iterator[str]
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if roles[:1] == ["assistant"] or any(a == b and a != "tool" for a, b in pairwise(roles)):
         yield "roles_do_not_alternate"
+    if any(message["role"] == "system" for message in messages[1:]):
+        yield "late_system"
+    if any(message["role"] == "user" and not (message.get("content") or "").strip() for message in messages):
+        yield "empty_question"
     for message in messages[learnt_from:]:
         said = (message.get("content") or "").strip() or message.get("tool_calls")
         if message["role"] == "assistant" and message.get("weight", 1) and not said:

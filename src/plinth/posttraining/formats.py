@@ -7,6 +7,7 @@ number and the reason, and fields that nothing reads are counted; nothing is dro
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,9 +146,13 @@ def _read_completion(record: Record) -> Row:
 
 def _number(record: Record, name: str) -> float | None:
     value = record.get(name)
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+    if value is None or _is_number(value):
         return value
-    raise UserError(f"{name}={value!r} is not a number")
+    raise UserError(f"{name}={value!r} is not a finite number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _probability(record: Record) -> float | None:
@@ -181,8 +186,8 @@ def _read_ranking(record: Record) -> Row:
     if scores is None:
         scores = [_first(answer, "overall_score", "score") if isinstance(answer, dict) else None for answer in answers]
         answers = [_first(answer, "response", "text", "content") if isinstance(answer, dict) else None for answer in answers]
-    if not isinstance(scores, list) or len(scores) != len(answers) or not all(isinstance(score, (int, float)) for score in scores):
-        raise UserError(f"{len(answers)} completions have not as many ranks or scores that are numbers")
+    if not isinstance(scores, list) or len(scores) != len(answers) or not all(map(_is_number, scores)):
+        raise UserError(f"{len(answers)} completions have not as many ranks or scores that are finite numbers")
     lower_is_better = record.get("scores") is None and _first(record, "ranks", "rank") is not None
     order = sorted(set(scores), reverse=not lower_is_better)
     ranks = tuple(order.index(score) for score in scores)
@@ -263,6 +268,10 @@ FORMATS = (
     ),
     Format("text", "text", _has("text"), lambda record: TextRow(_text(record, "text")), "text"),
 )
+READ_BY = {
+    "text": "`plinth data curate`", "messages": "`plinth sft`", "preference": "`plinth prefer`", "ranking": "`plinth prefer`",
+    "unpaired": "`plinth prefer --loss kto`", "verifiable": "`plinth grpo`",
+}  # fmt: skip
 KNOWN = sorted({name for form in FORMATS for name in form.fields.split()})
 
 
@@ -271,7 +280,7 @@ def detect(record: Record) -> Format:
     for form in FORMATS:
         if form.matches(record):
             return form
-    fields = ", ".join(map(str, list(record)[:6])) or "no field"
+    fields = ", ".join(f"{name}{' is null' * (record[name] is None)}" for name in list(record)[:6]) or "no field"
     guess = next((hint for name in record if name not in KNOWN and (hint := nearest(str(name), KNOWN))), "")
     raise UserError(f"its fields ({fields}) fit no known format.{guess}")
 
@@ -306,7 +315,9 @@ def read_examples(path: Path | str, kind: Kind | None = None) -> Examples:
         unread.update(unread_fields(form, record))
     if not rows:
         why = "row {}: {}".format(*min(rejected)) if rejected else "it is empty"
-        raise UserError(f"{path} holds no {wanted} row that can be read: {why}.")
+        name = f"{wanted} " if kind is not None or kinds else ""
+        others = [READ_BY[found] for found in kinds if found != wanted]
+        raise UserError(f"{path} holds no {name}row that can be read: {why}.{f' {others[0]} reads such rows.' if others else ''}")
     return Examples(wanted, rows, numbers, dict(detected), sorted(rejected), dict(unread))
 
 
@@ -342,10 +353,10 @@ def unread_fields(form: Format, record: Record) -> set[str]:
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (row number from 1, value) of a file; the value is a UserError for a line that is not UTF-8 or not JSON. Blank lines count."""
     if path.suffix == ".parquet":
-        import pyarrow.parquet  # heavy, and only these files need it
-
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
+        yield from enumerate(_read_parquet(path), start=1)
         return
+    if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
+        raise UserError(f"{path} is a table of text. Write its rows as JSON Lines, an object of named fields each, or as Parquet.")
     data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if data.lstrip()[:1] == b"[":
         array = _parse(data)
@@ -358,6 +369,15 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, _parse(line)
 
 
+def _read_parquet(path: Path) -> list[Record]:
+    import pyarrow.parquet  # heavy, and only these files need it
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid:
+        raise UserError(f"{path} is no Parquet file, or a damaged one.") from None
+
+
 def _parse(data: bytes) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
@@ -365,3 +385,5 @@ def _parse(data: bytes) -> Any:
         return UserError(f"not UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
         return UserError(f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return UserError("not JSON that can be read: it is nested too deeply")

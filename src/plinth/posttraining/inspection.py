@@ -84,9 +84,10 @@ class Inspection:
     def lines(self) -> list[str]:
         """Return what was read and what is odd, a line each, without the rows' tokens."""
         share = self.learnt / self.tokens if self.tokens else 0.0
+        sequences = f"{self.sequences} sequence{'' if self.sequences == 1 else 's'}"
         return [
             f"{self.file}: {self.examples.describe()}",
-            f"{self.sequences} sequences, {self.tokens} tokens, {self.learnt} of them learnt ({share:.1%})",
+            f"{sequences}, {self.tokens} tokens, {self.learnt} of them learnt ({share:.1%})",
             "length in tokens: " + ", ".join(f"{name} {length}" for name, length in self.lengths.items()),
             *(f"! {finding.describe()}" for finding in self.findings),
         ]

@@ -38,7 +38,7 @@ def render_row(tokenizer: Tokenizer, row: Row) -> list[Part]:
             return [Part(name, render_weighted(tokenizer, unweighted(row.prompt) + side, row.tools)) for name, side in sides]
         case Ranking():
             return [
-                Part(f"completion of rank {rank}", render_weighted(tokenizer, unweighted(row.prompt) + answer))
+                Part(f"completion of rank {rank + 1}", render_weighted(tokenizer, unweighted(row.prompt) + answer))
                 for rank, answer in zip(row.ranks, row.completions)
             ]
         case Unpaired():

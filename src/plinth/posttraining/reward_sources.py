@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plinth.config import UserError, nearest
-from plinth.inference.verifiers import VERIFIERS, check_name, verify
+from plinth.inference.verifiers import VERIFIERS, check_answer, check_name, verify
 from plinth.models.reward import RewardModel
 from plinth.posttraining.examples import Prompt
 from plinth.posttraining.reward import LoadedReward, load_reward
@@ -56,12 +56,13 @@ def find_rule(name: str, verifier: str = DEFAULT_VERIFIER) -> Rule:
 
 
 def check_prompts(name: str, prompts: Sequence[Prompt], verifier: str = DEFAULT_VERIFIER) -> None:
-    """Raise UserError where a rule compares with answers and a prompt has none, or names a verifier that there is not."""
+    """Raise UserError where a rule compares with answers and a prompt has none, or one that its verifier cannot read."""
     for prompt in prompts if name == "verifier" or name in VERIFIERS else ():
         judge = name if name in VERIFIERS else prompt.verifier or verifier
         check_name(judge)
         if prompt.answer is None and judge != "refusal":
             raise UserError(f"reward={name!r} compares with an answer ({judge}), and the prompt {prompt.text[:60]!r} comes with none.")
+        check_answer(judge, prompt.answer or "")
 
 
 class RewardSource(Protocol):

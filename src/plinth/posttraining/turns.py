@@ -14,6 +14,7 @@ ROLE_NAMES = {
     "developer": "system", "function": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
 MESSAGE_FIELDS = frozenset({"role", "content", "from", "value", "tool_calls", "weight"})
+CONVERSATIONS = ("messages", "conversations")  # fields that hold messages and never a text
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 
@@ -26,7 +27,7 @@ def read_turns(value: Any, where: str = "messages") -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise UserError(f"{where} is not a list of messages")
+        raise UserError(f"{where} is {'not' if where in CONVERSATIONS else 'neither text nor'} a list of messages")
     messages = [_read_message(message, f"{where}[{i}]") for i, message in enumerate(value)]
     try:
         check_messages(messages)
