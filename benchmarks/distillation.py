@@ -28,7 +28,8 @@ from plinth.posttraining.distill_losses import Head, chunked_distillation_loss, 
 from plinth.posttraining.distillation import DistillConfig, distill, distill_loss
 from plinth.posttraining.examples import Conversation
 from plinth.posttraining.masks import render_row
-from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.posttraining.sft import train_sft
+from plinth.posttraining.sft_config import SftConfig
 from plinth.run import find_model
 from plinth.tasks.reviews import conversations
 from plinth.tokenizer.encode import Tokenizer

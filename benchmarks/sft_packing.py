@@ -20,7 +20,8 @@ import torch
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
 from plinth.posttraining.batches import pack_rows, pad_rows
-from plinth.posttraining.sft import SftConfig, deal_examples
+from plinth.posttraining.sft import deal_examples
+from plinth.posttraining.sft_config import SftConfig
 from plinth.tokenizer.chat import Rendered
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.precision import DTYPES, MasterWeights

@@ -26,7 +26,8 @@ from plinth.models.dual_encoder import DualEncoderConfig, TextTowerConfig
 from plinth.models.hub import save_model
 from plinth.models.transformer import Transformer
 from plinth.models.vision import VisionConfig
-from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.posttraining.sft import train_sft
+from plinth.posttraining.sft_config import SftConfig
 from plinth.recipes.asking_images import ask_images
 from plinth.recipes.clip import ClipConfig, pretrain_clip
 from plinth.recipes.llava import LlavaConfig, train_llava

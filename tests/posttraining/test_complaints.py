@@ -77,6 +77,7 @@ ROWS = {
 TEACHER = decoder(LARGE, seed=3)
 LOSSES = {
     "sft": lambda model: causal_lm_loss(model, (INPUTS, TARGETS))[0],
+    "sft by dft": lambda model: causal_lm_loss(model, (INPUTS, TARGETS), dynamic=True)[0],
     "prefer": lambda model: torch.sigmoid(sequence_log_probs(model, INPUTS, TARGETS)).sum(),
     "distill": lambda model: distill_loss(model, TEACHER, (INPUTS, TARGETS), DistillConfig())[0],
     "policy gradients": lambda model: completion_log_probs(model, ROWS, entropy=True).log_probs_BT.sum(),

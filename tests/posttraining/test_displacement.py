@@ -12,7 +12,8 @@ from plinth.posttraining.displacement import displacement, last_means, length_bi
 from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.preference import train_dpo
 from plinth.posttraining.preference_config import DpoConfig
-from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.posttraining.sft import train_sft
+from plinth.posttraining.sft_config import SftConfig
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig

@@ -21,7 +21,8 @@ from plinth.posttraining.grpo import FAMILY, Collector, GrpoConfig, completion_l
 from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.rewards import RewardConfig, overlong_punishment, score_rollouts
 from plinth.posttraining.rollouts import Rollouts, SampleConfig, Sampler, take_rows
-from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.posttraining.sft import train_sft
+from plinth.posttraining.sft_config import SftConfig
 from plinth.tasks.arithmetic import arithmetic_problems, arithmetic_rows
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer

@@ -21,7 +21,8 @@ from plinth.posttraining import sft
 from plinth.posttraining.adapted_models import merge_adapter
 from plinth.posttraining.adapter_files import load_adapter, save_adapter
 from plinth.posttraining.lora import AdaptedLinear, LoraConfig, Projection, adapted_modules, add_adapters, merge
-from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.posttraining.sft import train_sft
+from plinth.posttraining.sft_config import SftConfig
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig

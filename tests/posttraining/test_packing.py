@@ -15,7 +15,8 @@ from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.posttraining import sft
 from plinth.posttraining.batches import pack_rows, pad_rows
-from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.posttraining.sft import train_sft
+from plinth.posttraining.sft_config import SftConfig
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer

@@ -22,7 +22,8 @@ from plinth.posttraining.preference import train_dpo
 from plinth.posttraining.preference_config import REFERENCE_FREE, DpoConfig
 from plinth.posttraining.preference_losses import cdpo, preference_loss
 from plinth.posttraining.preference_objective import pairs_log_probs, pairs_loss, reference_pairs_log_probs
-from plinth.posttraining.sft import SftConfig, render_examples, train_sft
+from plinth.posttraining.sft import render_examples, train_sft
+from plinth.posttraining.sft_config import SftConfig
 from plinth.run import Run
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig

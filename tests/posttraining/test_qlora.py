@@ -16,7 +16,8 @@ from plinth.ops.nf4 import dequantise_nf4, quantise_nf4
 from plinth.posttraining.adapted_models import merge_adapter
 from plinth.posttraining.adapter_files import load_adapter, save_adapter
 from plinth.posttraining.lora import LoraConfig, adapted_modules, add_adapters, merge
-from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.posttraining.sft import train_sft
+from plinth.posttraining.sft_config import SftConfig
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives import causal_lm_loss

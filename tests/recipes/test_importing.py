@@ -214,7 +214,8 @@ def test_an_imported_model_is_finetuned_and_published_with_its_own_template(impo
     assert config["bos_token_id"] == before.prefix_ids[0] and before.token_id("<|eot_id|>") in config["eos_token_id"]
     assert main(["generate", str(tmp_path / "run"), "--chat", "--prompt", "Hello", "--max-tokens", "3", "--json"]) == 0
     with pytest.raises(UserError, match="join_turns=2"):
-        from plinth.posttraining.sft import SftConfig, train_sft
+        from plinth.posttraining.sft import train_sft
+        from plinth.posttraining.sft_config import SftConfig
 
         train_sft(tmp_path / "joined", imported, tmp_path / "messages.jsonl", SftConfig(join_turns=2))
 

@@ -12,7 +12,8 @@ from plinth.cli.output import say
 from plinth.cli.pretrain import show_run
 from plinth.models.hub import read_config
 from plinth.posttraining.inspection import inspect_data
-from plinth.posttraining.sft import SftConfig, train_sft
+from plinth.posttraining.sft import train_sft
+from plinth.posttraining.sft_config import SftConfig
 from plinth.run import find_model
 from plinth.tokenizer.encode import Tokenizer
 

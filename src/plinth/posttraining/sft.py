@@ -3,76 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from plinth.config import UserError
 from plinth.data.buckets import EvenMicroBatches, LengthBuckets, PackedExamples
 from plinth.models.hub import load_decoder
+from plinth.ops.dropout import step_seeds
 from plinth.posttraining.adapter_files import count_trained, frozen_identity, publish_model, with_adapters
 from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples, pack_rows, pad_rows
+from plinth.posttraining.embedding_noise import noise_scales, noisy_lm_loss
 from plinth.posttraining.examples import SHOWN, Conversation, rows_text
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.masks import render_weighted
+from plinth.posttraining.sft_config import SftConfig
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.job import Job, run_job
-from plinth.training.loop import TrainConfig
 from plinth.training.objectives import causal_lm_loss
-from plinth.training.optim import OptimizerConfig
 
 JOIN_ROUNDS = 4  # each conversation is joined anew so often before a grouping comes again
 ALONE_SHARE = 0.5  # groups of one conversation
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """Batches and schedule of supervised finetuning."""
-
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            warmup_steps=10, keep_pre_decay=False, compile=False, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01)
-        )
-    )
-    """optimizer and schedule; not compiled on a GPU, as its batches have many shapes"""
-    loss: Literal["nll", "dft"] = "nll"
-    """nll: cross-entropy; dft: each token's weighed by its probability, so that what surprises the model is followed less"""
-    epochs: float = 3.0
-    """passes over the conversations"""
-    tokens: int | None = None
-    """tokens to process, padding included; given, it takes the place of epochs"""
-    conversations_per_step: int = 128
-    """conversations an update"""
-    micro_batch_size: int = 64
-    """conversations a forward pass"""
-    join_turns: int = 1
-    """join up to this many conversations into one, at random, so that a model taught single turns answers later ones too"""
-    max_seq_len: int | None = None
-    """longest conversation in tokens (default: the model's context); a longer one is never cut"""
-    too_long: Literal["error", "leave-out"] = "error"
-    """what to do when conversations are longer: stop before training, or leave them out; either way their rows and lengths are told"""
-    packing: bool = False
-    """put whole conversations in rows of max_seq_len tokens by best fit, each seeing itself alone (default: padded rows of like lengths)"""
-    unpadded: bool = False
-    """make each micro-batch one row without padding, each conversation seeing itself alone; on a CPU it pays for long conversations of
-    unequal lengths"""
-    adapter: LoraConfig = field(default_factory=LoraConfig)
-    """train adapters in place of the weights"""
-
-    def __post_init__(self) -> None:
-        if self.epochs <= 0:
-            raise UserError(f"epochs={self.epochs} must be positive.")
-        if self.join_turns < 1:
-            raise UserError(f"join_turns={self.join_turns} must be at least 1.")
-        if self.packing and self.unpadded:
-            raise UserError("packing=true and unpadded=true are two ways to make batches. Give one.")
 
 
 def train_sft(
@@ -114,9 +70,15 @@ def train_sft(
 
         def batches_at(step: int):
             parts = [[[examples[i] for i in row] for row in part] for part in deal.rows(step)]
-            if not isinstance(deal, LengthBuckets):
-                return [pack_rows(part, pad_id) for part in parts]
-            return [pad_rows([row[0].tokens for row in part], [row[0].loss_mask for row in part], pad_id) for part in parts]
+            if isinstance(deal, LengthBuckets):
+                batches = [pad_rows([row[0].tokens for row in part], [row[0].loss_mask for row in part], pad_id) for part in parts]
+            else:
+                batches = [pack_rows(part, pad_id) for part in parts]
+            if not config.embedding_noise:
+                return batches
+            scales = [noise_scales(part, config.embedding_noise, model.config.hidden_size) for part in parts]
+            seeds = [step_seeds(config.train.seed, step, i, len(part)) for i, part in enumerate(parts)]
+            return [(*batch, *noise) for batch, *noise in zip(batches, scales, seeds)]
 
         def describe_batch(step: int, rows: Sequence[int] | None) -> str:
             packed = [row.tolist() for part in deal.rows(step) for row in part]
@@ -125,7 +87,7 @@ def train_sft(
 
         job = Job(
             model,
-            partial(causal_lm_loss, dynamic=config.loss == "dft"),
+            partial(noisy_lm_loss if config.embedding_noise else causal_lm_loss, dynamic=config.loss == "dft"),
             batches_at,
             steps=deal.steps_for(config.epochs / rounds, config.tokens),
             tokenizer=tokenizer,

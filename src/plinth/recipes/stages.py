@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from plinth.posttraining.preference_config import DpoConfig
-from plinth.posttraining.sft import SftConfig
+from plinth.posttraining.sft_config import SftConfig
 from plinth.recipes.pretraining import PretrainConfig
 from plinth.scaling.plan_record import Plan
 from plinth.tasks.facts import FactsConfig

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,12 +25,12 @@ def select_rows(counted_N: torch.Tensor, count: int) -> torch.Tensor:
     return order[: padded_rows(count)]
 
 
-def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...], dynamic: bool = False):
+def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...], dynamic: bool = False, embedded_BTD: torch.Tensor | None = None):
     """Return the next-token cross-entropy; the batch is (inputs (B, T), targets (B, T)), targets below 0 do not count.
 
     A third tensor gives the segments (B, T) that attention keeps to, or the images of a decoder that sees. Where the model has
     experts, what keeps their load even is added. With `dynamic` it is Σ −p log p with p held fixed, which follows surprising tokens less,
-    and the metric nll_nats has the cross-entropy.
+    and the metric nll_nats has the cross-entropy. `embedded_BTD` takes the place of the inputs' embeddings.
     On a CPU the output head runs on counted positions only, but for the filling up to a multiple of ROW_STEP. On a GPU
     it runs on all: how many are counted is known there alone, and asking would make it idle.
     Source of the dynamic loss: Wu et al. 2025 (DFT), arXiv:2508.05629.
@@ -37,7 +39,9 @@ def causal_lm_loss(model: nn.Module, batch: tuple[torch.Tensor, ...], dynamic: b
     config = getattr(model.config, "decoder", model.config)
     cap = config.logit_softcap
     routings: list[Routing] = []
-    more = {"routings": routings} if config.num_experts else {}
+    more: dict[str, Any] = {"routings": routings} if config.num_experts else {}
+    if embedded_BTD is not None:
+        more["embedded_BTD"] = embedded_BTD
     hidden_ND = model(inputs_BT, *others, **more).flatten(0, 1)
     targets_N = targets_BT.flatten()
     counted_N = targets_N >= 0

@@ -1,0 +1,58 @@
+"""What supervised finetuning is told: loss, batches and schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from plinth.config import UserError
+from plinth.posttraining.lora import LoraConfig
+from plinth.training.loop import TrainConfig
+from plinth.training.optim import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Batches and schedule of supervised finetuning."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            warmup_steps=10, keep_pre_decay=False, compile=False, optimizer=OptimizerConfig(lr=0.002, muon_lr=0.01)
+        )
+    )
+    """optimizer and schedule; not compiled on a GPU, as its batches have many shapes"""
+    loss: Literal["nll", "dft"] = "nll"
+    """nll: cross-entropy; dft: each token's weighed by its probability, so that surprising tokens pull less (dynamic finetuning)"""
+    embedding_noise: float = 0.0
+    """NEFTune: noise on the embeddings of a conversation of L tokens, even within this / sqrt(L hidden_size); papers take 5 to 15"""
+    epochs: float = 3.0
+    """passes over the conversations"""
+    tokens: int | None = None
+    """tokens to process, padding included; given, it takes the place of epochs"""
+    conversations_per_step: int = 128
+    """conversations an update"""
+    micro_batch_size: int = 64
+    """conversations a forward pass"""
+    join_turns: int = 1
+    """join up to this many conversations into one, at random, so that a model taught single turns answers later ones too"""
+    max_seq_len: int | None = None
+    """longest conversation in tokens (default: the model's context); a longer one is never cut"""
+    too_long: Literal["error", "leave-out"] = "error"
+    """what to do when conversations are longer: stop before training, or leave them out; either way their rows and lengths are told"""
+    packing: bool = False
+    """put whole conversations in rows of max_seq_len tokens by best fit, each seeing itself alone (default: padded rows of like lengths)"""
+    unpadded: bool = False
+    """make each micro-batch one row without padding, each conversation seeing itself alone; on a CPU it pays for long conversations of
+    unequal lengths"""
+    adapter: LoraConfig = field(default_factory=LoraConfig)
+    """train adapters in place of the weights"""
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise UserError(f"epochs={self.epochs} must be positive.")
+        if not 0 <= self.embedding_noise < float("inf"):
+            raise UserError(f"embedding_noise={self.embedding_noise} must be 0 (none) or more.")
+        if self.join_turns < 1:
+            raise UserError(f"join_turns={self.join_turns} must be at least 1.")
+        if self.packing and self.unpadded:
+            raise UserError("packing=true and unpadded=true are two ways to make batches. Give one.")
