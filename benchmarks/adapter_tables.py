@@ -1,4 +1,4 @@
-"""The table of docs/posttraining.md on adapters over a base of 4 bits, from the record of qlora_memory.py."""
+"""The table of docs/adapters.md on adapters over a base of 4 bits, from the record of qlora_memory.py."""
 
 from __future__ import annotations
 

@@ -437,7 +437,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/ai_feedback.md", "best of n", measured("best_of_n", best_of_table)),
     ("docs/distillation.md", "distillation", measured("distillation", distillation_table)),
     ("docs/factuality.md", "factuality tuning", measured("factuality_tuning", factuality_table)),
-    ("docs/posttraining.md", "qlora memory", measured("qlora_memory", qlora_table)),
+    ("docs/adapters.md", "qlora memory", measured("qlora_memory", qlora_table)),
     ("docs/sft.md", "batches", measured("sft_packing", batches_table)),
     ("docs/sft.md", "peers", measured("posttraining_peers", peers_table)),
     ("docs/exchange.md", "import speed", measured("import_speed", import_table)),

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from plinth.cli.main import main
 from plinth.config import UserError
 from plinth.models.hub import load_decoder, save_model
 from plinth.models.mlp import Linear
@@ -119,6 +120,26 @@ def test_a_run_drops_the_same_with_any_number_of_threads_and_something_else_with
     tokens = torch.arange(40).view(2, 20)
     torch.testing.assert_close(adapted(tokens), load_decoder(runs[0].model_dir)(tokens), rtol=1e-4, atol=1e-4)
     assert {module.adapter.dropout for _, module in adapted_modules(adapted)} == {0.5}
+
+
+@pytest.mark.parametrize("verb", ["prefer sigmoid", "prefer kto", "distill"])
+def test_other_stages_drop_in_their_loss_alone(tmp_path, base, verb):
+    """The first update's loss is what it is without dropout, as B is 0; its gradient is not, and a fresh policy is at its reference."""
+    pairs = [
+        {"prompt": f"What does {a} do?", "chosen": f"It does {a}.", "rejected": f"It does {b}."} for a, b in zip(SUBJECTS, SUBJECTS[1:])
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    model, options = str(base / "model"), "--train.steps 2 --train.num-threads 1 --train.dtype float32 --adapter.rank 4 --json"
+    data = ["--data", str(tmp_path / "pairs.jsonl"), "--loss", verb.split()[-1]]
+    if verb == "distill":
+        data = ["--teacher", model, "--data", str(base / "sft.jsonl"), "--share", "0.5"]
+    first = []
+    for dropout in ("0", "0.5"):
+        out = tmp_path / dropout
+        assert main([verb.split()[0], model, *data, "--out", str(out), *options.split(), "--adapter.dropout", dropout]) == 0
+        first.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
+    assert first[0]["loss_nats"] == pytest.approx(first[1]["loss_nats"], rel=1e-5)
+    assert first[0]["grad_norm"] != pytest.approx(first[1]["grad_norm"], rel=1e-3)
 
 
 def test_dropout_is_in_pefts_file(tmp_path):
