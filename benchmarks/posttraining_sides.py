@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from plinth.models.hub import save_model
-from plinth.posttraining import grpo, preference, reward_tuning, sft
+from plinth.posttraining import grpo, grpo_config, preference, reward_tuning, sft
 from plinth.posttraining.rewards import RewardConfig
 from plinth.posttraining.rollouts import SampleConfig
 from plinth.run import Run
@@ -87,7 +87,7 @@ class Side:
         return timed(reward_tuning, lambda: reward_tuning.train_reward(place / "run", self.folder / "hf", data, config))
 
     def grpo(self, place: Path, work: dict[str, int]) -> tuple[Run, dict[str, float]]:
-        config = grpo.GrpoConfig(
+        config = grpo_config.GrpoConfig(
             sample=SampleConfig(group_size=work["group"], max_tokens=work["new"]), reward=RewardConfig(("random",)),
             prompts_per_rollout=work["per_step"], rollouts=work["examples"] // work["per_step"],
             **({} if self.settings == "defaults" else {"micro_batch_size": -(-work["per_step"] // self.threads) * work["group"]}),

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from plinth.models.hub import load_decoder, save_model
 from plinth.models.transformer import Transformer
 from plinth.posttraining.examples import Prompt
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.grpo import FAMILY, Collector, GrpoConfig, completion_loss, render_prompts, train_grpo
+from plinth.posttraining.grpo import Collector, completion_loss, render_prompts, train_grpo
+from plinth.posttraining.grpo_config import FAMILY, GrpoConfig
 from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.rewards import RewardConfig, overlong_punishment, score_rollouts
 from plinth.posttraining.rollouts import Rollouts, SampleConfig, Sampler, take_rows
 from plinth.posttraining.sft import train_sft
 from plinth.posttraining.sft_config import SftConfig
+from plinth.run import Run
 from plinth.tasks.arithmetic import arithmetic_problems, arithmetic_rows
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
@@ -107,7 +110,7 @@ def test_every_member_trains_on_its_own_advantages(base):
         rows, metrics = gathered(0)
         total, count, measured = completion_loss(gathered.sampler.model, rows, config.settings)
         assert torch.isfinite(total) and count > 0 and metrics["kl"] == pytest.approx(0.0, abs=1e-5)
-        if config.advantages_kind not in ("global",):
+        if config.advantages_kind not in ("global", "greedy"):
             assert float(rows["advantages"].view(-1, 4).sum(1).abs().max()) < 1e-4
         assert measured["clip_fraction"] == 0.0  # the policy is the sampler yet
         assert ("kl_token" in measured) == (config.member.kl_in == "loss")
@@ -123,6 +126,104 @@ def test_options_take_the_place_of_a_members_own():
         GrpoConfig(loss="gpro")
     with pytest.raises(UserError, match="group_size=1 leaves no other completion"):
         GrpoConfig(sample=SampleConfig(group_size=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"loss": "cispo", "epsilon_high": 5.0}, "epsilon_high=5.0 is not read by loss=cispo.*one of grpo, dr_grpo"),
+        ({"weight_cap": 5.0}, "weight_cap=5.0 is not read by loss=grpo. Leave it out, or use one of cispo"),
+        ({"loss": "sapo", "gamma_positive": (2.0, 2.0)}, "gamma_positive=.* is not read by loss=sapo.*one of vespo"),
+        ({"mismatch_cap": 2.0}, "mismatch_cap=2.0 bounds the weights of mismatch, which is not given"),
+        ({"mismatch": "token_mask", "sample": SampleConfig(temperature=0.7)}, "mismatch=token_mask needs sample.temperature=1, not 0.7"),
+        ({"mismatch": "token_mask", "mismatch_floor": 2.0}, "must lie on both sides of 1"),
+        ({"kl_weighted": True}, "kl_weighted is for a k3 within the loss; here kl_coef=0.0"),
+        ({"loss": "rloo", "kl_coef": 0.1, "kl_weighted": True}, "kl_weighted is for a k3 within the loss; here kl_coef=0.1, kl_in=reward"),
+        ({"loss": "remax", "advantages": "leave_one_out", "sample": SampleConfig(group_size=1)}, "use advantages=greedy or global"),
+        ({"mask_unfinished": True, "advantages": "global"}, "Use group, batch, none or greedy"),
+    ],
+)
+def test_an_option_that_the_loss_would_not_read_is_a_mistake(options, text):
+    with pytest.raises(UserError, match=text):
+        GrpoConfig(**options)
+
+
+def test_options_reach_the_loss():
+    config = GrpoConfig(loss="cispo", weight_cap=3.0, mismatch="sequence_mask", mismatch_cap=2.0, off_policy_threshold=0.5)
+    found = config.settings
+    assert (found.weight_cap, found.mismatch, found.mismatch_cap, found.off_policy_threshold) == (3.0, "sequence_mask", 2.0, 0.5)
+    found = GrpoConfig(loss="vespo", gamma_positive=(2.0, 2.0), kl_coef=0.1, kl_weighted=True).settings
+    assert (found.gamma_positive, found.gamma_negative, found.kl_weighted) == ((2.0, 2.0), (3.0, 2.0), True)
+    found = GrpoConfig(loss="sapo", temperature_positive=2.0).settings
+    assert (found.temperature_positive, found.temperature_negative) == (2.0, 1.05)
+    assert GrpoConfig(ratio_cap=2.0, dual_clip=3.0).settings == dataclasses.replace(GrpoConfig().settings, ratio_cap=2.0, dual_clip=3.0)
+
+
+def greedy_answer(gathered, prompt):
+    """The slow twin: the most probable token again and again, from whole forward passes."""
+    model, tokens = gathered.sampler.model, []
+    with torch.no_grad():
+        while len(tokens) < 3 and not (tokens and tokens[-1] in gathered.sampler.end_ids):
+            tokens.append(int(model.logits(model(torch.tensor([prompt + tokens])))[0, -1].argmax()))
+    return gathered.tokenizer.decode(tokens[:-1] if tokens[-1] in gathered.sampler.end_ids else tokens)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_greedy_completion_is_the_baseline(base, size):
+    """ReMax; verl's remax: A = r(sampled) − r(greedy). A group all of whose rewards differ from the baseline's teaches, alike or not."""
+    config = dataclasses.replace(SMALL, loss="remax", sample=SampleConfig(size, 3), prompts_per_rollout=10, keep_zero_spread=True)
+    gathered = collector(base, config)
+    rows, metrics = gathered(0)
+    asked = [rows["prompts"][i, : rows["prompt_tokens"][i]].tolist() for i in range(0, 10 * size, size)]
+    baseline = torch.tensor([float(greedy_answer(gathered, p) == gathered.problems[gathered.prompts.index(p)].answer) for p in asked])
+    expected = score_plain(gathered, rows).view(10, size) - baseline[:, None]
+    assert torch.equal(rows["advantages"].view(10, size), expected) and metrics["greedy_reward"] == pytest.approx(float(baseline.mean()))
+    assert 0 < metrics["zero_spread_groups"] < 1
+    rows, metrics = collector(base, dataclasses.replace(config, keep_zero_spread=False))(0)
+    assert metrics["groups"] == int(expected.any(1).sum()) and rows["advantages"].view(-1, size).any(1).all()
+
+
+def test_the_greedy_completion_is_rewarded_as_others_are(base):
+    """The punishment of length too, and each reward by its weight; what was cut off is left out of the loss, not of the baseline."""
+    options = {
+        "loss": "remax",
+        "reward": RewardConfig(("length", "same"), (2.0, 1.0)),
+        "overlong_margin_tokens": 2,
+        "keep_zero_spread": True,
+    }
+    config = dataclasses.replace(SMALL, sample=SampleConfig(4, 3, 3.0), mask_unfinished=True, **options)
+    gathered = collector(base, config, {"same": lambda problem, text: 1.0})
+    rows, metrics = gathered(0)
+
+    def reward(lengths, finished):
+        return 2 * (lengths - finished) / 3 + ((3 - 2 - lengths) / 2).clamp(-1, 0)
+
+    asked = [rows["prompts"][i, : rows["prompt_tokens"][i]].tolist() for i in range(0, 24, 4)]
+    greedy = gathered.sampler.greedy(asked)
+    lengths, ended = torch.tensor([len(tokens) for tokens in greedy.completions]), torch.tensor(greedy.finished)
+    expected = reward(rows["mask"].sum(1), rows["finished"].int()) - reward(lengths, ended.int()).repeat_interleave(4)
+    torch.testing.assert_close(rows["advantages"], torch.where(rows["finished"], expected, 0.0))
+    assert torch.equal(rows["trained"], rows["finished"]) and 0 < metrics["finished"] < 1
+
+
+def test_weights_of_the_engines_mismatch_come_from_its_own_log_probabilities(base):
+    """huggingface/trl#4159, #7269. In float32 there is none: the weights are 1; in bf16 there is, and it is measured."""
+    config = dataclasses.replace(SMALL, mismatch="token_truncate", mismatch_cap=1.001, off_policy_threshold=0.5, keep_zero_spread=True)
+    for dtype, close in ((torch.float32, True), (torch.bfloat16, False)):
+        gathered = collector(base, config)
+        gathered.sampler.compares = True
+        gathered.sampler.model.to(dtype)
+        rows, metrics = gathered(0)
+        gap = (rows["engine"] - rows["log_probs"]).abs()
+        assert float(gap.max()) == pytest.approx(metrics["engine_gap"]) and (float(gap.max()) < 1e-5) == close
+        total, count, measured = completion_loss(gathered.sampler.model, rows, config.settings)
+        weights = torch.exp(rows["log_probs"] - rows["engine"]).clamp(max=1.001)
+        expected = ((weights * rows["mask"]).sum(1) / rows["mask"].sum(1)).sum()
+        assert (
+            measured["mismatch_weight"] == pytest.approx(float(expected), rel=1e-5) and abs(metrics["mismatch_kl"]) <= metrics["engine_gap"]
+        )
+        assert torch.isfinite(total) and measured["off_policy_dropped"] == 0.0 and count == len(rows["mask"])
+    assert "engine" not in collector(base)(0)[0]
 
 
 def test_groups_without_spread_are_counted_and_left_out(base):
@@ -215,26 +316,48 @@ def test_a_policy_learns_what_is_rewarded_and_not_what_is_not(base, tmp_path):
     assert first < 0.4 and found["verifier"] > 0.65 and found["random"] < 0.5
 
 
-@pytest.mark.parametrize("adapter", [LoraConfig(), LoraConfig(4)])
-def test_resume_within_a_rollout_gives_the_same_bits(base, tmp_path, adapter):
+RESUMED = {
+    "grpo": {"kl_coef": 0.05},
+    "adapters": {"kl_coef": 0.05, "adapter": LoraConfig(4)},
+    "DeepSeek-V3.2's": {
+        "kl_coef": 0.05,
+        "kl_weighted": True,
+        "off_policy_threshold": 0.01,
+        "mismatch": "token_mask",
+        "mismatch_floor": 0.5,
+    },
+    "vespo": {"loss": "vespo", "mismatch": "token_truncate"},
+    "gspo_token": {"loss": "gspo_token"},
+    "remax": {"loss": "remax", "kl_coef": 0.05},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_within_a_rollout_gives_the_same_bits(base, tmp_path, name):
     """open-instruct#648, trl#1014: the same seed gives the same run, cut off or not."""
     train = dataclasses.replace(TRAIN, keep_every_steps=1)
-    config = dataclasses.replace(SMALL, train=train, kl_coef=0.05, adapter=adapter)
+    config = dataclasses.replace(SMALL, train=train, **RESUMED[name])
     whole = train_grpo(tmp_path / "whole", base, base / "problems.jsonl", config)
-    cut = train_grpo(tmp_path / "cut", base, base / "problems.jsonl", config)
+    cut = Run(Path(shutil.copytree(whole.path, tmp_path / "cut")))
     for path in list_checkpoints(cut):
         if int(path.name.split("_")[-1]) > 6:
             shutil.rmtree(path)
     (cut.path / "DONE").unlink()
     shutil.rmtree(cut.model_dir)
     resumed = train_grpo(tmp_path / "cut", base, base / "problems.jsonl", config, resume=True)
-    for name, tensor in load_decoder(whole.model_dir).state_dict().items():
-        assert torch.equal(tensor, load_decoder(resumed.model_dir).state_dict()[name]), name
-    assert (whole.path / "adapter").exists() == (adapter.rank is not None)
+    once, again = (load_decoder(run.model_dir).state_dict() for run in (whole, resumed))
+    assert all(torch.equal(once[key], again[key]) for key in once) and whole.metrics()[-1]["loss_nats"] == cut.metrics()[-1]["loss_nats"]
+    assert (whole.path / "adapter").exists() == (name == "adapters")
+    wanted = {"mismatch": "mismatch_weight", "off_policy_threshold": "off_policy_dropped", "kl_coef": "kl"}
+    assert {metric for option, metric in wanted.items() if option in RESUMED[name]} <= whole.metrics()[-1].keys()
+    assert ("greedy_reward" in whole.metrics()[-1]) == (name == "remax")
 
 
 def test_the_command(base, tmp_path, capsys):
-    options = "--loss dapo --train.num-threads 1 --train.dtype float32 --sample.group-size 4 --sample.max-tokens 3 --prompts-per-rollout 4"
+    options = (
+        "--loss dapo --train.num-threads 1 --train.dtype float32 --sample.group-size 4 --sample.max-tokens 3 --prompts-per-rollout 4 "
+        "--mismatch sequence_truncate --mismatch-cap 2 --off-policy-threshold 0.5 --dual-clip 3 --advantages greedy"
+    )
     arguments = [
         str(base),
         "--data",
@@ -259,6 +382,10 @@ def test_the_command(base, tmp_path, capsys):
         "zero_spread_groups",
         "engine_gap",
         "finished",
+        "mismatch_weight",
+        "mismatch_kl",
+        "off_policy_dropped",
+        "greedy_reward",
     }
     assert wanted <= lines[0].keys() and lines[0]["rollout"] == 0
     assert main(["grpo", *arguments]) == 1

@@ -162,11 +162,35 @@ SAMPLED = PolicyBatch(
         ("cispo", {}, -0.0268808672),
         ("cispo", {"weight_cap": 0.2}, -0.0040000000),
         ("sapo", {"temperature_negative": rounded(1.05)}, 0.0017080698),  # a float32 temperature
+        ("vespo", {}, -0.0307856046),
+        ("gspo_token", {"epsilon_low": 0.2, "epsilon_high": 0.2}, 0.0345808097),  # GSPO's
+        ("grpo", {"off_policy_threshold": 0.02}, 0.0433390549),
+        ("grpo", {"off_policy_threshold": -0.1}, -0.0922871836),
     ],
 )
 def test_policy_losses(name, options, value):
     total, count, _ = policy_loss(SAMPLED, replace(POLICY_LOSSES[name], **options))
     assert abs(float(total) / count - value) < TENTH_DIGIT
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "value"),
+    [
+        ("grpo", {"mismatch": "token_truncate", "mismatch_cap": 1.3}, 0.0783406594),
+        ("grpo", {"mismatch": "token_mask", "mismatch_cap": 1.3}, -0.0979734508),
+        ("grpo", {"mismatch": "token_mask", "mismatch_cap": 1.3, "mismatch_floor": 0.9}, -0.0571897462),
+        ("grpo", {"mismatch": "sequence_truncate"}, 0.4055627387),
+        ("grpo", {"mismatch": "sequence_mask"}, -0.0013159770),
+        ("vespo", {"mismatch": "token_truncate"}, 0.0283454802),
+        ("grpo", {"off_policy_threshold": 0.1}, -0.1745048656),
+    ],
+)
+def test_policy_losses_of_another_engine(name, options, value):
+    """Worked out with TRL's functions for mask and weights, its ratios of trainer and engine by hand."""
+    engine = SAMPLED.sampler_BT + f64([[0.2], [-0.4], [0.1], [0.3]])
+    total, count, metrics = policy_loss(replace(SAMPLED, engine_BT=engine), replace(POLICY_LOSSES[name], **options))
+    assert abs(float(total) / count - value) < TENTH_DIGIT
+    assert ("mismatch_weight" in metrics) == ("mismatch" in options) and ("off_policy_dropped" in metrics) != ("mismatch" in options)
 
 
 def test_preference_losses_without_a_reference():

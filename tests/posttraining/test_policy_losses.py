@@ -57,11 +57,14 @@ def loop(name, settings):
     for new, old, (a,), length in zip(NEW.tolist(), OLD.tolist(), ADVANTAGES.tolist(), LENGTHS):
         logs = [n - o for n, o in zip(new, old)][:length]
         if settings.level != "token":
-            whole = sum(logs) / (length if settings.level == "sequence_mean" else 1)
+            whole = sum(logs) / (length if settings.level in ("sequence_mean", "sequence_token") else 1)
             logs = [whole] * length
         if name == "sapo":
             tau = 1.0 if a > 0 else 1.05
             rows.append([-4 / tau / (1 + math.exp(-tau * (math.exp(x) - 1))) * a for x in logs])
+        elif name == "vespo":
+            w, (k, rate) = math.exp(logs[0]), (2, 3) if a >= 0 else (3, 2)
+            rows.append([-(w**k) * math.exp(rate * (1 - w)) * a * n for n in new[:length]])
         elif name == "cispo":
             rows.append([-min(math.exp(x), 5.0) * a * n for x, n in zip(logs, new)])
         else:
@@ -84,7 +87,9 @@ def test_a_member_of_the_family_equals_a_scalar_loop(name):
     assert float(total) / count == pytest.approx(averaged(loop(name, settings), settings.aggregation, 7), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(set(POLICY_LOSSES) - {"cispo"}))  # whose weight is a constant to the gradient
+@pytest.mark.parametrize(
+    "name", sorted(set(POLICY_LOSSES) - {"cispo", "vespo", "gspo_token"})
+)  # where a factor is a constant to the gradient
 def test_gradients_equal_finite_differences(name):
     settings = replace(POLICY_LOSSES[name], max_tokens=7, kl_coef=0.1, kl_weighted=True)
     assert torch.autograd.gradcheck(lambda x: policy_loss(replace(BATCH, log_probs_BT=x), settings)[0], [NEW.clone().requires_grad_()])
@@ -100,7 +105,7 @@ def test_at_the_sampler_the_gradient_is_that_of_reinforce(name):
     loss_BT = -ADVANTAGES * plain
     if settings.level == "sequence_mean":  # every token has the gradient of the mean
         loss_BT = (loss_BT * MASK).sum(1, keepdim=True) / MASK.sum(1, keepdim=True) * torch.ones(5)
-    if settings.level == "sequence_sum":
+    if settings.level == "sequence_sum" and name != "vespo":
         loss_BT = (loss_BT * MASK).sum(1, keepdim=True) * torch.ones(5)
     aggregate(loss_BT, MASK, settings.aggregation, 7)[0].backward()
     torch.testing.assert_close(new.grad, plain.grad)
@@ -142,6 +147,18 @@ def test_settings_are_checked():
         PolicyLoss(level="word")
     with pytest.raises(UserError, match="Use level=token"):
         PolicyLoss(surrogate="weighted", level="sequence_mean")
+    for options, text in (
+        ({"surrogate": "gamma"}, "Use level=sequence_sum"),
+        ({"mismatch": "tis"}, "mismatch='tis' is none of token_truncate"),
+        ({"mismatch_cap": 0.5}, "must lie on both sides of 1"),
+        ({"mismatch_floor": 4.0}, "must lie on both sides of 1"),
+        ({"weight_cap": 0.0}, "weight_cap=0.0 must be positive"),
+        ({"gamma_negative": (0.0, 1.0)}, r"gamma_negative=\(0.0, 1.0\): both numbers"),
+    ):
+        with pytest.raises(UserError, match=text):
+            PolicyLoss(**options)
+    with pytest.raises(ValueError, match="mismatch=token_mask needs engine_BT"):
+        policy_loss(BATCH, PolicyLoss(mismatch="token_mask"))
     with pytest.raises(UserError, match="max_tokens=None"):
         policy_loss(BATCH, POLICY_LOSSES["dr_grpo"])
     with pytest.raises(ValueError, match="needs reference_BT"):
@@ -165,11 +182,85 @@ def test_value_loss_takes_the_worse_of_two_squares():
 
 
 def test_weights_of_a_mismatched_engine():
-    weights = mismatch_weights(f64([[0.0, 0.0]]), f64([[-2.0, 0.5]]), f64([[1, 1]]), cap=2.0)
-    torch.testing.assert_close(weights, f64([[2.0, math.exp(-0.5)]]))
-    rejected = mismatch_weights(f64([[0.0, 0.0]]), f64([[-2.0, 0.5]]), f64([[1, 1]]), cap=2.0, reject=True)
-    torch.testing.assert_close(rejected, f64([[0.0, math.exp(-0.5)]]))
-    assert mismatch_weights(f64([[0.0, 0.0]]), f64([[-2.0, 0.5]]), f64([[1, 1]]), level="sequence_sum").tolist() == [[2.0]]
+    """huggingface/trl#4159: what the engine drew is weighted by how much likelier the trainer finds it."""
+    trainer, engine, mask = f64([[0.0, 0.0, -9.0]]), f64([[-2.0, 0.5, 0.0]]), f64([[1, 1, 0]])
+
+    def weights(mode, **limits):
+        return mismatch_weights(trainer, engine, mask, mode=mode, **limits)
+
+    torch.testing.assert_close(weights("token_truncate", cap=2.0), f64([[2.0, math.exp(-0.5), 1.0]]))
+    torch.testing.assert_close(weights("token_truncate", floor=0.9), f64([[3.0, 0.9, 1.0]]))
+    torch.testing.assert_close(weights("token_mask", cap=2.0), f64([[0.0, math.exp(-0.5), 1.0]]))
+    torch.testing.assert_close(weights("token_mask", cap=9.0, floor=0.9), f64([[math.exp(2), 0.0, 1.0]]))
+    assert weights("sequence_truncate", cap=2.0).tolist() == [[2.0]] and weights("sequence_mask", cap=2.0).tolist() == [[0.0]]
+    torch.testing.assert_close(weights("sequence_mask", cap=5.0), f64([[math.exp(1.5)]]))
+
+
+def test_untruncated_weights_make_another_engines_samples_unbiased():
+    """The expected gradient over what the engine draws is that over what the trainer draws, once the cap bounds nothing."""
+    policy, engine = (random(6, seed=seed).log_softmax(0) for seed in (11, 12))
+    advantages = random(6, 1, seed=13)
+
+    def expected_gradient(drawn_from, **settings):
+        logits = random(6, seed=11).requires_grad_()
+        log_probs = logits.log_softmax(0)[:, None]
+        batch = PolicyBatch(log_probs, policy[:, None], advantages * drawn_from.exp()[:, None], torch.ones(6, 1), engine_BT=engine[:, None])
+        policy_loss(batch, PolicyLoss(**settings))[0].backward()
+        return logits.grad
+
+    plain = expected_gradient(policy)
+    assert float((engine - policy).abs().max()) > 1
+    torch.testing.assert_close(expected_gradient(engine, mismatch="token_truncate", mismatch_cap=1e3), plain)
+    assert not torch.allclose(expected_gradient(engine), plain, atol=1e-2)
+
+
+def test_gspo_token_is_gspo_where_all_tokens_have_one_advantage_and_differs_where_not():
+    def gradient(name, advantages):
+        new = NEW.clone().requires_grad_()
+        settings = replace(POLICY_LOSSES[name], epsilon_low=0.9, epsilon_high=9.0)
+        total, _, _ = policy_loss(replace(BATCH, log_probs_BT=new, advantages_BT=advantages), settings)
+        total.backward()
+        return total.detach(), new.grad
+
+    one, each = ADVANTAGES, random(4, 5, seed=20)
+    for whole, token in zip(gradient("gspo", one), gradient("gspo_token", one)):
+        torch.testing.assert_close(token, whole)
+    (value, whole), (same, token) = gradient("gspo", each), gradient("gspo_token", each)
+    torch.testing.assert_close(same, value)
+    ratio = importance_ratio(NEW, OLD, MASK, "sequence_mean")
+    torch.testing.assert_close(token, -ratio * each * MASK / MASK.sum(1, keepdim=True))
+    assert not torch.allclose(token, whole, atol=1e-3)
+
+
+def test_the_gamma_weight_is_largest_at_its_mode_and_ends_at_nothing():
+    """φ(1) = 1, its largest value lies at k/λ, and neither a vanished nor an exploded ratio trains anything."""
+
+    def weight(ratio, advantage):
+        batch = PolicyBatch(f64([[1.0]]), f64([[1.0 - math.log(ratio)]]), f64([[advantage]]), f64([[1]]))
+        return float(policy_loss(batch, POLICY_LOSSES["vespo"])[0]) / -advantage
+
+    for advantage, mode in ((1.0, 2 / 3), (-1.0, 3 / 2)):
+        assert weight(1.0, advantage) == pytest.approx(1.0)
+        assert max((0.01 * i for i in range(1, 400)), key=lambda ratio: weight(ratio, advantage)) == pytest.approx(mode, abs=0.01)
+        assert weight(1e-20, advantage) < 1e-30 and weight(1e300, advantage) == 0.0
+
+
+def test_the_off_policy_mask_drops_what_went_wrong_under_another_policy():
+    """A completion of negative advantage is dropped once its mean drift is above the threshold; a good one never is."""
+    drift = f64([[0.3, 0.1], [0.3, 0.1], [0.1, 0.1], [0.9, -0.9]])
+    advantages = f64([[1], [-1], [-1], [-1]])
+    batch = PolicyBatch(torch.zeros(4, 2), drift, advantages, f64([[1, 1], [1, 1], [1, 0], [1, 1]]))
+    settings = replace(POLICY_LOSSES["grpo"], off_policy_threshold=0.15, epsilon_low=0.9)
+    total, count, metrics = policy_loss(batch, settings)
+    plain = policy_loss(batch, replace(settings, off_policy_threshold=None))
+    rows = [
+        policy_loss(PolicyBatch(*(t[i : i + 1] for t in (batch.log_probs_BT, drift, advantages, batch.mask_BT))), settings)[0]
+        for i in range(4)
+    ]
+    assert rows[1] == 0 and all(float(rows[i]) != 0 for i in (0, 2, 3)) and float(total) == pytest.approx(float(sum(rows)))
+    assert count == plain[1] == 4 and metrics["off_policy_dropped"] == 1.0
+    by_token = replace(batch, advantages_BT=f64([[1, 1], [1, -1], [-1, -1], [-1, -1]]))
+    assert policy_loss(by_token, settings)[2]["off_policy_dropped"] == 0.5  # of a dropped completion, the token that is good stays
 
 
 def test_gae_is_the_weighted_sum_of_later_errors():

@@ -10,7 +10,8 @@ import tyro
 
 from plinth.cli.output import say
 from plinth.cli.pretrain import show_run
-from plinth.posttraining.grpo import GrpoConfig, train_grpo
+from plinth.posttraining.grpo import train_grpo
+from plinth.posttraining.grpo_config import GrpoConfig
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -130,8 +129,11 @@ def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
 
 
 def greedy_baseline_advantages(rewards_PG: Tensor, greedy_P: Tensor) -> Tensor:
-    """Return rewards minus that of the prompt's greedy completion, shape (P, G).  Source: Li et al. 2023 (ReMax), arXiv:2310.10505."""
-    return rewards_PG - greedy_P[:, None]
+    """Return rewards minus that of the prompt's greedy completion, shape (P, G); kinds of reward may stand in front, (K, P, G).
+
+    Source: Li et al. 2023 (ReMax), arXiv:2310.10505.
+    """
+    return rewards_PG - greedy_P[..., None]
 
 
 def global_advantages(rewards_PG: Tensor, *, group_baseline: bool = False) -> Tensor:
@@ -158,10 +160,3 @@ def informative_groups(rewards_PG: Tensor) -> Tensor:
     """
     low_P = torch.where(rewards_PG.isnan(), math.inf, rewards_PG).amin(1)
     return torch.where(rewards_PG.isnan(), -math.inf, rewards_PG).amax(1) > low_P
-
-
-ADVANTAGES: dict[str, Callable[..., Tensor]] = {
-    "group": group_advantages,
-    "leave_one_out": leave_one_out_advantages,
-    "global": global_advantages,
-}

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
-from plinth.config import UserError, nearest
+from plinth.config import UserError
 from plinth.inference.text import end_ids
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.posttraining.adapter_files import publish_model, with_adapters
-from plinth.posttraining.adapter_training import adapted_job, refuse_dropout
+from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.advantage import (
     global_advantages,
+    greedy_baseline_advantages,
     group_advantages,
     informative_groups,
     kl_estimate,
@@ -27,148 +27,27 @@ from plinth.posttraining.advantage import (
 from plinth.posttraining.completion_scores import completion_log_probs
 from plinth.posttraining.examples import Examples, Prompt
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.lora import LoraConfig
-from plinth.posttraining.policy_losses import POLICY_LOSSES, PolicyBatch, PolicyLoss, policy_loss
+from plinth.posttraining.grpo_config import GrpoConfig
+from plinth.posttraining.policy_losses import PolicyBatch, PolicyLoss, policy_loss
 from plinth.posttraining.reward_sources import Rule
-from plinth.posttraining.rewards import RewardConfig, overlong_punishment, score_rollouts
+from plinth.posttraining.rewards import overlong_punishment, score_rollouts
 from plinth.posttraining.rollout_batches import RolloutBatches, choose_prompts
-from plinth.posttraining.rollouts import Rollouts, Rows, SampleConfig, Sampler
+from plinth.posttraining.rollouts import Rollouts, Rows, Sampler, pad
 from plinth.run import Run, file_sha256, find_model, tree_sha256, usable_cores
 from plinth.tokenizer.chat import render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.job import Job, run_job
-from plinth.training.loop import TrainConfig
-from plinth.training.optim import OptimizerConfig
 from plinth.training.step import Sum
 
-
-@dataclass(frozen=True)
-class Member:
-    """What a member of the family adds to its loss (policy_losses.POLICY_LOSSES)."""
-
-    advantages: str = "group"
-    """group, none (the mean of the group taken off, no division), leave_one_out, global, global_baseline, or separate"""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """where a KL goes"""
-    kl_estimator: str = "k3"
-    """its estimator"""
-    resample_rounds: int = 0
-    """further rounds of sampling for groups without spread"""
-
-
-FAMILY: dict[str, Member] = {
-    "grpo": Member(),
-    "dr_grpo": Member("none"),
-    "dapo": Member(resample_rounds=3),
-    "gspo": Member(),
-    "cispo": Member(),
-    "sapo": Member(),
-    "luspo": Member(),
-    "rloo": Member("leave_one_out", "reward", "k1"),
-    "reinforce_pp": Member("global", "reward", "k1"),
-    "reinforce_pp_baseline": Member("global_baseline", "loss", "k2"),
-}
-ALIASES = {"reinforce++": "reinforce_pp", "reinforce++_baseline": "reinforce_pp_baseline", "reinforce++-baseline": "reinforce_pp_baseline"}
-LOSS_OF = {"reinforce_pp_baseline": "reinforce_pp"}
 ADVANTAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "group": group_advantages,
     "none": lambda rewards_PG: group_advantages(rewards_PG, scale="none"),
     "batch": lambda rewards_PG: group_advantages(rewards_PG, scale="batch"),
     "leave_one_out": leave_one_out_advantages,
+    "greedy": lambda rewards_PG: rewards_PG.nan_to_num(0.0),  # the baseline is off already: `Collector._attempt`
     "global": global_advantages,
     "global_baseline": lambda rewards_PG: global_advantages(rewards_PG, group_baseline=True),
 }
-
-
-@dataclass(frozen=True)
-class GrpoConfig:
-    """Loss, rewards, roll-outs and schedule of reinforcement learning without a critic."""
-
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            warmup_steps=5, decay_fraction=0.2, keep_pre_decay=False, compile=False, optimizer=OptimizerConfig(lr=3e-5, muon_lr=2e-4)
-        )
-    )
-    """optimizer and schedule; not compiled on a GPU, as its batches have many shapes"""
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    """how completions are sampled"""
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    """what they are rewarded for"""
-    loss: str = "grpo"
-    """grpo, dr_grpo, dapo, gspo, cispo, sapo, luspo, rloo, reinforce++ or reinforce++_baseline; see docs/grpo.md"""
-    advantages: Literal["group", "batch", "none", "leave_one_out", "global", "global_baseline", "separate"] | None = None
-    """baseline and scale of rewards; separate normalises each of several rewards by itself (default: the loss's own)"""
-    epsilon_low: float | None = None
-    """the ratio of policy to sampler is clipped below one minus this (default: the loss's own)"""
-    epsilon_high: float | None = None
-    """the ratio is clipped above one plus this; DAPO's clip-higher is 0.28 (default: the loss's own)"""
-    kl_coef: float = 0.0
-    """weight of the KL to the model that training began with"""
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """estimator of a KL within the loss (default: the loss's own, k3 for most)"""
-    kl_in: Literal["loss", "reward"] | None = None
-    """whether the KL is part of the loss or taken off the reward (default: the loss's own)"""
-    prompts_per_rollout: int = 32
-    """prompts that a roll-out asks"""
-    rollouts: int = 100
-    """roll-outs in all, where train.steps names no number of updates"""
-    epochs: int = 1
-    """passes over a roll-out"""
-    minibatches: int = 1
-    """updates a pass"""
-    micro_batch_size: int = 64
-    """completions a forward pass, whole groups"""
-    resample_rounds: int | None = None
-    """further rounds of sampling in place of groups whose rewards are all equal: dynamic sampling (default: the loss's own, DAPO's 3)"""
-    keep_zero_spread: bool = False
-    """let groups whose rewards are all equal count in the average; their advantage is 0, so they only make the update smaller"""
-    overlong_margin_tokens: int | None = None
-    """completions within so many tokens of sample.max-tokens lose up to 1 of their reward (default: none)"""
-    mask_unfinished: bool = False
-    """leave completions that were cut off out of the groups and out of the loss"""
-    adapter: LoraConfig = field(default_factory=LoraConfig)
-    """train adapters in place of the weights"""
-
-    def __post_init__(self) -> None:
-        if self.member_name not in FAMILY:
-            raise UserError(f"loss={self.loss!r} is none of {', '.join(FAMILY)}.{nearest(self.loss, FAMILY)}")
-        for name in ("prompts_per_rollout", "rollouts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.kl_coef < 0:
-            raise UserError(f"kl_coef={self.kl_coef} must be 0 or more.")
-        if self.sample.group_size < 2 and self.advantages_kind not in ("global",):
-            raise UserError("sample.group_size=1 leaves no other completion to compare with. Sample 2 or more, or use advantages=global.")
-        if self.mask_unfinished and self.advantages_kind not in ("group", "batch", "none"):
-            raise UserError(f"mask_unfinished does not go with advantages={self.advantages_kind}. Use group, batch or none.")
-        if self.overlong_margin_tokens is not None and not 0 < self.overlong_margin_tokens < self.sample.max_tokens:
-            raise UserError(f"overlong_margin_tokens={self.overlong_margin_tokens} must lie between 1 and sample.max_tokens - 1.")
-        refuse_dropout(self.adapter)
-        self.settings  # noqa: B018 - its own checks
-
-    @property
-    def member_name(self) -> str:
-        return ALIASES.get(self.loss, self.loss)
-
-    @property
-    def member(self) -> Member:
-        """The member of the family, with what is given here in place of its own."""
-        own = FAMILY[self.member_name]
-        given = {"kl_in": self.kl_in, "kl_estimator": self.kl_estimator, "resample_rounds": self.resample_rounds}
-        return replace(own, **{name: value for name, value in given.items() if value is not None})
-
-    @property
-    def advantages_kind(self) -> str:
-        return self.advantages or FAMILY[self.member_name].advantages
-
-    @property
-    def settings(self) -> PolicyLoss:
-        """The loss's settings, with what is given here in place of its own."""
-        loss = POLICY_LOSSES[LOSS_OF.get(self.member_name, self.member_name)]
-        given: dict[str, Any] = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high, "max_tokens": self.sample.max_tokens}
-        if self.member.kl_in == "loss":
-            given |= {"kl_coef": self.kl_coef, "kl_estimator": self.member.kl_estimator}
-        return replace(loss, **{name: value for name, value in given.items() if value is not None})
 
 
 def completion_loss(
@@ -176,12 +55,14 @@ def completion_loss(
 ) -> tuple[torch.Tensor, Sum, dict[str, Sum]]:
     """Return (loss_sum, count, metrics) of sampled completions; see `policy_losses.policy_loss`.
 
-    rows are those of `Rollouts.rows` with advantages (N,), trained (N,), which is false for completions that count nothing, and the
-    reference's log-probabilities (N, C) where a KL is part of the loss.
+    rows are those of `Rollouts.rows` with advantages (N,), trained (N,), which is false for completions that count nothing, the
+    reference's log-probabilities (N, C) where a KL is part of the loss, and the engine's where they are not those of the trainer.
     """
     scores = completion_log_probs(policy, rows, temperature, group_size=group_size)
     mask_BT = rows["mask"] & rows["trained"][:, None]
-    batch = PolicyBatch(scores.log_probs_BT, rows["log_probs"], rows["advantages"][:, None], mask_BT, rows.get("reference"))
+    batch = PolicyBatch(
+        scores.log_probs_BT, rows["log_probs"], rows["advantages"][:, None], mask_BT, rows.get("reference"), rows.get("engine")
+    )  # fmt: skip
     total, count, metrics = policy_loss(batch, settings)
     if settings.aggregation == "fixed_length":  # whose count is no number of tokens
         tokens = max(1, int(mask_BT.sum()))
@@ -215,6 +96,9 @@ class Collector:
         total_N = (config.reward.weights_K[:, None] * rewards_KN).sum(0)
         rows = rollouts.rows(self.tokenizer.pad_id or 0)
         rows["trained"] = ~total_N.isnan()
+        if rollouts.engine_log_probs is not None and (config.mismatch is not None or config.off_policy_threshold is not None):
+            rows["engine"] = pad(rollouts.engine_log_probs, 0.0, torch.float32)
+            metrics["mismatch_kl"] = float((rows["engine"] - rows["log_probs"])[rows["mask"]].mean())
         if self.reference is not None:
             rows["reference"] = self.sampler.score(rows, self._reference_model())
             kl_NC = kl_estimate(rows["log_probs"], rows["reference"], "k1") * rows["mask"]
@@ -232,20 +116,30 @@ class Collector:
         config, seed = self.config, [self.config.train.seed, number, attempt]
         chosen = choose_prompts(len(self.prompts), count, config.train.seed, number, attempt)
         rollouts = self.sampler.sample([self.prompts[i] for i in chosen], seed)
-        texts = [self.tokenizer.decode(rollouts.answer_tokens(i)) for i in range(len(rollouts))]
-        rewards_KN = score_rollouts(
-            config.reward, [self.problems[i] for i in chosen], rollouts, texts, seed=[*seed, 1], max_tokens=config.sample.max_tokens,
-            own=self.own_rewards, workers=self.sampler.workers,
-        )  # fmt: skip
-        metrics = self._metrics(rollouts, rewards_KN)
-        lengths_N = torch.tensor([len(tokens) for tokens in rollouts.completions])
-        if config.overlong_margin_tokens is not None:
-            punished_N = overlong_punishment(lengths_N, config.sample.max_tokens, config.overlong_margin_tokens)
-            rewards_KN = rewards_KN + punished_N / config.reward.weights_K.sum()  # by weight it is the punishment itself
+        plain_KN, rewards_KN = self._rewards(chosen, rollouts, [*seed, 1])
+        metrics = self._metrics(rollouts, plain_KN)
         if config.mask_unfinished:
             rewards_KN = rewards_KN.masked_fill(~torch.tensor(rollouts.finished), torch.nan)
+        if config.advantages_kind == "greedy":
+            plain_KP, greedy_KP = self._rewards(chosen, self.sampler.greedy([self.prompts[i] for i in chosen]), [*seed, 2])
+            metrics["greedy_reward"] = float((config.reward.weights_K * plain_KP.nanmean(1)).sum())
+            rewards_KN = greedy_baseline_advantages(rewards_KN.view(*greedy_KP.shape, -1), greedy_KP).flatten(1)
         metrics["zero_spread_groups"] = 1.0 - float(self._spread(rewards_KN).float().mean())
         return rollouts, rewards_KN, metrics
+
+    def _rewards(self, chosen: list[int], rollouts: Rollouts, seed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rewards of completions of the chosen problems, both (K, N), as they are and with the punishment of length."""
+        config = self.config
+        texts = [self.tokenizer.decode(rollouts.answer_tokens(i)) for i in range(len(rollouts))]
+        rewards_KN = score_rollouts(
+            config.reward, [self.problems[i] for i in chosen], rollouts, texts, seed=seed, max_tokens=config.sample.max_tokens,
+            own=self.own_rewards, workers=self.sampler.workers,
+        )  # fmt: skip
+        if config.overlong_margin_tokens is None:
+            return rewards_KN, rewards_KN
+        lengths_N = torch.tensor([len(tokens) for tokens in rollouts.completions])
+        punished_N = overlong_punishment(lengths_N, config.sample.max_tokens, config.overlong_margin_tokens)
+        return rewards_KN, rewards_KN + punished_N / config.reward.weights_K.sum()  # by weight it is the punishment itself
 
     def _metrics(self, rollouts: Rollouts, rewards_KN: torch.Tensor) -> dict[str, float]:
         config, names = self.config.reward, self.config.reward.rewards
@@ -260,11 +154,15 @@ class Collector:
         }
 
     def _spread(self, rewards_KN: torch.Tensor) -> torch.Tensor:
-        """Return which groups have completions of different rewards, (P,); with separate rewards, of any of them."""
+        """Return which groups have completions of different rewards, (P,); with separate rewards, of any of them.
+
+        With a greedy baseline, which is off the rewards already, it is those with a reward other than the greedy completion's.
+        """
         size = self.config.sample.group_size
         if self.config.advantages_kind == "separate":
             return torch.stack([informative_groups(row.view(-1, size)) for row in rewards_KN]).any(0)
-        return informative_groups((self.config.reward.weights_K[:, None] * rewards_KN).sum(0).view(-1, size))
+        total_PG = (self.config.reward.weights_K[:, None] * rewards_KN).sum(0).view(-1, size)
+        return total_PG.nan_to_num(0.0).any(1) if self.config.advantages_kind == "greedy" else informative_groups(total_PG)
 
     def _refilled(self, number: int, rollouts: Rollouts, rewards_KN: torch.Tensor, kept: list[int]) -> tuple[Rollouts, torch.Tensor, int]:
         """Return the groups that have a spread, further ones sampled while there are too few, and how many were sampled for it.
@@ -345,7 +243,8 @@ def train_grpo(
     def prepare(config: GrpoConfig) -> Job:
         config.reward.check_names(own, found.rows)
         model = with_adapters(load_decoder(source), config.adapter, config.train.seed)
-        sampler = Sampler(model, end_ids(tokenizer), config.sample, config.train.num_threads or usable_cores())
+        threads, compares = config.train.num_threads or usable_cores(), config.mismatch is not None
+        sampler = Sampler(model, end_ids(tokenizer), config.sample, threads, compares=compares)
         assert sampler.max_prompt_tokens is not None
         prompts = render_prompts(tokenizer, found, sampler.max_prompt_tokens)
         sampler.max_prompt_tokens = max(map(len, prompts))

@@ -13,9 +13,11 @@ from torch import Tensor
 from plinth.config import UserError
 from plinth.posttraining.advantage import kl_estimate
 
-SURROGATES = ("clipped", "soft", "weighted")
-LEVELS = ("token", "sequence_mean", "sequence_sum")
+SURROGATES = ("clipped", "soft", "weighted", "gamma")
+LEVELS = ("token", "sequence_mean", "sequence_token", "sequence_sum")
 AGGREGATIONS = ("sequence_mean", "sequence_sum", "token", "fixed_length")
+MISMATCHES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+LARGEST_RATIO = 1e6  # beyond it a gamma weight is 0 in every dtype
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,10 @@ class PolicyLoss:
     """What a member of the family does with the ratio of policy to sampler, and how it averages over tokens."""
 
     surrogate: str = "clipped"
-    """clipped (PPO), soft (SAPO's gate) or weighted (CISPO: a truncated, detached ratio times the log-probability)"""
+    """clipped (PPO), soft (SAPO's gate), or a detached weight times the log-probability: weighted (CISPO) or gamma (VESPO)"""
     level: str = "token"
-    """whose ratio: each token's, the sequence's geometric mean (GSPO), or the whole sequence's (RLOO)"""
+    """whose ratio: each token's, the sequence's geometric mean (GSPO), that with each token's gradient its own (GSPO-token), or the whole
+    sequence's (RLOO)"""
     aggregation: str = "token"
     """mean over sequences of token means, of token sums, over all tokens, or sum over sequences × max_tokens"""
     epsilon_low: float = 0.2
@@ -42,6 +45,18 @@ class PolicyLoss:
     """steepness of the soft gate where the advantage is positive"""
     temperature_negative: float = 1.05
     """the same where it is not"""
+    gamma_positive: tuple[float, float] = (2.0, 3.0)
+    """k and λ of the gamma weight w^k e^(λ(1−w)) of the sequence's ratio w, where the advantage is not negative"""
+    gamma_negative: tuple[float, float] = (3.0, 2.0)
+    """the same where it is negative"""
+    off_policy_threshold: float | None = None
+    """completions of negative advantage count nothing where log π_sampler − log π is above this on average, in nats a token"""
+    mismatch: str | None = None
+    """weights for the difference between engine and trainer, one of MISMATCHES, see `mismatch_weights`"""
+    mismatch_cap: float = 3.0
+    """upper bound of such a weight"""
+    mismatch_floor: float | None = None
+    """lower bound of such a weight"""
     kl_coef: float = 0.0
     """weight of the KL to the reference inside the loss"""
     kl_estimator: str = "k3"
@@ -59,6 +74,18 @@ class PolicyLoss:
             raise UserError(f"dual_clip={self.dual_clip} must be above 1, as 3, or None for no bound.")
         if self.surrogate == "weighted" and self.level != "token":
             raise UserError(f"surrogate=weighted weights tokens, and level={self.level!r} has none. Use level=token.")
+        if self.surrogate == "gamma" and self.level != "sequence_sum":
+            raise UserError(f"surrogate=gamma weighs whole sequences, and level={self.level!r} is another ratio. Use level=sequence_sum.")
+        if self.mismatch is not None and self.mismatch not in MISMATCHES:
+            raise UserError(f"mismatch={self.mismatch!r} is none of {', '.join(MISMATCHES)}.")
+        if not (self.mismatch_floor or 0) < self.mismatch_cap or self.mismatch_cap < 1 or (self.mismatch_floor or 0) > 1:
+            raise UserError(f"mismatch_floor={self.mismatch_floor} and mismatch_cap={self.mismatch_cap} must lie on both sides of 1.")
+        for name in ("ratio_cap", "weight_cap", "temperature_positive", "temperature_negative"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be positive.")
+        for name in ("gamma_positive", "gamma_negative"):
+            if min(getattr(self, name)) <= 0:
+                raise UserError(f"{name}={getattr(self, name)}: both numbers must be positive.")
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
@@ -67,10 +94,13 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "dr_grpo": PolicyLoss(aggregation="fixed_length"),  # Liu et al. 2025, arXiv:2503.20783
     "dapo": PolicyLoss(epsilon_high=0.28),  # Yu et al. 2025, arXiv:2503.14476
     "gspo": PolicyLoss(level="sequence_mean", aggregation="sequence_mean", epsilon_low=3e-4, epsilon_high=4e-4),  # arXiv:2507.18071
+    "gspo_token": PolicyLoss(level="sequence_token", aggregation="sequence_mean", epsilon_low=3e-4, epsilon_high=4e-4),  # there, eq. 13
     "cispo": PolicyLoss(surrogate="weighted"),  # MiniMax 2025, arXiv:2506.13585
     "sapo": PolicyLoss(surrogate="soft", aggregation="sequence_mean"),  # Gao et al. 2025, arXiv:2511.20347
+    "vespo": PolicyLoss(surrogate="gamma", level="sequence_sum"),  # Shen et al. 2026, arXiv:2602.10693
     "luspo": PolicyLoss(level="sequence_mean", aggregation="sequence_sum"),  # length-unbiased GSPO
     "rloo": PolicyLoss(level="sequence_sum", aggregation="sequence_mean"),  # Ahmadian et al. 2024, arXiv:2402.14740, clipped as in TRL
+    "remax": PolicyLoss(aggregation="sequence_sum"),  # Li et al. 2023, arXiv:2310.10505: REINFORCE; its advantages differ
     "reinforce_pp": PolicyLoss(),  # Hu 2025, arXiv:2501.03262: the surrogate of PPO; its advantages differ
 }
 
@@ -89,15 +119,23 @@ class PolicyBatch:
     """1 where a token counts"""
     reference_BT: Tensor | None = None
     """the reference's log-probabilities, needed for a KL inside the loss"""
+    engine_BT: Tensor | None = None
+    """the engine's own log-probabilities as it sampled, where they are not those of sampler_BT, the trainer's at that time"""
 
 
 def importance_ratio(log_probs_BT: Tensor, sampler_BT: Tensor, mask_BT: Tensor, level: str = "token") -> Tensor:
-    """Return π/π_sampler: of each token (B, T), or of a sequence (B, 1) as its geometric mean over tokens or as its product."""
+    """Return π/π_sampler: of each token (B, T), or of a sequence (B, 1) as its geometric mean over tokens or as its product.
+
+    With level sequence_token it is (B, T): the value of the geometric mean, the gradient of the token's own log-probability.
+    """
     log_ratio_BT = (log_probs_BT - sampler_BT) * mask_BT
     if level == "token":
         return torch.exp(log_ratio_BT)
     total_B1 = log_ratio_BT.sum(1, keepdim=True)
-    return torch.exp(total_B1 / mask_BT.sum(1, keepdim=True).clamp(min=1) if level == "sequence_mean" else total_B1)
+    if level == "sequence_sum":
+        return torch.exp(total_B1)
+    mean_B1 = torch.exp(total_B1 / mask_BT.sum(1, keepdim=True).clamp(min=1))
+    return mean_B1 if level == "sequence_mean" else mean_B1.detach() * torch.exp(log_probs_BT - log_probs_BT.detach())
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, settings: PolicyLoss) -> Tensor:
@@ -127,6 +165,46 @@ def weighted_surrogate(ratio_BT: Tensor, advantages: Tensor, log_probs_BT: Tenso
     return -ratio_BT.detach().clamp(max=settings.weight_cap) * advantages * log_probs_BT
 
 
+def gamma_surrogate(ratio_B1: Tensor, advantages: Tensor, log_probs_BT: Tensor, settings: PolicyLoss) -> Tensor:
+    """Return −φ(w) A log π, φ(w) = w^k e^(λ(1−w)) of the whole sequence's ratio w, detached; φ(1) = 1.
+
+    k and λ are those of the advantage's sign: k/λ is the ratio that weighs most.
+    Source: Shen et al. 2026 (VESPO), arXiv:2602.10693.  Differs: log w is not bounded below, where φ is 0 anyway.
+    """
+    ratio_B1 = ratio_B1.detach().clamp(max=LARGEST_RATIO)
+    k, rate = (
+        torch.where(advantages >= 0, torch.full_like(advantages, up), torch.full_like(advantages, down))
+        for up, down in zip(settings.gamma_positive, settings.gamma_negative)
+    )
+    return -torch.exp(k * ratio_B1.log() + rate * (1 - ratio_B1)) * advantages * log_probs_BT
+
+
+def off_policy_keep(log_probs_BT: Tensor, sampled_BT: Tensor, advantages: Tensor, mask_BT: Tensor, threshold: float) -> Tensor:
+    """Return 0 for what has a negative advantage in a completion whose mean log π_sampled − log π is above the threshold, else 1.
+
+    The mean, in nats a token, estimates KL(sampler ‖ policy). What is dropped still counts in the average.
+    Source: DeepSeek-AI 2025 (DeepSeek-V3.2), arXiv:2512.02556, eq. 9.
+    """
+    drift_B1 = ((sampled_BT - log_probs_BT.detach()) * mask_BT).sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return ((advantages >= 0) | (drift_B1 <= threshold)).to(mask_BT.dtype)
+
+
+def mismatch_weights(
+    trainer_BT: Tensor, engine_BT: Tensor, mask_BT: Tensor, *, mode: str = "token_truncate", cap: float = 3.0, floor: float | None = None
+) -> Tensor:
+    """Return detached weights π_trainer/π_engine at the time of sampling, of tokens (B, T) or of sequences (B, 1), kept in [floor, cap].
+
+    A truncated weight beyond a bound becomes the bound, a masked one 0. Multiply the policy's loss by it.
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training" (truncate); with a floor, masked
+    tokens are those of IcePop (Ring-1T), arXiv:2510.18855.
+    """
+    level = "token" if mode.startswith("token") else "sequence_sum"
+    ratio = importance_ratio(trainer_BT, engine_BT, mask_BT.to(trainer_BT.dtype), level).detach()
+    if mode.endswith("truncate"):
+        return ratio.clamp(min=floor, max=cap)
+    return torch.where((ratio <= cap) & (ratio >= (floor or 0.0)), ratio, 0.0)
+
+
 def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: str, max_tokens: int | None = None) -> tuple[Tensor, int]:
     """Return (sum, count) whose quotient over all micro-batches is the average called `how`, one of AGGREGATIONS.
 
@@ -148,34 +226,58 @@ def policy_loss(batch: PolicyBatch, settings: PolicyLoss) -> tuple[Tensor, int, 
     """Return (loss_sum, count, metrics) of one member of the family; metrics are summed with the weights of the loss.
 
     clip_fraction is the share of tokens whose gradient the clip stops, kl_sampler the k1 estimate of KL(sampler ‖ policy) in nats,
-    kl_token that to the reference, by the estimator of the loss. Raises ValueError when a KL is asked for without a reference.
+    kl_token that to the reference, by the estimator of the loss, off_policy_dropped the share that the threshold drops, mismatch_weight
+    the mean weight. Raises ValueError when a KL is asked for without a reference, or weights without the engine's log-probabilities.
     """
     mask_BT = batch.mask_BT.to(batch.log_probs_BT.dtype)
-    advantages = batch.advantages_BT
     ratio = importance_ratio(batch.log_probs_BT, batch.sampler_BT, mask_BT, settings.level)
-    if settings.surrogate == "weighted":
-        loss = weighted_surrogate(ratio, advantages, batch.log_probs_BT, settings)
-    else:
-        loss = (clipped_surrogate if settings.surrogate == "clipped" else soft_surrogate)(ratio, advantages, settings)
-    loss_BT, measured = loss.expand_as(mask_BT), {}
+    loss, measured = _weighed_surrogate(batch, ratio, mask_BT, settings)
+    loss_BT = loss.expand_as(mask_BT)
     if settings.kl_coef:
         if batch.reference_BT is None:
             raise ValueError(f"kl_coef={settings.kl_coef} needs reference_BT. Give it, or set kl_coef=0.")
         kl_BT = kl_estimate(batch.log_probs_BT, batch.reference_BT, settings.kl_estimator)
-        loss_BT = loss_BT + settings.kl_coef * (kl_BT * ratio if settings.kl_weighted else kl_BT)
+        if settings.kl_weighted:
+            kl_BT = kl_BT * (importance_ratio(batch.log_probs_BT, batch.sampler_BT, mask_BT) if settings.surrogate == "gamma" else ratio)
+        loss_BT = loss_BT + settings.kl_coef * kl_BT
         measured["kl_token"] = kl_BT
+    how = "sequence_mean" if settings.aggregation == "sequence_sum" else settings.aggregation  # so that a share stays one
     with torch.no_grad():
         measured["kl_sampler"] = batch.sampler_BT - batch.log_probs_BT
-        measured["clip_fraction"] = _stopped(ratio, advantages, settings).expand_as(mask_BT).to(mask_BT.dtype)
+        measured["clip_fraction"] = _stopped(ratio, batch.advantages_BT, settings)
         metrics = {
-            name: float(aggregate(value.detach(), mask_BT, settings.aggregation, settings.max_tokens)[0])
+            name: float(aggregate(value.detach().expand_as(mask_BT).to(mask_BT.dtype), mask_BT, how, settings.max_tokens)[0])
             for name, value in measured.items()
         }
     return *aggregate(loss_BT, mask_BT, settings.aggregation, settings.max_tokens), metrics
 
 
+def _weighed_surrogate(batch: PolicyBatch, ratio: Tensor, mask_BT: Tensor, settings: PolicyLoss) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the policy's part of the loss, (B, T) or (B, 1), with what weighs or drops it, and what was measured of that."""
+    advantages, weights, measured = batch.advantages_BT, None, {}
+    if settings.mismatch is not None:
+        if batch.engine_BT is None:
+            raise ValueError(f"mismatch={settings.mismatch} needs engine_BT. Give it, or set mismatch=None.")
+        limits = {"cap": settings.mismatch_cap, "floor": settings.mismatch_floor}
+        weights = mismatch_weights(batch.sampler_BT, batch.engine_BT, mask_BT, mode=settings.mismatch, **limits)
+        measured["mismatch_weight"] = weights
+    if settings.surrogate == "gamma":  # whose weight is of the whole ratio, engine and trainer among it
+        if weights is not None:
+            ratio = ratio * torch.where(mask_BT != 0, weights, 1.0).prod(1, keepdim=True) if weights.shape[1] > 1 else ratio * weights
+        loss = gamma_surrogate(ratio, advantages, batch.log_probs_BT, settings)
+    elif settings.surrogate == "weighted":
+        loss = weighted_surrogate(ratio, advantages, batch.log_probs_BT, settings)
+    else:
+        loss = (clipped_surrogate if settings.surrogate == "clipped" else soft_surrogate)(ratio, advantages, settings)
+    if settings.off_policy_threshold is not None:
+        sampled_BT = batch.sampler_BT if batch.engine_BT is None else batch.engine_BT
+        keep = off_policy_keep(batch.log_probs_BT, sampled_BT, advantages, mask_BT, settings.off_policy_threshold)
+        loss, measured["off_policy_dropped"] = loss * keep, 1 - keep
+    return loss if weights is None or settings.surrogate == "gamma" else loss * weights, measured
+
+
 def _stopped(ratio: Tensor, advantages: Tensor, settings: PolicyLoss) -> Tensor:
-    if settings.surrogate == "soft":
+    if settings.surrogate in ("soft", "gamma"):
         return torch.zeros_like(ratio)
     if settings.surrogate == "weighted":
         return ratio > settings.weight_cap
@@ -200,15 +302,3 @@ def value_loss(
         metrics["value_clip_fraction"] = float(((other_BT > squares_BT) & counted_BT).sum())
         squares_BT = torch.maximum(squares_BT, other_BT)
     return 0.5 * (squares_BT * counted_BT).sum(), int(counted_BT.sum()), metrics
-
-
-def mismatch_weights(
-    trainer_BT: Tensor, rollout_BT: Tensor, mask_BT: Tensor, *, cap: float = 2.0, level: str = "token", reject: bool = False
-) -> Tensor:
-    """Return detached weights for the difference between the engine that sampled and the trainer: min(ratio, cap), or 0 above the cap.
-
-    The ratio is of tokens or, with `level`, of sequences. Multiply the loss of a token by it.
-    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training" (truncated importance sampling).
-    """
-    ratio = importance_ratio(trainer_BT, rollout_BT, mask_BT.to(trainer_BT.dtype), level).detach()
-    return torch.where(ratio <= cap, ratio, 0.0) if reject else ratio.clamp(max=cap)

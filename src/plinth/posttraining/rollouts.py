@@ -64,6 +64,8 @@ class Rollouts:
     """whether the model ended it; else it was cut off at max_tokens"""
     engine_gap: float = 0.0
     """largest difference in nats between the engine's and the trainer's log-probability of a token, 0 where they were not compared"""
+    engine_log_probs: list[list[float]] | None = None
+    """the engine's own, where `log_probs` are the trainer's and both are at temperature 1"""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -97,9 +99,11 @@ class Rollouts:
         """Return both one after the other. Raises ValueError when their groups differ in size."""
         if other.group_size != self.group_size:
             raise ValueError(f"groups of {self.group_size} and of {other.group_size} do not join.")
+        engine = self.engine_log_probs
         return Rollouts(
             self.prompts + other.prompts, self.group_size, self.completions + other.completions, self.log_probs + other.log_probs,
             self.finished + other.finished, max(self.engine_gap, other.engine_gap),
+            None if engine is None or other.engine_log_probs is None else engine + other.engine_log_probs,
         )  # fmt: skip
 
     def of_groups(self, groups: Sequence[int]) -> Rollouts:
@@ -112,6 +116,7 @@ class Rollouts:
             completions=[self.completions[i] for i in chosen],
             log_probs=[self.log_probs[i] for i in chosen],
             finished=[self.finished[i] for i in chosen],
+            engine_log_probs=None if self.engine_log_probs is None else [self.engine_log_probs[i] for i in chosen],
         )
 
 
@@ -143,6 +148,8 @@ class Sampler:
     """longest prompt (default: what the context leaves beside max_tokens)"""
     rescores: bool = True
     """whether log-probabilities are the trainer's own where the engine's are not exact; without, they cost nothing"""
+    compares: bool = False
+    """whether they are the trainer's own where the engine's are exact too, so that the two can be compared"""
 
     def __post_init__(self) -> None:
         limit = self.model.config.max_seq_len
@@ -157,6 +164,15 @@ class Sampler:
 
         Raises UserError for a prompt of more than max_prompt_tokens tokens, and where the weights give no numbers.
         """
+        size = self.config.group_size
+        rollouts = self._gather(prompts, seed, size, self.config.temperature)
+        return self._rescored(rollouts) if self.compares or (self.rescores and not self.is_exact) else rollouts
+
+    def greedy(self, prompts: Sequence[Sequence[int]]) -> Rollouts:
+        """Return the completion of each prompt whose every token is the most probable, in groups of one."""
+        return self._gather(prompts, [0], 1, 0.0)
+
+    def _gather(self, prompts: Sequence[Sequence[int]], seed: Sequence[int], size: int, temperature: float) -> Rollouts:
         assert self.max_prompt_tokens is not None
         for prompt in prompts:
             if not 0 < len(prompt) <= self.max_prompt_tokens:
@@ -164,21 +180,20 @@ class Sampler:
                     f"a prompt has {len(prompt)} tokens; beside max_tokens={self.config.max_tokens} there is room for "
                     f"{self.max_prompt_tokens}. Shorten it, or lower max_tokens."
                 )
-        size, (workers, engines) = self.config.group_size, self._ready()
+        workers, engines = self._ready()
         seeds = np.random.SeedSequence(list(seed)).generate_state(len(prompts) * size, np.uint64).tolist()
         shares = [range(i, len(prompts), len(engines)) for i in range(len(engines))]
 
         def draw(i: int) -> list[tuple[list[int], list[float], bool]]:
             each = [seed for p in shares[i] for seed in seeds[p * size : (p + 1) * size]]
-            return self._draw(engines[i], [prompts[p] for p in shares[i]], each)
+            return self._draw(engines[i], [prompts[p] for p in shares[i]], each, temperature)
 
         found: list[tuple[list[int], list[float], bool]] = [([], [], False)] * (len(prompts) * size)
         for share, part in zip(shares, workers.map(draw, range(len(engines)))):
             for place, p in enumerate(share):
                 found[p * size : (p + 1) * size] = part[place * size : (place + 1) * size]
         tokens, values, ended = (list(column) for column in zip(*found))
-        rollouts = Rollouts([list(prompt) for prompt in prompts], size, tokens, values, ended)
-        return rollouts if self.is_exact or not self.rescores else self._rescored(rollouts)
+        return Rollouts([list(prompt) for prompt in prompts], size, tokens, values, ended)
 
     @property
     def is_exact(self) -> bool:
@@ -218,9 +233,11 @@ class Sampler:
         longest = self.max_prompt_tokens + self.config.max_tokens
         return Engine(runner, max_batch=self.config.max_batch, max_seq_len=longest, eos_ids=self.end_ids)
 
-    def _draw(self, engine: Engine, prompts: list[Sequence[int]], seeds: list[int]) -> list[tuple[list[int], list[float], bool]]:
-        """Return tokens with the one that ends them, their log-probabilities, and whether the model ended them."""
-        temperature, max_tokens, size = self.config.temperature, self.config.max_tokens, self.config.group_size
+    def _draw(
+        self, engine: Engine, prompts: list[Sequence[int]], seeds: list[int], temperature: float
+    ) -> list[tuple[list[int], list[float], bool]]:
+        """Return tokens with the one that ends them, their log-probabilities, and whether the model ended them; a seed a completion."""
+        max_tokens, size = self.config.max_tokens, len(seeds) // max(1, len(prompts))
         wanted = iter(seeds)
         found: dict[int, tuple[list[int], list[float]]] = {}
         for prompt in prompts:
@@ -244,9 +261,12 @@ class Sampler:
     def _rescored(self, rollouts: Rollouts) -> Rollouts:
         rows = rollouts.rows()
         scores = self.score(rows)
-        gap = float((scores - rows["log_probs"]).abs()[rows["mask"]].max()) if self.config.temperature == 1.0 else 0.0
+        comparable = self.config.temperature == 1.0  # the engine's are always of the model's own distribution
+        gap = float((scores - rows["log_probs"]).abs()[rows["mask"]].max()) if comparable else 0.0
         log_probs = [row[: len(tokens)] for row, tokens in zip(scores.tolist(), rollouts.completions)]
-        return replace(rollouts, log_probs=log_probs, engine_gap=gap)
+        return replace(
+            rollouts, log_probs=log_probs, engine_gap=gap, engine_log_probs=rollouts.log_probs if comparable else None
+        )  # fmt: skip
 
 
 @torch.no_grad()
