@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import gzip
 import json
+import math
 import os
 import tempfile
 import tomllib
@@ -31,6 +32,22 @@ def nearest(name: str, candidates: typing.Iterable[str]) -> str:
     """Return `` Did you mean X?`` for the candidate that looks most like `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def check_least(config: Any, *names: str, least: float = 1) -> None:
+    """Raise UserError for a field that is not None and no finite number, or below `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{name}={value} must be {f'at least {least:g}' if least else '0 or more'}.")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise UserError for a field that is not None and no finite number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}={value} must be positive.")
 
 
 def read_bytes(path: Path) -> bytes:

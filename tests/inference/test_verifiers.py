@@ -104,6 +104,7 @@ def test_endless_queries_are_wrong(database):
     [
         ("numeric", "none", "holds no number"),
         ("regex", "(?=x)", "look-around"),
+        ("regex", "(", "is no regular expression: missing \\)"),
         ("json", "{", "no JSON Schema"),
         ("code", '{"time_s": 1}', 'no text under "tests"'),
         ("sql", "SELECT 1", 'no "database"'),

@@ -68,6 +68,7 @@ def test_a_falling_chosen_answer_is_seen_and_said_and_what_is_advised_helps(tmp_
 def test_displacement_needs_most_answers_and_a_falling_mean():
     assert displacement({"chosen_fell": 0.4, "chosen_ratio": -1.0, "rejected_ratio": -2.0}, 0.0) is None
     assert displacement({"chosen_fell": 0.9, "chosen_ratio": 0.1, "rejected_ratio": -2.0}, 0.0) is None
+    assert displacement({"chosen_fell": 0.9, "chosen_ratio": -0.01, "rejected_ratio": -0.02}, 0.0) is None
     assert "by 1.5 nats on average (the rejected ones by 2.0)" in displacement(
         {"chosen_fell": 0.9, "chosen_ratio": -1.5, "rejected_ratio": -2.0}, 0.2
     )

@@ -388,8 +388,15 @@ def test_the_command(base, tmp_path, capsys):
         "greedy_reward",
     }
     assert wanted <= lines[0].keys() and lines[0]["rollout"] == 0
+    assert {name: summary[name] for name in ("reward", "zero_spread_groups")} == {
+        name: lines[-1][name] for name in ("reward", "zero_spread_groups")
+    }
     assert main(["grpo", *arguments]) == 1
     assert "already" in capsys.readouterr().err
+    arguments[4] = str(tmp_path / "never")
+    assert main(["grpo", *arguments[:-1], "--reward.rewards", "format:Z{9}"]) == 0  # which no completion of three tokens holds
+    said = capsys.readouterr()
+    assert "had the same reward (0 on average)" in said.err and "mean reward 0.000 in the last roll-out" in " ".join(said.out.split())
 
 
 def test_a_prompt_that_is_too_long_is_named(base, tmp_path):

@@ -129,9 +129,12 @@ def show_run(run, as_json: bool, next_verb: str = "generate {run} --prompt '...'
     """Print a finished training run, and the verb that comes next, with its arguments."""
     summary = {"path": str(run.path), "model": str(run.model_dir), **(run.summary or {})}
 
+    reward = summary.get("reward")  # where a policy learns from rewards, its loss says nothing
+    result = f"training loss {summary['loss_nats']:.3f}" if reward is None else f"mean reward {reward:.3f} in the last roll-out"
+
     def render(console) -> None:
         console.print(
-            f"{run.path}: {summary['steps']:,} steps in {summary['time_s']:.0f} s, training loss {summary['loss_nats']:.3f}. "
+            f"{run.path}: {summary['steps']:,} step{'' if summary['steps'] == 1 else 's'} in {summary['time_s']:.0f} s, {result}. "
             f"Next: plinth {next_verb.format(run=run.path)}",
             markup=False,
         )

@@ -80,6 +80,10 @@ def regex(text: str, answer: str) -> float:
     try:
         return float(found_in(answer, text.strip()))
     except Undecided as error:
+        try:
+            re.compile(answer)
+        except re.error as mistake:
+            raise UserError(f"verifier=regex: the pattern {answer[:80]!r} is no regular expression: {mistake}.") from None
         raise UserError(f"verifier=regex: {error}. Write it without look-around and back-references.") from None
 
 

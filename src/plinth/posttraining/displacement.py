@@ -13,6 +13,7 @@ from typing import Any
 
 LAST_SHARE = 0.1  # of the steps, at the end, that the summary averages
 FELL_SHARE = 0.5  # of the chosen answers: more than that is said
+FELL_NATS = 0.05  # on average: less is not worth a word
 LENGTH_SHARE = 0.6
 FEWEST = 20  # pairs below which a share says nothing
 AVERAGED = ("accuracy", "margin", "chosen_ratio", "rejected_ratio", "chosen_fell", "chosen_tokens", "rejected_tokens", "wanted_fell", "kl")
@@ -27,7 +28,7 @@ def last_means(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def displacement(means: Mapping[str, float], nll_coef: float) -> str | None:
     """Return what to say, and to do, when most chosen answers have become less likely; None when they have not."""
-    if means.get("chosen_fell", 0.0) <= FELL_SHARE or means.get("chosen_ratio", 0.0) >= 0:
+    if means.get("chosen_fell", 0.0) <= FELL_SHARE or means.get("chosen_ratio", 0.0) > -FELL_NATS:
         return None
     return (
         f"{means['chosen_fell']:.0%} of the chosen answers have become less likely than they were, by {-means['chosen_ratio']:.1f} nats on "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from plinth.config import UserError
+from plinth.config import UserError, check_least, check_positive
 from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
@@ -78,8 +78,8 @@ class DistillConfig:
             raise UserError(f"divergence={self.divergence!r} is not one of {', '.join(DIVERGENCES)}.")
         if self.beta is not None and (self.divergence != "jsd" or not 0 <= self.beta <= 1):
             raise UserError(f"beta={self.beta} is for divergence=jsd, between 0 and 1. Leave it out, or take jsd.")
-        if self.temperature <= 0 or self.epochs <= 0:
-            raise UserError(f"temperature={self.temperature} and epochs={self.epochs} must be positive.")
+        check_positive(self, "temperature", "sampling_temperature", "epochs")
+        check_least(self, "tokens", "examples_per_step", "micro_batch_size", "max_seq_len", "max_tokens")
         if not 0 < self.share <= 1:
             raise UserError(f"share={self.share} must be above 0 and at most 1; without a teacher's share, this is `plinth sft`.")
         if not 0 <= self.on_policy_share <= 1:
@@ -89,8 +89,6 @@ class DistillConfig:
                 f"share={self.share} adds the cross-entropy of tokens, which the student's own are no targets for. "
                 f"Use share=1 with on_policy_share={self.on_policy_share}."
             )
-        if self.examples_per_step < 1 or self.micro_batch_size < 1:
-            raise UserError("examples_per_step and micro_batch_size must be at least 1.")
 
     @property
     def loss_options(self) -> dict[str, Any]:

@@ -255,6 +255,16 @@ def train_grpo(
         )
         settings, temperature = config.settings, config.sample.temperature
 
+        def summarise(summary: dict[str, Any]) -> dict[str, Any]:
+            last = batches.metrics(summary["steps"])
+            if last["zero_spread_groups"] == 1.0:
+                warn(
+                    f"in the last roll-out all completions of a prompt had the same reward ({last['reward']:.3g} on average), so that it "
+                    "taught nothing: the problems are too hard, or too easy. docs/grpo.md says what helps."
+                )
+            counts = {"problems": len(found.rows), "rejected": len(found.rejected), "rollouts": batches.number + 1}
+            return summary | counts | {name: value for name, value in last.items() if name != "rollout"}
+
         def publish(folder: Path) -> None:
             sampler.close()
             publish_model(model, tokenizer, folder, str(source))
@@ -275,9 +285,7 @@ def train_grpo(
             },
             step_metrics=batches.metrics,
             extra_state={"rollout": batches},
-            summarise=lambda summary: (
-                summary | {"problems": len(found.rows), "rejected": len(found.rejected), "rollouts": batches.number + 1}
-            ),
+            summarise=summarise,
         )
         return adapted_job(job, config.adapter, config.train)
 

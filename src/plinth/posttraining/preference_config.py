@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from plinth.config import UserError, nearest
+from plinth.config import UserError, check_least, check_positive, nearest
 from plinth.posttraining.lora import LoraConfig
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
@@ -98,10 +98,9 @@ class DpoConfig:
     """train adapters in place of the weights; the reference is the model without them"""
 
     def __post_init__(self) -> None:
-        if (self.beta is not None and self.beta <= 0) or self.epochs <= 0 or (self.chosen_nll_coef or 0) < 0:
-            raise UserError(
-                f"beta={self.beta} and epochs={self.epochs} must be positive, chosen_nll_coef={self.chosen_nll_coef} 0 or more."
-            )
+        check_positive(self, "beta", "epochs")
+        check_least(self, "chosen_nll_coef", "desirable_weight", "undesirable_weight", least=0)
+        check_least(self, "tokens", "pairs_per_step", "micro_batch_size", "max_seq_len")
         if self.tail_weight is not None and not 0 <= self.tail_weight <= 1:
             raise UserError(f"tail_weight={self.tail_weight} must lie between 0 (no token beyond the shorter answer's length) and 1 (all).")
         if self.divergence_alpha is not None and (self.divergence != "alpha" or self.divergence_alpha == 1):
@@ -161,7 +160,8 @@ def parse_loss(text: str) -> dict[str, float]:
     for term in text.split(","):
         name, equals, factor = (part.strip() for part in term.partition("="))
         if name not in known:
-            raise UserError(f"loss={text!r}: {name!r} is not one of {', '.join(known)}.{nearest(name, known)}")
+            guess = " DPO is sigmoid." if name.lower() == "dpo" else nearest(name, known)
+            raise UserError(f"loss={text!r}: {name!r} is not one of {', '.join(known)}.{guess}")
         try:
             weight = float(factor) if equals else 1.0
         except ValueError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from plinth.config import UserError
+from plinth.config import UserError, check_least, check_positive
 from plinth.data.buckets import LengthBuckets
 from plinth.models.reward import RewardModel
 from plinth.ops.shared_rows import SharedRows
@@ -64,10 +64,9 @@ class RewardTuning:
     """train adapters in place of the trunk's weights; the head is trained whole"""
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0 or self.prompts_per_step < 1 or self.micro_batch_size < 1:
-            raise UserError(f"epochs={self.epochs} must be positive, prompts_per_step and micro_batch_size at least 1.")
-        if self.center_coef < 0:
-            raise UserError(f"center_coef={self.center_coef} must be 0 or more.")
+        check_positive(self, "epochs")
+        check_least(self, "prompts_per_step", "micro_batch_size", "max_seq_len")
+        check_least(self, "center_coef", least=0)
         if not 0 <= self.held_out_share < 1:
             raise UserError(f"held_out_share={self.held_out_share} must lie in [0, 1).")
 

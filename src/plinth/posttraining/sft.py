@@ -165,8 +165,9 @@ def render_examples(
     too_long = TooLong([number for number, _ in long], [length for _, length in long], max_seq_len) if long else None
     if too_long and (not leave_out or len(long) == len(rendered)):
         raise UserError(
-            f"{too_long}. Shorten them, take a model with a longer context"
-            + (", or leave them out: --too-long leave-out." if len(long) < len(rendered) else ": none is left.")
+            f"{too_long}. Shorten them, take a model with a longer context, or leave them out: --too-long leave-out."
+            if len(long) < len(rendered)
+            else f"{too_long}: none is left. Shorten them, or take a model with a longer context."
         )
     for number, each in zip(numbers, rendered):
         if not any(each.loss_mask[1:]):

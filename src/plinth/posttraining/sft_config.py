@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from plinth.config import UserError
+from plinth.config import UserError, check_least, check_positive
 from plinth.posttraining.lora import LoraConfig
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
@@ -48,11 +48,8 @@ class SftConfig:
     """train adapters in place of the weights"""
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0:
-            raise UserError(f"epochs={self.epochs} must be positive.")
-        if not 0 <= self.embedding_noise < float("inf"):
-            raise UserError(f"embedding_noise={self.embedding_noise} must be 0 (none) or more.")
-        if self.join_turns < 1:
-            raise UserError(f"join_turns={self.join_turns} must be at least 1.")
+        check_positive(self, "epochs")
+        check_least(self, "embedding_noise", least=0)
+        check_least(self, "tokens", "conversations_per_step", "micro_batch_size", "join_turns", "max_seq_len")
         if self.packing and self.unpadded:
             raise UserError("packing=true and unpadded=true are two ways to make batches. Give one.")

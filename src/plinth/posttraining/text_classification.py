@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plinth.config import UserError
+from plinth.config import UserError, check_least, check_positive
 from plinth.data.buckets import LengthBuckets
 from plinth.data.features import Row, causal_rows, pad_rows
 from plinth.data.labelled import label_names, read_examples
@@ -69,13 +69,9 @@ class TransferClassifyConfig:
     """draw all weights anew instead of taking the pretrained ones, for comparison"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "unfreeze_epochs"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be positive.")
-        if self.examples_per_step < 1 or self.micro_batch_size < 1:
-            raise UserError("examples_per_step and micro_batch_size must be at least 1.")
-        if self.trunk_dropout < 0:
-            raise UserError(f"trunk_dropout={self.trunk_dropout} must be 0 or more.")
+        check_positive(self, "epochs", "unfreeze_epochs")
+        check_least(self, "examples_per_step", "micro_batch_size")
+        check_least(self, "trunk_dropout", least=0)
 
 
 def classification_loss(model: TextClassifier, batch: tuple[torch.Tensor, ...]):

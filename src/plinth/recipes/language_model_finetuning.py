@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from plinth.config import UserError
+from plinth.config import UserError, check_least, check_positive
 from plinth.data.contiguous import ContiguousText
 from plinth.data.loader import TokenLoader
 from plinth.data.shards import open_split
@@ -70,14 +70,9 @@ class LmFinetuneConfig:
     """held-out tokens scored before and after, at most; 0 for none"""
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0:
-            raise UserError(f"epochs={self.epochs} must be positive.")
-        for name in ("sequences_per_step", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("dropout", "activation_penalty", "slowness_penalty", "heldout_tokens"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be 0 or more.")
+        check_positive(self, "epochs")
+        check_least(self, "sequences_per_step", "micro_batch_size")
+        check_least(self, "dropout", "activation_penalty", "slowness_penalty", "heldout_tokens", least=0)
 
 
 def finetune_language_model(

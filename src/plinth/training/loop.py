@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from plinth.config import UserError
+from plinth.config import UserError, check_least
 from plinth.ops import kernels
 from plinth.run import Progress, Run, usable_cores
 from plinth.training.checkpoint import Position, Stateful, TrainingState
@@ -79,18 +79,15 @@ class TrainConfig:
     """where metrics go, and what energy costs"""
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"steps={self.steps} must be at least 1.")
+        check_least(self, "steps", "num_threads", "keep_checkpoints", "keep_every_steps")
+        check_least(self, "seed", "warmup_steps", "checkpoint_every_s", least=0)
+        if not self.clip_grad_norm > 0:
+            raise UserError(f"clip_grad_norm={self.clip_grad_norm} must be positive; inf for no bound.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
         check_device_name(self.device)
         if not 0 <= self.decay_fraction <= 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
-        if self.checkpoint_every_s < 0:
-            raise UserError(f"checkpoint_every_s={self.checkpoint_every_s} must be 0 or more.")
-        for name in ("keep_checkpoints", "keep_every_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
 
     def resolved(self, steps: int | None = None) -> TrainConfig:
         """Fill in what the machine and the stage decide; `steps` counts where the user named none.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from plinth.config import UserError
+from plinth.config import UserError, check_least, check_positive
 from plinth.models.cost import optimizer_by_cost
 from plinth.training.muon import orthogonalise, quintics, takes_kernels, update_on_kernels
 from plinth.training.precision import MasterWeights
@@ -58,9 +58,8 @@ class OptimizerConfig:
     """decay only the weights of the hidden matrices that Muon moves towards zero as well"""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "muon_lr", "eps"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be positive.")
+        check_positive(self, "lr", "muon_lr", "eps")
+        check_least(self, "weight_decay", least=0)
         if not 1 <= self.newton_schulz_steps <= 10:
             raise UserError(f"newton_schulz_steps={self.newton_schulz_steps} must lie between 1 and 10.")
         if self.normuon_beta2 is not None and not 0 <= self.normuon_beta2 < 1:

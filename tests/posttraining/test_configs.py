@@ -1,0 +1,47 @@
+"""Numbers that make no run are refused by every stage before it begins, each by its name."""
+
+import math
+
+import pytest
+
+from plinth.config import UserError
+from plinth.posttraining.distillation import DistillConfig
+from plinth.posttraining.preference_config import DpoConfig
+from plinth.posttraining.reward_tuning import RewardTuning
+from plinth.posttraining.sft_config import SftConfig
+from plinth.posttraining.text_classification import TransferClassifyConfig
+from plinth.recipes.language_model_finetuning import LmFinetuneConfig
+from plinth.training.loop import TrainConfig
+from plinth.training.optim import OptimizerConfig
+
+
+@pytest.mark.parametrize("config", [SftConfig, DpoConfig, DistillConfig, RewardTuning, TransferClassifyConfig, LmFinetuneConfig])
+def test_no_stage_begins_without_passes_or_with_micro_batches_of_nothing(config):
+    for values, words in (
+        ({"epochs": 0}, "epochs=0 must be positive"),
+        ({"epochs": math.inf}, "epochs=inf must be positive"),
+        ({"epochs": math.nan}, "epochs=nan must be positive"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            config(**values)
+
+
+@pytest.mark.parametrize(
+    "config, values",
+    [
+        (SftConfig, {"conversations_per_step": 0}), (SftConfig, {"max_seq_len": 0}), (SftConfig, {"tokens": 0}),
+        (SftConfig, {"embedding_noise": -1.0}), (DpoConfig, {"pairs_per_step": 0}), (DpoConfig, {"beta": math.nan}),
+        (DpoConfig, {"max_seq_len": -1}), (DistillConfig, {"tokens": 0}), (RewardTuning, {"max_seq_len": 0}),
+        (TrainConfig, {"seed": -1}), (TrainConfig, {"num_threads": 0}), (TrainConfig, {"warmup_steps": -1}),
+        (TrainConfig, {"clip_grad_norm": math.nan}), (OptimizerConfig, {"lr": math.nan}), (OptimizerConfig, {"weight_decay": -0.1}),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(config, values):
+    with pytest.raises(UserError, match="{}={} must be".format(*next(iter(values.items())))):
+        config(**values)
+
+
+def test_dpo_is_sent_to_the_name_that_its_loss_has():
+    with pytest.raises(UserError, match="'dpo' is not one of .* DPO is sigmoid"):
+        DpoConfig(loss="dpo")
