@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_said(tmp_path, base, tuned, capsys):
     with pytest.raises(UserError, match="has no head of a reward model"):
         load_adapted_reward(base / "model", tuned)
     model = RewardModel.from_decoder(load_decoder(base / "model"), torch.Generator())
-    with pytest.raises(UserError, match="score.weight is absent, but this reward model needs"):
+    with pytest.raises(UserError, match="score.weight is absent, but this model needs"):
         load_adapter(model, tuned / "adapter")
     add_adapters(model.trunk, LoraConfig(4))
     save_adapter(model, tmp_path / "reward")

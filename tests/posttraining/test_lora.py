@@ -247,7 +247,7 @@ def test_what_is_not_computed_or_does_not_fit_is_refused(tmp_path):
     save_adapter(add_adapters(decoder(), LoraConfig(4)), folder)
     for field, value in (
         ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", ["lm_head", "norm"]),
         ("rank_pattern", {"q_proj": 2}),
         ("init_lora_weights", "pissa"),
     ):
@@ -323,7 +323,7 @@ def test_training_in_bf16_leaves_the_base_bit_for_bit(tmp_path, base):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_the_same_base(tmp_path, base, monkeypatch):
-    adapter = LoraConfig(4, dora=True, dropout=0.2, lr_ratio=4.0)
+    adapter = LoraConfig(4, dora=True, dropout=0.2, lr_ratio=4.0, whole=("embed_tokens",))
     config = sft_config(adapter, "bfloat16", steps=5, checkpoint_every_s=0.0)
     source = tmp_path / "model"
     shutil.copytree(base / "model", source)

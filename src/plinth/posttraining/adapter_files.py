@@ -6,7 +6,8 @@ is fused in ours.  Source: PEFT's `LoraConfig` and `get_peft_model_state_dict`, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,10 +16,12 @@ from torch import nn
 
 from plinth.config import UserError, nearest, read_json, save_json
 from plinth.models.formats.tensors import FLOATS
-from plinth.models.hub import TokenizerFiles, format_of, save_model
+from plinth.models.hub import TokenizerFiles, save_model
 from plinth.models.reward import RewardModel
 from plinth.models.tensor_file import TensorFiles, save_tensors
 from plinth.models.transformer import Transformer
+from plinth.posttraining import adapter_wholes
+from plinth.posttraining.adapter_wholes import PREFIX, Whole
 from plinth.posttraining.lora import (
     AdaptedLinear,
     LoraConfig,
@@ -35,8 +38,7 @@ from plinth.run import publish_dir, tree_sha256
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QUANTISATION = "quantisation.json"  # beside them where the base was held in 4 bits; other programs do not read it
 REWARD = "reward.json"  # beside them where a reward model's head is saved whole: what is added to its scores
-PREFIX = "base_model.model."
-HEAD = "score"  # a reward model's, one of PEFT's modules_to_save
+WHOLE = {"score", "classifier", "embed_tokens", "wte", "lm_head"}  # PEFT names both heads of classifiers, whichever there is
 Adaptable = TypeVar("Adaptable", Transformer, RewardModel)
 KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 # Fields of PEFT's configuration that would change what is computed, and the values with which they do not.
@@ -86,45 +88,26 @@ def publish_model(model: Transformer | RewardModel, tokenizer: TokenizerFiles | 
 def save_adapter(model: Transformer | RewardModel, folder: Path, base: str | None = None) -> None:
     """Publish the model's adapters as a folder that PEFT loads, by one rename; `base` says what model they belong to.
 
-    Of a reward model the head is saved whole, and what is added to its scores beside PEFT's files.
+    What is trained whole is saved whole, of a reward model the head always; what is added to its scores is beside PEFT's files.
     Raises UserError when the model has no adapters.
     """
     modules = [module for _, module in adapted_modules(model)]
     if not modules:
         raise UserError("the model has no adapters to save. Save it as a model.")
-    config, head, tensors, projections = modules[0].adapter, _head(model), {}, []
+    config, tensors, projections = modules[0].adapter, {}, []
+    whole = [one for one in adapter_wholes.wholes(model).values() if one.name in (adapter_wholes.SCORE, *(config.whole or ()))]
     for module in modules:
         for published, (projection, parts) in module.adapters().items():
             projections.append(projection)
             tensors |= {f"{PREFIX}{published}.{kind}": _published(part, kind, projection) for kind, part in parts.items()}
-    if head is not None:
-        tensors[head.name] = (head.weight.detach().float().cpu() * head.factor).contiguous()
+    tensors |= adapter_wholes.published(whole)
     with publish_dir(folder) as temporary:
-        save_json(temporary / CONFIG, _peft_config(config, projections, _target_modules(decoder_of(model), projections), head, base))
+        save_json(temporary / CONFIG, _peft_config(config, projections, _target_modules(decoder_of(model), projections), whole, base))
         save_tensors(tensors, temporary / WEIGHTS, {"format": "pt"})
         if config.quantise:
             save_json(temporary / QUANTISATION, {"base": config.quantise})
         if isinstance(model, RewardModel):
             save_json(temporary / REWARD, {"bias": model.config.bias})
-
-
-@dataclass(frozen=True)
-class _Head:
-    """A head that is saved whole."""
-
-    name: str
-    """its tensor's name in a file"""
-    weight: torch.Tensor
-    """its own"""
-    factor: float
-    """what it is multiplied by when it is published"""
-
-
-def _head(model: Transformer | RewardModel) -> _Head | None:
-    if not isinstance(model, RewardModel):
-        return None
-    entry = next(entry for entry in format_of(model.config).layout(model.config) if entry.name == f"{HEAD}.weight")
-    return _Head(f"{PREFIX}{entry.published[0]}", model.score.weight, (entry.factors or (1.0,))[0])
 
 
 def _target_modules(decoder: Transformer, projections: list[Projection]) -> list[str]:
@@ -142,11 +125,11 @@ def _published(part: torch.Tensor, kind: str, projection: Projection) -> torch.T
 
 
 def _peft_config(
-    config: LoraConfig, projections: list[Projection], target_modules: list[str], head: _Head | None, base: str | None
+    config: LoraConfig, projections: list[Projection], target_modules: list[str], whole: Sequence[Whole], base: str | None
 ) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+        "task_type": "SEQ_CLS" if any(one.name == adapter_wholes.SCORE for one in whole) else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
@@ -157,7 +140,7 @@ def _peft_config(
         "bias": "none",
         "fan_in_fan_out": any(projection.is_transposed for projection in projections),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
-        "modules_to_save": None if head is None else [HEAD],
+        "modules_to_save": [name for one in whole for name in one.modules] or None,
         "inference_mode": True,
     }
 
@@ -165,24 +148,26 @@ def _peft_config(
 def load_adapter(model: Adaptable, folder: Path, quantise: Literal["nf4"] | None = None) -> Adaptable:
     """Put the adapters of a folder in PEFT's format on the model, in place, all else frozen; returns the model.
 
-    A reward model gets the head that the folder holds, too. With `quantise` the matrices below the adapters are rounded to 4 bits.
+    What the folder holds whole is read too: embedding, head, a reward model's score. With `quantise` the matrices below the adapters
+    are rounded to 4 bits.
     Raises UserError, before anything is changed, for a kind of adapter that we do not compute, and for tensors that are missing, of
     another shape, or without a place in the model.
     """
     config = replace(read_adapter_config(folder), quantise=quantise)
-    files, decoder, head = TensorFiles([folder / WEIGHTS]), decoder_of(model), _head(model)
+    files, decoder = TensorFiles([folder / WEIGHTS]), decoder_of(model)
     matrices = adaptable(decoder)
     shapes = dict(files.shapes())
-    _check_head(head, shapes, folder)
+    whole = adapter_wholes.take(model, shapes, folder / WEIGHTS)
+    config = replace(config, whole=tuple(one.name for one in whole if one.name != adapter_wholes.SCORE) or None)
     wanted = _check_tensors(decoder, matrices, shapes, config, folder)
-    if unusual := [name for name in shapes if files.dtype(name) not in FLOATS]:
+    if unusual := [name for name in files.shapes() if files.dtype(name) not in FLOATS]:
         raise UserError(f"{folder / WEIGHTS}: {unusual[0]} holds no floating-point numbers. Save the adapter in fp32, fp16 or bf16.")
+    adapter_wholes.fill(whole, files, folder / WEIGHTS)
     install(decoder, matrices, wanted, config, torch.Generator().manual_seed(0))
+    adapter_wholes.train_whole(decoder, config.whole)
     for _, module in adapted_modules(decoder):
         _fill(module, files)
-    if head is not None and isinstance(model, RewardModel):
-        with torch.no_grad():
-            head.weight.copy_(files.read(head.name)).div_(head.factor)
+    if isinstance(model, RewardModel):
         bias = read_json(folder / REWARD)["bias"] if (folder / REWARD).is_file() else 0.0
         model.config = replace(model.config, bias=float(bias))
     return model
@@ -190,16 +175,7 @@ def load_adapter(model: Adaptable, folder: Path, quantise: Literal["nf4"] | None
 
 def has_head(folder: Path) -> bool:
     """Whether an adapter's folder holds the head of a reward model."""
-    return f"{PREFIX}{HEAD}.weight" in TensorFiles([folder / WEIGHTS]).shapes()
-
-
-def _check_head(head: _Head | None, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Take the head out of a file's tensors. Raises UserError where model and file do not both have one, of one number."""
-    found = shapes.pop(f"{PREFIX}{HEAD}.weight", None)
-    if head is None and found is not None:
-        raise UserError(f"{folder} holds the head of a reward model, and this model is none. Merge it: `plinth merge BASE {folder}`.")
-    if head is not None and found != tuple(head.weight.shape):
-        raise UserError(f"{folder / WEIGHTS}: {head.name} is {found or 'absent'}, but this reward model needs {tuple(head.weight.shape)}.")
+    return f"{PREFIX}{adapter_wholes.SCORE}.weight" in TensorFiles([folder / WEIGHTS]).shapes()
 
 
 @torch.no_grad()
@@ -220,11 +196,10 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     for name, harmless in HARMLESS.items():
         if name in values and values[name] not in harmless:
             raise UserError(f"{file}: {name}={values[name]!r} is not supported; LoRA, rsLoRA and DoRA are. Merge it with PEFT first.")
-    whole = set(values.get("modules_to_save") or ())
-    if whole - {HEAD, "classifier"} or (whole and values.get("task_type") != "SEQ_CLS"):  # which PEFT names both, whichever there is
+    if other := set(values.get("modules_to_save") or ()) - WHOLE:
         raise UserError(
-            f"{file}: modules_to_save={values['modules_to_save']!r} is not supported; the head of a reward model is. "
-            "Merge it with PEFT first."
+            f"{file}: modules_to_save={values['modules_to_save']!r} is not supported, as it has {min(other)}; embedding, head and the "
+            "score of a reward model are. Merge it with PEFT first."
         )
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):

@@ -19,6 +19,7 @@ from plinth.models.transformer import Transformer
 from plinth.ops.dropout import dropout_within
 from plinth.ops.linear import linear, linear_rows
 from plinth.ops.nf4 import Nf4, dequantise_nf4, nf4_linear, quantise_nf4
+from plinth.posttraining.adapter_wholes import train_whole
 
 ALL = "all-linear"  # as PEFT says it
 Init = Literal["uniform", "gaussian"]
@@ -53,6 +54,9 @@ class LoraConfig:
     """LoRA+: learning rate of B over that of A, which is the optimizer's; its authors take 16"""
     init: Init = "uniform"
     """how A begins, B being 0: uniform within 1 / sqrt(in), or gaussian of deviation 1 / rank"""
+
+    whole: tuple[str, ...] | None = None
+    """modules trained whole beside the adapters, by their published names: embed_tokens, lm_head (default: none)"""
 
     def __post_init__(self) -> None:
         if self.rank is None and any(getattr(self, one.name) != one.default for one in fields(self)):
@@ -227,13 +231,15 @@ class AdaptedLinear(Linear):
 
 
 def add_adapters(model: Transformer, config: LoraConfig, generator: torch.Generator | None = None) -> Transformer:
-    """Put adapters on the model's matrices, in place, and freeze all else; returns the model, which computes as before.
+    """Put adapters on the model's matrices, in place, and freeze all else but config.whole; returns the model, which computes as before.
 
     The embedding and the head have none, so a head that is the embedding stays it. Experts and their routers have none either.
     Draws from `generator` (default: seed 0). Raises UserError for a target that the model does not have.
     """
     matrices = adaptable(model)
-    return install(model, matrices, choose(matrices, config), config, generator or torch.Generator().manual_seed(0))
+    install(model, matrices, choose(matrices, config), config, generator or torch.Generator().manual_seed(0))
+    train_whole(model, config.whole)
+    return model
 
 
 def choose(matrices: dict[str, list[Projection]], config: LoraConfig) -> set[str]:
