@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from plinth.models.mlp import Linear
 from plinth.models.tensor_file import TensorFiles
 from plinth.ops.dropout import dropout_mask, dropping
 from plinth.posttraining.adapter_files import load_adapter, save_adapter
-from plinth.posttraining.adapter_training import dropped, seed_batches
+from plinth.posttraining.adapter_training import dropped, scales_of, seed_batches
 from plinth.posttraining.grpo import GrpoConfig
 from plinth.posttraining.lora import AdaptedLinear, LoraConfig, Projection, adaptable, adapted_modules, add_adapters, choose
 from plinth.posttraining.ppo_config import PpoConfig
@@ -181,6 +182,52 @@ def test_a_is_drawn_as_the_configuration_says():
         drawn_a = torch.cat([module.lora_a.flatten() for _, module in adapted_modules(model) if module.in_features == 256])
         assert float(drawn_a.detach().std()) == pytest.approx(deviation, rel=0.02)
         assert all(not module.lora_b.any() for _, module in adapted_modules(model))
+
+
+PISSA = [LoraConfig(4, init="pissa"), LoraConfig(4, rank_stabilised=True, init="pissa"), LoraConfig(4, dora=True, init="pissa")]
+
+
+@pytest.mark.parametrize("config", PISSA)
+def test_pissa_moves_the_largest_singular_values_into_the_adapters(config):
+    """The product is the truncated decomposition of each projection's own rows, by NumPy in float64, and the sum is what it was."""
+    plain, module = module_of(config).frozen.detach().clone(), module_of(dataclasses.replace(config, rank=2))
+    module.init_adapter(torch.Generator())
+    for rows, a, b in zip((slice(0, 3), slice(3, 5)), module.lora_a.detach().split(2), module.lora_b.detach().split([3, 2])):
+        left, sizes, right = np.linalg.svd(plain[rows].double().numpy(), full_matrices=False)
+        torch.testing.assert_close(
+            (module.scaling * b @ a).double(), torch.from_numpy((left[:, :2] * sizes[:2]) @ right[:2]), atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(a @ a.T, torch.from_numpy(np.diag(sizes[:2])).float() / module.scaling, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module.merged_weight(), plain, atol=1e-5, rtol=1e-5)
+    model, tokens = add_adapters(noisy_decoder(), config), torch.arange(40).view(2, 20)
+    torch.testing.assert_close(model(tokens), noisy_decoder()(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", PISSA)
+def test_what_pissa_learnt_is_published_as_an_adapter_of_the_weights_as_they_came(tmp_path, base, config):
+    run = tuned(tmp_path / "run", base, config, dtype="bfloat16")
+    values = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
+    assert (values["r"], values["init_lora_weights"]) == (8, True) and run.summary["trained_params"] > 0
+    adapted, published = load_adapter(load_decoder(base / "model"), run.path / "adapter"), load_decoder(run.model_dir)
+    assert next(adapted_modules(adapted))[1].scaling == pytest.approx(config.scaling)
+    tokens = torch.arange(40).view(2, 20)
+    torch.testing.assert_close(adapted(tokens), published(tokens), rtol=1e-4, atol=1e-4)
+    assert (published(tokens) - load_decoder(base / "model")(tokens)).abs().max() > 0.01
+    assert torch.equal(published.embed.weight, load_decoder(base / "model").embed.weight)
+
+
+def test_what_pissa_took_from_the_weights_is_not_decayed():
+    for config, decay in ((LoraConfig(4), 1.0), (LoraConfig(4, init="pissa", lr_ratio=3.0), 0.0)):
+        scales = scales_of(add_adapters(noisy_decoder(), config), config)
+        assert len(scales) == 16 and {scale.weight_decay for scale in scales.values()} == {decay}
+        assert {name[-1]: scale.lr for name, scale in scales.items()} == {"a": 1.0, "b": config.lr_ratio}
+
+
+def test_pissa_on_four_bits_and_of_too_high_a_rank_are_refused():
+    with pytest.raises(UserError, match="adapter.init=pissa with adapter.quantise=nf4 would round"):
+        LoraConfig(4, init="pissa", quantise="nf4")
+    with pytest.raises(UserError, match="adapter.rank=17 is more than the 16 singular values"):
+        add_adapters(noisy_decoder(), LoraConfig(17, init="pissa"))
 
 
 @pytest.mark.parametrize(

@@ -322,8 +322,9 @@ def test_training_in_bf16_leaves_the_base_bit_for_bit(tmp_path, base):
         assert torch.equal(before[name][:48], after[name][:48]) and not torch.equal(before[name][48:], after[name][48:])
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_the_same_base(tmp_path, base, monkeypatch):
-    adapter = LoraConfig(4, dora=True, dropout=0.2, lr_ratio=4.0, whole=("embed_tokens",))
+@pytest.mark.parametrize("init", ["uniform", "pissa"])
+def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_the_same_base(tmp_path, base, monkeypatch, init):
+    adapter = LoraConfig(4, dora=True, dropout=0.2, lr_ratio=4.0, whole=("embed_tokens",), init=init)
     config = sft_config(adapter, "bfloat16", steps=5, checkpoint_every_s=0.0)
     source = tmp_path / "model"
     shutil.copytree(base / "model", source)

@@ -94,7 +94,7 @@ def save_adapter(model: Transformer | RewardModel, folder: Path, base: str | Non
     modules = [module for _, module in adapted_modules(model)]
     if not modules:
         raise UserError("the model has no adapters to save. Save it as a model.")
-    config, tensors, projections = modules[0].adapter, {}, []
+    config, tensors, projections = modules[0].adapter.published, {}, []
     whole = [one for one in adapter_wholes.wholes(model).values() if one.name in (adapter_wholes.SCORE, *(config.whole or ()))]
     for module in modules:
         for published, (projection, parts) in module.adapters().items():

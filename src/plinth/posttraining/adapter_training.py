@@ -1,4 +1,4 @@
-"""What adapters change about a stage's training: dropout, and a learning rate of their own for B."""
+"""What adapters change about a stage's training: dropout, and rates of their matrices."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from plinth.config import UserError
 from plinth.ops.dropout import dropping, seeded, step_seeds
+from plinth.posttraining.adapter_files import count_trained
 from plinth.posttraining.lora import LoraConfig
 from plinth.training.job import Job
 from plinth.training.loop import TrainConfig
@@ -19,7 +20,9 @@ from plinth.training.step import Batch, LossFunction
 
 
 def adapted_job(job: Job, adapter: LoraConfig, train: TrainConfig) -> Job:
-    """Return the job with what the adapters' options ask of it: rates of B, and losses within which what enters A is dropped.
+    """Return the job with what the adapters' options ask of it: rates of their matrices, and losses within which what enters A is dropped.
+
+    Its summary says how many numbers are trained, as `trained_params`, where it does not say so itself.
 
     Dropout wants batches that are tuples of tensors with a row each, and gets one part more: the seed of the micro-batch. What is
     dropped depends on nothing but the seed of the run, the step and the place of the micro-batch in it.
@@ -27,7 +30,9 @@ def adapted_job(job: Job, adapter: LoraConfig, train: TrainConfig) -> Job:
     """
     if adapter.rank is None:
         return job
-    scales = {**(job.scales or {}), **rates_of_b(job.model, adapter.lr_ratio)}
+    trained = count_trained(job.model)
+    job = replace(job, summarise=lambda summary, of=job.summarise: {"trained_params": trained} | of(summary))
+    scales = {**(job.scales or {}), **scales_of(job.model, adapter)}
     if not adapter.dropout:
         return replace(job, scales=scales)
     for name in ("compile", "cuda_graphs"):
@@ -36,12 +41,15 @@ def adapted_job(job: Job, adapter: LoraConfig, train: TrainConfig) -> Job:
     return replace(job, scales=scales, loss=dropped(job.loss), batches_at=lambda step: seed_batches(job.batches_at(step), train.seed, step))
 
 
-def rates_of_b(model: nn.Module, ratio: float) -> dict[str, Scale]:
-    """Return the factors on the rates that LoRA+ gives the matrices B.
+def scales_of(model: nn.Module, adapter: LoraConfig) -> dict[str, Scale]:
+    """Return the factors on rate and weight decay of the adapters' matrices: LoRA+'s for B, and no decay of what PiSSA took from W.
 
     Source: Hayou et al. 2024, arXiv:2402.12354, section 4: eta_B = ratio eta_A.
     """
-    return {name: Scale(lr=ratio) for name, _ in model.named_parameters() if name.endswith("lora_b")} if ratio != 1.0 else {}
+    decay = 0.0 if adapter.init == "pissa" else 1.0
+    kinds = {"lora_a": Scale(weight_decay=decay), "lora_b": Scale(lr=adapter.lr_ratio, weight_decay=decay)}
+    names = ((name, name.rpartition(".")[2]) for name, _ in model.named_parameters())
+    return {name: kinds[kind] for name, kind in names if kind in kinds}
 
 
 def seed_batches(batches: Sequence[tuple[torch.Tensor, ...]], seed: int, step: int) -> list[tuple[torch.Tensor, ...]]:

@@ -22,7 +22,7 @@ from plinth.ops.nf4 import Nf4, dequantise_nf4, nf4_linear, quantise_nf4
 from plinth.posttraining.adapter_wholes import train_whole
 
 ALL = "all-linear"  # as PEFT says it
-Init = Literal["uniform", "gaussian"]
+Init = Literal["uniform", "gaussian", "pissa"]
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -53,8 +53,8 @@ class LoraConfig:
     lr_ratio: float = 1.0
     """LoRA+: learning rate of B over that of A, which is the optimizer's; its authors take 16"""
     init: Init = "uniform"
-    """how A begins, B being 0: uniform within 1 / sqrt(in), or gaussian of deviation 1 / rank"""
-
+    """how A begins, B being 0: uniform within 1 / sqrt(in), or gaussian of deviation 1 / rank; pissa: B A are the largest singular values
+    and vectors of W, which loses them, so that these are trained first"""
     whole: tuple[str, ...] | None = None
     """modules trained whole beside the adapters, by their published names: embed_tokens, lm_head (default: none)"""
 
@@ -70,6 +70,11 @@ class LoraConfig:
             raise UserError(f"adapter.dropout={self.dropout} must lie in [0, 1).")
         if self.targets is not None and self.pattern is not None:
             raise UserError("adapter.targets and adapter.pattern both say which projections are adapted. Give one.")
+        if self.init == "pissa" and self.quantise:
+            raise UserError(
+                f"adapter.init=pissa with adapter.quantise={self.quantise} would round what is left of the weights: what is learnt would "
+                "fit no base that others have. Give one."
+            )
 
     @property
     def scaling(self) -> float:
@@ -79,6 +84,13 @@ class LoraConfig:
         """
         assert self.rank is not None
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    @property
+    def published(self) -> LoraConfig:
+        """Return the configuration of adapters that add to the weights as they came: those of pissa have twice the rank, scaled alike."""
+        if self.init != "pissa" or self.rank is None:
+            return self
+        return replace(self, rank=2 * self.rank, alpha=self.alpha * (math.sqrt(2) if self.rank_stabilised else 2), init="uniform")
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,7 @@ class AdaptedLinear(Linear):
             self._hold(quantise_nf4(base.weight))
         self.projections, self.adapter = tuple(projections), config
         self.rank, self.scaling = config.rank, config.scaling
+        self.start: tuple[torch.Tensor, torch.Tensor] | None = None  # A and B at first, fp32, where W has lost their product
         adapted = [projection.rows for projection in projections if projection.is_adapted]
         self.lora_a = nn.Parameter(base.weight.new_empty(len(adapted) * config.rank, self.in_features))
         self.lora_b = nn.Parameter(base.weight.new_zeros(sum(adapted), config.rank))
@@ -146,7 +159,9 @@ class AdaptedLinear(Linear):
 
     @torch.no_grad()
     def init_adapter(self, generator: torch.Generator) -> None:
-        """Draw A as the configuration says, as PEFT does; B stays 0."""
+        """Draw A as the configuration says, as PEFT does; B stays 0, but for pissa."""
+        if self.adapter.init == "pissa":
+            return self._take_principal()
         drawn = torch.empty(self.lora_a.shape)
         bound = self.in_features**-0.5
         if self.adapter.init == "uniform":
@@ -154,6 +169,24 @@ class AdaptedLinear(Linear):
         else:
             drawn.normal_(0.0, 1 / self.rank, generator=generator)
         self.lora_a.copy_(drawn)
+
+    def _take_principal(self) -> None:
+        """Let s B A be the best approximation of each projection by rank r, and W what is left of it.
+
+        Source: Meng et al. 2024, arXiv:2404.02948, eqs. 2 to 4 (PiSSA), with A and B divided by the root of s as PEFT does.
+        """
+        assert self.frozen is not None
+        parts = self.frozen.data.split([projection.rows for projection in self.projections])
+        taken = [part for projection, part in zip(self.projections, parts) if projection.is_adapted]
+        for part, a, b in zip(taken, self.lora_a.split(self.rank), self.lora_b.split([len(part) for part in taken])):
+            if self.rank > min(part.shape):
+                raise UserError(f"adapter.rank={self.rank} is more than the {min(part.shape)} singular values of a matrix. Lower it.")
+            left, sizes, right = torch.linalg.svd(part.float(), full_matrices=False)
+            roots = (sizes[: self.rank] / self.scaling).sqrt()
+            a.copy_(roots[:, None] * right[: self.rank])
+            b.copy_(left[:, : self.rank] * roots)
+            part.sub_(self.scaling * b @ a)
+        self.start = self.lora_a.detach().clone(), self.lora_b.detach().clone()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._forward(x, linear, F.linear)
@@ -217,15 +250,26 @@ class AdaptedLinear(Linear):
         return torch.cat([part for projection, part in zip(self.projections, parts) if projection.is_adapted])
 
     def adapters(self) -> dict[str, tuple[Projection, dict[str, torch.Tensor]]]:
-        """Return views of each adapted projection's tensors by its published name: lora_A.weight, lora_B.weight, lora_magnitude_vector."""
+        """Return each adapted projection's tensors by its published name: lora_A.weight, lora_B.weight, lora_magnitude_vector.
+
+        They are views, and add to W as it came. Where W has lost something at the beginning, that is taken off again: [B, -B'] [A; A'],
+        of twice the rank.
+        """
         found: dict[str, tuple[Projection, dict[str, torch.Tensor]]] = {}
         a = iter(self.lora_a.detach().split(self.rank))
         magnitudes = self._parts(self.magnitude.detach()) if self.magnitude is not None else None
+        rows = [projection.rows for projection in self.projections if projection.is_adapted]
+        first = None if self.start is None else (iter(self.start[0].split(self.rank)), iter(self.start[1].split(rows)))
         for projection, b in self._parts(self.lora_b.detach()):
             m = next(magnitudes)[1] if magnitudes is not None else None
             if b is None:
                 continue
             tensors = {"lora_A.weight": next(a), "lora_B.weight": b}
+            if first is not None:
+                tensors = {
+                    "lora_A.weight": torch.cat([tensors["lora_A.weight"], next(first[0])]),
+                    "lora_B.weight": torch.cat([b, -next(first[1])], 1),
+                }
             found[projection.published] = projection, tensors if m is None else tensors | {"lora_magnitude_vector": m}
         return found
 

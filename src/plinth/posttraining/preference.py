@@ -13,7 +13,7 @@ from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
-from plinth.posttraining.adapter_files import count_trained, frozen_identity, publish_model, with_adapters
+from plinth.posttraining.adapter_files import frozen_identity, publish_model, with_adapters
 from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.displacement import displacement, last_means, length_bias
@@ -57,7 +57,6 @@ def train_dpo(
 
     def prepare(config: DpoConfig) -> Job:
         model = fresh(config)
-        trained_params = count_trained(model)
         rows, left_out = load_rows(tokenizer, found, config, model.config.max_seq_len, data, warn)
         buckets = LengthBuckets(rows.lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
         epochs = config.epochs if config.tokens is None else config.tokens / rows.total_tokens
@@ -82,9 +81,8 @@ def train_dpo(
             means = last_means(Run(out).metrics())
             if said := displacement(means, config.nll_coef):
                 warn(said)
-            adapted = {} if config.adapter.rank is None else {"trained_params": trained_params}
             epochs = {"epochs": summary["steps"] / buckets.steps_per_epoch, "pairs_seen": summary["tokens"]}
-            return kept | counts | epochs | means | adapted
+            return kept | counts | epochs | means
 
         job = Job(
             model,

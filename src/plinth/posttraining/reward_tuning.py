@@ -14,7 +14,7 @@ from plinth.config import UserError, check_least, check_positive
 from plinth.data.buckets import LengthBuckets
 from plinth.models.reward import RewardModel
 from plinth.ops.shared_rows import SharedRows
-from plinth.posttraining.adapter_files import count_trained, frozen_identity, publish_model, with_adapters
+from plinth.posttraining.adapter_files import frozen_identity, publish_model, with_adapters
 from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.formats import read_examples
@@ -137,7 +137,6 @@ def train_reward(
 
     def prepare(config: RewardTuning) -> Job:
         model = with_adapters(start_model(source, config.train.seed), config.adapter, config.train.seed)
-        trained = {} if config.adapter.rank is None else {"trained_params": count_trained(model)}
         places = None if model.config.decoder.position == "rope" else model.config.max_seq_len
         limit = config.max_seq_len or model.config.max_seq_len
         limit = limit if places is None else min(limit, places - 1)  # where places are learnt, one is kept for padding
@@ -167,9 +166,7 @@ def train_reward(
             counts = {"prompts": len(training), "held_out_prompts": len(other.choices), "repeated_prompts": repeated, **found.counts()}
             told = report(LoadedReward(model, tokenizer), training, other.choices) if report and other.choices else {}
             rest = {name: value for name, value in summary.items() if name != "tokens"}
-            return (
-                rest | counts | trained | {"epochs": summary["steps"] / buckets.steps_per_epoch, "prompts_seen": summary["tokens"]} | told
-            )
+            return rest | counts | {"epochs": summary["steps"] / buckets.steps_per_epoch, "prompts_seen": summary["tokens"]} | told
 
         def loss(model: Any, batch: Batch):
             return reward_loss(model, batch, config.center_coef)

@@ -13,7 +13,7 @@ from plinth.config import UserError
 from plinth.data.buckets import EvenMicroBatches, LengthBuckets, PackedExamples
 from plinth.models.hub import load_decoder
 from plinth.ops.dropout import step_seeds
-from plinth.posttraining.adapter_files import count_trained, frozen_identity, publish_model, with_adapters
+from plinth.posttraining.adapter_files import frozen_identity, publish_model, with_adapters
 from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples, pack_rows, pad_rows
 from plinth.posttraining.embedding_noise import noise_scales, noisy_lm_loss
@@ -56,7 +56,6 @@ def train_sft(
 
     def prepare(config: SftConfig) -> Job:
         model = with_adapters(load_decoder(source), config.adapter, config.train.seed)
-        trained_params = count_trained(model)
         limit = config.max_seq_len or model.config.max_seq_len
         examples, too_long = render_examples(tokenizer, found.rows, limit, found.numbers, leave_out=config.too_long == "leave-out")
         if too_long:
@@ -109,7 +108,6 @@ def train_sft(
                     "epochs": rounds * summary["steps"] / deal.steps_per_epoch,
                     "supervised_share": sum(sum(example.loss_mask) for example in examples) / sum(lengths),
                 }
-                | ({"trained_params": trained_params} if config.adapter.rank is not None else {})
             ),
         )
         return adapted_job(job, config.adapter, config.train)
