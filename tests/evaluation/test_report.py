@@ -559,8 +559,8 @@ def test_command_line(build, capsys):
 def test_a_directory_without_a_build_is_one_clear_line(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        f"plinth: {tmp_path} holds no build (none of provenance.json, plan.json, corpus, pretrain, evals). "
-        "Name the directory that `plinth build --out` wrote.\n"
+        f"plinth: {tmp_path} holds neither a build (none of provenance.json, plan.json, corpus, pretrain, evals) nor a run. "
+        "Name a directory that a plinth verb wrote with --out.\n"
     )
     with pytest.raises(UserError, match="is not a directory"):
         write_report(tmp_path / "absent")

@@ -92,7 +92,8 @@ def test_mistakes_are_told(coin, tmp_path, capsys):
     only.write_text(json.dumps(row("What?", REFUSAL)) + "\n")
     argv = ["known", str(coin / "run"), "--out", str(tmp_path / "out"), "--samples", "2"]
     assert main([*argv, "--data", str(only)]) == 1 and "no question with an answer that is no refusal" in capsys.readouterr().err
-    only.write_text(json.dumps(row("What?", "zz")) + "\n")
-    assert main([*argv, "--data", str(only)]) == 1 and "answers none of 1 questions" in capsys.readouterr().err
+    only.write_text(json.dumps(row("What?", "zz")) + "\n{broken\n")
+    assert main([*argv, "--data", str(only)]) == 1 and "answers none of 1 questions" in (said := capsys.readouterr().err)
+    assert "1 rejected (row 2: not JSON" in said
     (tmp_path / "out").mkdir()
     assert main([*argv, "--data", str(only)]) == 1 and "exists. Name a new folder" in capsys.readouterr().err

@@ -109,9 +109,11 @@ def test_rejection_sampling_keeps_different_passing_answers(tmp_path):
         report = select_answers(endpoint(url), write(tmp_path / "p.jsonl", rows), tmp_path / "out", config)
         kept = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in read(tmp_path / "out/sft.jsonl")]
         assert kept == [("3 + 4?", "7"), ("3 + 4?", "It is 7."), ("2 + 2?", "4")] and report["prompts_kept"] == 2
-        bare = write(tmp_path / "bare.jsonl", [{"prompt": "2 + 2?"}])
+        bare = write(tmp_path / "bare.jsonl", [{"prompt": "2 + 2?", "source": "a book"}])
+        with pytest.raises(UserError, match="holds what was made of .*p.jsonl, and .*bare.jsonl has other rows"):
+            select_answers(endpoint(url), bare, tmp_path / "out", SelectionConfig(n=6, by="first"))
         with pytest.raises(UserError, match=r"compares with an answer \(exact\), and the prompt '2 \+ 2\?' comes with none"):
-            select_answers(endpoint(url), bare, tmp_path / "out", SelectionConfig(n=6, by="verifier"))
+            select_answers(endpoint(url), bare, tmp_path / "bare", SelectionConfig(n=6, by="verifier"))
         none = SelectionConfig(n=6, by="verifier", verifier="exact", keep="passing", threshold=2.0)
         with pytest.raises(UserError, match="the best score is 1, below threshold=2"):
             select_answers(endpoint(url), tmp_path / "p.jsonl", tmp_path / "out", none)

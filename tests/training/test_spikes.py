@@ -67,6 +67,15 @@ def test_nothing_is_a_spike_before_there_is_a_window_and_what_falls_is_none():
         assert watching.incident is None
 
 
+def test_updates_without_a_gradient_are_no_measure_for_others():
+    watching, resumed = guard(), guard()
+    results = [StepResult(0.0, 10, 0.0)] * 100 + [StepResult(0.1, 10, 5.0)] * 3 + [StepResult(0.0, 10, 0.0)] * 70
+    for step, result in enumerate(results):  # as where most roll-outs have equal rewards
+        assert watching.allows(step, result) and watching.incident is None
+    resumed.restore([{"step": i + 1, "loss_nats": r.loss_nats, "grad_norm": r.grad_norm} for i, r in enumerate(results)])
+    assert [*watching._log_norms] == [*resumed._log_norms] and len(watching._log_norms) == 3
+
+
 def test_left_out_updates_do_not_move_the_window_and_too_many_in_a_row_stop():
     watching = guard(on_spike="skip", on_nonfinite="skip", max_skips=3)
     for step in range(30):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from plinth.cli.output import emit
+from plinth.cli.output import emit, say
 from plinth.tasks.knowledge import KnowledgeConfig
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth known", args=argv)
     from plinth.recipes.knowledge import make_knowledge_data
 
-    manifest = make_knowledge_data(options.run, options.data, options.out, options.config)
+    manifest = make_knowledge_data(options.run, options.data, options.out, options.config, warn=say)
     emit(manifest, options.json, lambda console: show(console, manifest, options))
     return 0
 

@@ -70,10 +70,13 @@ def report_data(build_dir: Path) -> dict[str, Any]:
 
 def _check(build_dir: Path) -> None:
     if not build_dir.is_dir():
-        raise UserError(f"{build_dir} is not a directory. Name the directory that `plinth build --out` wrote.")
+        raise UserError(f"{build_dir} is not a directory. Name the directory of a build or of a run, which a plinth verb wrote with --out.")
     wanted = ("provenance.json", "plan.json", "corpus", "pretrain", "evals")
     if not any((build_dir / name).exists() for name in wanted):
-        raise UserError(f"{build_dir} holds no build (none of {', '.join(wanted)}). Name the directory that `plinth build --out` wrote.")
+        raise UserError(
+            f"{build_dir} holds neither a build (none of {', '.join(wanted)}) nor a run. "
+            "Name a directory that a plinth verb wrote with --out."
+        )
 
 
 def _build_state(build_dir: Path) -> str:

@@ -16,9 +16,10 @@ from plinth.tokenizer.encode import Tokenizer
 
 
 def read_prompts(path: Path | str) -> list[Prompt]:
-    """Read prompts: of rows {"prompt"} alone, or of any format that `plinth inspect` knows, what stands before the last answer.
+    """Read prompts: of rows {"prompt"}, or of any format that `plinth inspect` knows, what stands before the last answer.
 
-    The same conversation is asked once, at its first place. Raises UserError for a row without a prompt, with its number.
+    A row with a prompt that fits no format, whatever else it says, is that prompt. The same conversation is asked once, at its first place.
+    Raises UserError for a row without a prompt, with its number.
     """
     found: dict[str, Prompt] = {}
     for number, record in read_records(Path(path)):
@@ -35,11 +36,14 @@ def read_prompts(path: Path | str) -> list[Prompt]:
 def _read(record: Any) -> Prompt:
     if isinstance(record, UserError):
         raise record
-    if isinstance(record, dict) and set(record) == {"prompt"}:
-        return Prompt(read_prompt(record["prompt"]))
     if not isinstance(record, dict):
         raise UserError(f"is of type {type(record).__name__}, not an object with a prompt")
-    form = detect(record)
+    try:
+        form = detect(record)
+    except UserError:
+        if record.get("prompt") is None:
+            raise
+        return Prompt(read_prompt(record["prompt"]))
     row: Row = form.read(record)
     match row:
         case Prompt():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plinth.config import UserError, save_json, to_dict, write_atomic
+from plinth.config import UserError, read_json, save_json, to_dict, write_atomic
 from plinth.evaluation.judging import judge_report
 from plinth.inference.chat_model import ChatModel, KeptAnswers, LocalModel
 from plinth.inference.endpoint import Endpoint, EndpointConfig
@@ -43,6 +43,13 @@ def open_model(run: Path | None, endpoint: EndpointConfig) -> ChatModel:
     return Endpoint(endpoint) if run is None else LocalModel.load(run)
 
 
+def refuse_other(out: Path, name: str, data: Path) -> None:
+    """Raise UserError where `out` holds what was made of another file: report.json names it under `name`."""
+    made_of = read_json(out / "report.json").get(name, {}) if (out / "report.json").exists() else {}
+    if made_of and data.is_file() and made_of["sha256"] != file_sha256(data):
+        raise UserError(f"{out} holds what was made of {made_of['path']}, and {data} has other rows. Name a new folder with --out.")
+
+
 def make_feedback(
     answers: Path, model: ChatModel, out: Path, config: FeedbackConfig, warn: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
@@ -50,7 +57,9 @@ def make_feedback(
 
     What the judge said is kept in out/asked.jsonl as it comes: called again after an interruption, this goes on from there.
     Rows that hold no two answers, pairs that the judge did not decide or was not sure enough of are counted.
+    Raises UserError where `out` holds what was made of another file.
     """
+    refuse_other(out, "answers", answers)
     comparisons, rejected = read_comparisons(answers)
     if rejected:
         shown = "; ".join(f"row {number}: {reason}" for number, reason in rejected[:3])

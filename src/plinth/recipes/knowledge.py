@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,27 @@ from plinth.tasks.verify import is_refusal, normalize
 FILES = ("answers.jsonl", "sft.jsonl", "pairs.jsonl")
 
 
-def make_knowledge_data(model: Path, data: Path, out: Path, config: KnowledgeConfig, text: TextEngine | None = None) -> dict[str, Any]:
+def make_knowledge_data(
+    model: Path,
+    data: Path,
+    out: Path,
+    config: KnowledgeConfig,
+    text: TextEngine | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Ask a model its training questions and write the folder `out`; returns its manifest.
 
     `data` holds conversations or verifiable questions in any format of formats.FORMATS; of a conversation the question is all before the
-    last answer. `text` is the model's engine
-    where there is one already. `out` gets answers.jsonl (each question with its samples and its split), sft.jsonl (refusal-aware) and
-    pairs.jsonl (preferences), each for the verb that reads it, and manifest.json.
+    last answer. `text` is the model's engine where there is one already. `out` gets answers.jsonl (each question with its
+    samples and its split), sft.jsonl (refusal-aware) and pairs.jsonl (preferences), each for the verb that reads it, and manifest.json.
+    `warn` is told of rows that are left out.
     Raises UserError when the data hold no question that can be asked, or the model knows the answer to none.
     """
     if out.exists():
         raise UserError(f"{out} exists. Name a new folder.")
     check_name(config.verifier)
     folder = find_model(model)
-    questions, refusals, left_out = read_questions(data, config)
+    questions, refusals, left_out = read_questions(data, config, warn)
     text = text or TextEngine.load(folder, max_batch=64)
     style = model_style(folder, text.tokenizer)
     asked, too_long = ask(text, questions, config, style)
@@ -70,7 +78,7 @@ def make_knowledge_data(model: Path, data: Path, out: Path, config: KnowledgeCon
     return manifest
 
 
-def read_questions(data: Path, config: KnowledgeConfig) -> tuple[list[Asked], list[Asked], int]:
+def read_questions(data: Path, config: KnowledgeConfig, warn: Callable[[str], None]) -> tuple[list[Asked], list[Asked], int]:
     """Return the questions to ask, those whose target is a refusal, and how many conversations ask nothing or hold calls.
 
     A row's field `fact_id` says what it is about; without one, equal answers to equal questions are one fact.
@@ -78,6 +86,8 @@ def read_questions(data: Path, config: KnowledgeConfig) -> tuple[list[Asked], li
     found = read_examples(data)
     if found.kind != "verifiable":
         found = read_examples(data, "messages")
+    if found.rejected:
+        warn(f"{data}: {found.describe()}")
     records = dict(read_records(data))
     questions, refusals, left_out = [], [], 0
     for number, row in zip(found.numbers, found.rows):

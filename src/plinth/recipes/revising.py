@@ -11,7 +11,7 @@ from plinth.inference.chat_model import ChatModel, KeptAnswers
 from plinth.posttraining.principles import read_principles
 from plinth.posttraining.prompts import read_prompts
 from plinth.posttraining.revision import RevisionConfig, revise_answers
-from plinth.recipes.feedback import KEPT_FILE, write_lines
+from plinth.recipes.feedback import KEPT_FILE, refuse_other, write_lines
 from plinth.run import Progress, file_sha256
 
 
@@ -24,6 +24,7 @@ def make_revisions(
     answer was cut off or is empty are left out of both, and those whose answer did not change of the pairs; all are counted.
     What the model said is kept in out/asked.jsonl: called again after an interruption, this goes on from there.
     """
+    refuse_other(out, "prompts", data)
     prompts = read_prompts(data)
     known = read_principles(principles)
     kept = KeptAnswers(model, out / KEPT_FILE)

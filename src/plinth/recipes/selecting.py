@@ -16,7 +16,7 @@ from plinth.posttraining.feedback import JudgeConfig
 from plinth.posttraining.principles import read_principles
 from plinth.posttraining.prompts import read_prompts
 from plinth.posttraining.selection import Drawn, SelectionConfig, draw_answers, open_score, selection_row
-from plinth.recipes.feedback import KEPT_FILE, write_lines
+from plinth.recipes.feedback import KEPT_FILE, refuse_other, write_lines
 from plinth.run import Progress, file_sha256
 
 
@@ -35,9 +35,11 @@ def select_answers(
 
     out/sft.jsonl has the kept answers as conversations, out/answers.jsonl all whole ones with their scores, which is a ranking, and
     out/pairs.jsonl the best and the worst of each prompt. What models said is kept in out/asked.jsonl: called again after an
-    interruption, this goes on from there. Raises UserError when nothing is kept.
+    interruption, this goes on from there. Raises UserError when nothing is kept, and where
+    `out` holds what was made of another file.
     """
     known = [] if principles is None else read_principles(principles)
+    refuse_other(out, "prompts", data)
     prompts = read_prompts(data)
     kept_judge = None if judge is None else KeptAnswers(judge, out / "judged.jsonl")
     score = open_score(config, prompts, kept_judge, judge_config or JudgeConfig(), known)

@@ -87,7 +87,8 @@ class SpikeGuard:
 
     A value is a spike when it lies `threshold` robust standard deviations (1.4826 times the median absolute deviation) above the
     median of the last `window` updates; norms are compared by their logarithm, since they vary by factors. Judgement depends on
-    logged values alone, so a resumed run judges like one that was never stopped. `trace(step, measure)` names the rows that
+    logged values alone, so a resumed run judges like one that was never stopped. An update without a gradient, as of a roll-out
+    whose rewards are all equal, is no measure for others. `trace(step, measure)` names the rows that
     stand out and their documents; `measure` is "loss" or "grad_norm".
     """
 
@@ -102,7 +103,7 @@ class SpikeGuard:
 
     def restore(self, records: Sequence[dict[str, Any]]) -> None:
         """Take over the window from the lines of metrics.jsonl up to the step that training goes on from."""
-        made = [record for record in records if "step" in record and not record.get("skipped")]
+        made = [record for record in records if "step" in record and not record.get("skipped") and record["grad_norm"]]
         for record in made[-self.config.window :]:
             self._remember(record["loss_nats"], record["grad_norm"])
         for record in reversed(records):
@@ -159,6 +160,8 @@ class SpikeGuard:
         return None
 
     def _remember(self, loss: float, norm: float) -> None:
+        if norm == 0:
+            return
         self._losses.append(loss)
         self._log_norms.append(_log(norm))
 
