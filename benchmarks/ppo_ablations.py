@@ -14,7 +14,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from ppo_gold import measured
 
+from plinth.config import to_dict
 from plinth.posttraining.ppo import train_ppo
 from plinth.posttraining.ppo_config import PpoConfig
 from plinth.posttraining.rollouts import SampleConfig
@@ -79,7 +80,25 @@ ARMS: dict[str, tuple[str, Change]] = {
     "critic's rate × 3": ("N+", section("critic", lr_factor=3.0)),
     "λ = 1": ("", section("advantage", lam=1.0)),
     "ratio not clipped": ("", section("policy", epsilon_low=1.0, epsilon_high=1e9)),
+    "prompts that begin with Review": ("12", section("prompt", pattern="^Review")),
+    "cut at a full stop, else score -1": ("14", section("end", truncate_at=".", truncate_from=16, missing_score=-1.0)),
+    "scores clipped to ± 0.25": ("", section("reward", clip=0.25)),
+    "negative advantages bounded": ("", section("policy", dual_clip=3.0)),
 }
+
+
+def switches(change: Change) -> str:
+    """Return what an arm changes of the default, as a reader would set it."""
+
+    def flat(part: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        items = ((f"{prefix}{name}", value) for name, value in part.items())
+        return {key: leaf for name, value in items for key, leaf in leaves(name, value)}
+
+    def leaves(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+        return flat(value, f"{name}.").items() if isinstance(value, dict) else [(name, value)]
+
+    before, after = flat(to_dict(DEFAULT)), flat(to_dict(change(DEFAULT)))
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in after.items() if before[name] != value)
 
 
 def run_arm(folder: Path, change: Change, seed: int) -> dict[str, Any]:
@@ -104,7 +123,7 @@ def main() -> int:
     for name, seed in wanted:
         if name in (options.arm or []) or (options.arm is None and (name, seed) not in known):
             item, change = ARMS.get(name, ("", lambda config: config))
-            known[name, seed] = {"arm": name, "item": item, "seed": seed, **run_arm(folder, change, seed)}
+            known[name, seed] = {"arm": name, "item": item, "switch": switches(change), "seed": seed, **run_arm(folder, change, seed)}
             print(known[name, seed], file=sys.stderr, flush=True)
             rows = [known[key] for key in wanted if key in known]
             write_record("ppo_ablations", "What does each detail of PPO change, alone?", rows, completions=DEFAULT.completions)
