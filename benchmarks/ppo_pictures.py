@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +147,29 @@ def mix_table(found: dict[str, Any]) -> str:
 
 
 def ablation_table(found: dict[str, Any]) -> str:
-    """Return one row an arm, in the order of the items, the default's spread first."""
+    """Return one row an arm, in the order of the items, the default's seeds first; bold is what they do not explain."""
     rows = found["rows"]
     default = [row for row in rows if row["arm"] == "default"]
-    span = {key: [value(row) for row in default] for key, value in COLUMNS.items()}
-    lines = ["| item | arm | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
-    lines.append(f"| | default, {len(default)} seeds | " + " | ".join(f"{min(v):.2f} to {max(v):.2f}" for v in span.values()) + " |")
-    for row in rows:
-        if row["arm"] != "default":
-            lines.append(f"| {row['item']} | {row['arm']} | " + " | ".join(f"{value(row):.2f}" for value in COLUMNS.values()) + " |")
+    spans = [sorted(value(row) for row in default) for value in COLUMNS.values()]
+    lines = ["| item | alone | switch | " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---|" * len(COLUMNS)]
+    lines.append(f"| | default, {len(default)} seeds | | " + " | ".join(f"{span[0]:.2f} to {span[-1]:.2f}" for span in spans) + " |")
+    for row in sorted((row for row in rows if row["arm"] != "default"), key=place_of):
+        cells = [f"{value(row):.2f}" for value in COLUMNS.values()]
+        margin = 1.96 * row["reward"]["stderr"]
+        if not spans[0][0] - margin <= row["reward"]["value"] <= spans[0][-1] + margin:
+            cells[0] = f"**{cells[0]}**"
+        switch = ", ".join(f"`{part}`" for part in row["switch"].split(", "))
+        lines.append(f"| {row['item']} | {row['arm']} | {switch} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-COLUMNS = {
+def place_of(row: dict[str, Any]) -> float:
+    """Return the number of an arm's item; those of later papers, and those of none, come behind."""
+    first = row["item"].partition(",")[0]
+    return float(first) if first.isdigit() else 100.0 + (not first)
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
     "gold reward": lambda row: row["reward"]["value"],
     "KL, nats": lambda row: row["kl_nats"]["value"],
     "tokens": lambda row: row["answer_tokens"],
