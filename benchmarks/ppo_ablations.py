@@ -33,7 +33,7 @@ from reviews_world import ready
 SEEDS = (0, 1, 2)
 OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-3, beta2=0.999, eps=1e-5, weight_decay=0.0)
 DEFAULT = PpoConfig(
-    train=replace(PpoConfig().train, optimizer=OPTIMIZER), sample=SampleConfig(group_size=1, max_tokens=56), completions=1536,
+    train=replace(PpoConfig().train, optimizer=OPTIMIZER), sample=SampleConfig(group_size=1, max_tokens=56), completions=1024,
     prompts_per_rollout=64, epochs=2, minibatches=2,
 )  # fmt: skip
 Change = Callable[[PpoConfig], PpoConfig]

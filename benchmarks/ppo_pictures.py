@@ -110,12 +110,13 @@ def frontier_table(found: dict[str, Any]) -> str:
         "| | KL, nats | gold reward | best that can be had |",
         "|---|---|---|---|",
     ]
-    attainable = sorted(map(tuple, found["attainable"]))
+    start = next((0.0, row["best_reward"]) for row in found["rows"] if row.get("n") == 1)  # a grammar that nothing tilts
+    attainable = sorted([start, *map(tuple, found["attainable"])])
     for row in found["rows"]:
         kl = row["kl_nats"]["value"]
         best = float(np.interp(kl, [point[0] for point in attainable], [point[1] for point in attainable]))
         label = f"PPO, β = {row['beta']}" if row["method"] == "ppo" else f"best of {row['n']}"
-        lines.append(f"| {label} | {kl:.2f} | {plus_minus(row['reward'])} | {best:.2f} |")
+        lines.append(f"| {label} | {kl:.2f} | {plus_minus(row['reward'])} | {round(best, 2) + 0.0:.2f} |")
     return "\n".join(lines)
 
 
