@@ -1,6 +1,7 @@
 """Distillation: the chunked loss against the whole one, its memory, a student that learns, and resuming."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,16 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from plinth.cli.main import main
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.ops.softcap import softcap
 from plinth.posttraining import distillation
-from plinth.posttraining.distill_losses import Head, chunked_distillation_loss, distillation_loss
-from plinth.posttraining.distillation import DistillConfig, OwnAnswers, distill, distill_loss
+from plinth.posttraining.batches import pad_rows
+from plinth.posttraining.distill_losses import Head, chunked_distillation_loss, distillation_loss, later_returns
+from plinth.posttraining.distillation import DistillConfig, OwnAnswers, distill, distill_loss, head_of, own_returns
 from plinth.posttraining.formats import read_examples
+from plinth.posttraining.learnt_texts import read_texts, render_texts
 from plinth.posttraining.lora import LoraConfig
+from plinth.posttraining.teacher_file import TeacherFile, TeacherFileConfig, write_teacher_file
+from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
@@ -156,10 +162,17 @@ def test_plain_texts_and_the_cross_entropy_of_their_tokens(world, tmp_path):
     assert last["cross_entropy_nats"] < 0.5 * first["cross_entropy_nats"] < 0.5 * last["teacher_cross_entropy_nats"]
 
 
-@pytest.mark.parametrize("own", [0.0, 0.5])
-def test_stopped_and_resumed_equals_never_stopped(world, tmp_path, monkeypatch, own):
+@pytest.mark.parametrize("way", ["given answers", "own answers", "long term", "teacher's file"])
+def test_stopped_and_resumed_equals_never_stopped(world, tmp_path, monkeypatch, way):
     names = world / "student", world / "teacher", world / "data.jsonl"
-    config = quick(6, on_policy_share=own, max_tokens=12)
+    options = {
+        "own answers": {"on_policy_share": 0.5},
+        "long term": {"on_policy_share": 0.5, "long_term": True, "divergence": "reverse_kl"},
+    }
+    config = quick(6, max_tokens=12, **options.get(way, {}))
+    if way == "teacher's file":
+        write_teacher_file(tmp_path / "file", *names[1:], TeacherFileConfig(top_k=8, num_threads=1))
+        names = names[0], tmp_path / "file", names[2]
     whole = load_model(distill(tmp_path / "whole", *names, config).model_dir).state_dict()
     calls = []
 
@@ -177,6 +190,124 @@ def test_stopped_and_resumed_equals_never_stopped(world, tmp_path, monkeypatch, 
     assert [line["step"] for line in run.metrics()] == list(range(1, 7))
     resumed = load_model(run.model_dir).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_teachers_file_teaches_what_the_teacher_does(world, tmp_path):
+    """With all tokens but one in the file it is the same run; with few, near it. The teacher itself is gone by then."""
+    shutil.copytree(world / "teacher", tmp_path / "gone")
+    vocab = load_model(tmp_path / "gone").config.vocab_size
+    for name, kept in (("most", vocab - 1), ("few", 8)):
+        found = write_teacher_file(
+            tmp_path / name, tmp_path / "gone", world / "data.jsonl", TeacherFileConfig(top_k=kept, num_threads=2, micro_batch_size=3)
+        )
+        assert found["examples"] == 8 and found["positions"] == len(TeacherFile.open(tmp_path / name, *opened(world)).arrays["rest"])
+    shutil.rmtree(tmp_path / "gone")
+    runs = {
+        name: distill(tmp_path / f"by_{name}", world / "student", source, world / "data.jsonl", quick(30))
+        for name, source in (("model", world / "teacher"), ("most", tmp_path / "most"), ("few", tmp_path / "few"))
+    }
+    for key in ("loss_nats", "teacher_cross_entropy_nats", "cross_entropy_nats"):
+        assert runs["most"].metrics()[0][key] == pytest.approx(runs["model"].metrics()[0][key], rel=1e-5)
+    most, few = runs["most"].metrics()[-1], runs["few"].metrics()[-1]
+    assert most["teacher_rest"] < 1e-2 < few["teacher_rest"] < 0.9 and few["teacher_rest"] == pytest.approx(found["rest"], rel=1e-5)
+    assert "teacher_rest" not in runs["model"].metrics()[-1]
+    assert few["loss_nats"] < 0.2 * runs["few"].metrics()[0]["loss_nats"]
+    assert len(runs["few"].provenance["parents"]) == 3
+
+
+def opened(world):
+    """What a teacher's file is opened with."""
+    tokenizer, found = Tokenizer.load(world / "student"), read_texts(world / "data.jsonl")
+    return world / "data.jsonl", tokenizer, render_texts(tokenizer, found, 64)
+
+
+def test_a_teachers_file_is_what_the_teacher_says_of_each_learnt_token(world, tmp_path):
+    """The slow twin: one example at a time, all logits, at the file's temperature; columns stand where the targets do."""
+    padded, vocab = tmp_path / "padded", opened(world)[1].vocab_size
+    save(opened(world)[1], padded, seed=1, zero=False, vocab_size=vocab + 20)
+    config = TeacherFileConfig(top_k=5, temperature=2.0, num_threads=2, micro_batch_size=3, vocab_size=vocab)
+    write_teacher_file(tmp_path / "file", padded, world / "data.jsonl", config)
+    stored, model = TeacherFile.open(tmp_path / "file", *opened(world)), load_model(padded)
+    stored.check_vocabulary(vocab)
+    examples = opened(world)[2]
+    part = [5, 0, 3]
+    _, targets = pad_rows([examples[i].tokens for i in part], [examples[i].loss_mask for i in part], 0)
+    ids, log_probs, rest, target_log_probs = stored.columns(part, targets)
+    assert ids.shape == (*targets.shape, 5) and not rest[targets < 0].any()
+    for row, i in enumerate(part):
+        tokens = torch.tensor(examples[i].tokens)
+        with torch.no_grad():
+            logits = model.logits(model(tokens[None, :-1]))[0, :, :vocab].float()
+        for t in (targets[row] >= 0).nonzero()[:, 0].tolist():
+            kept, best = (logits[t] / 2).log_softmax(-1).topk(5)
+            assert torch.equal(ids[row, t].long(), best) and int(targets[row, t]) == int(tokens[t + 1])
+            torch.testing.assert_close(log_probs[row, t], kept, atol=1e-5, rtol=0)
+            assert float(rest[row, t].exp()) == pytest.approx(1 - float(kept.exp().sum()), abs=1e-5)
+            assert float(target_log_probs[row, t]) == pytest.approx(float(logits[t].log_softmax(-1)[tokens[t + 1]]), abs=1e-5)
+
+
+def test_mistakes_with_a_teachers_file_are_named(world, tmp_path):
+    names = world / "teacher", world / "data.jsonl"
+    write_teacher_file(tmp_path / "file", *names, TeacherFileConfig(top_k=4, num_threads=1))
+    with pytest.raises(UserError, match="file exists already"):
+        write_teacher_file(tmp_path / "file", *names, TeacherFileConfig())
+    with pytest.raises(UserError, match="top_k=9999 must be below the 300 tokens"):
+        write_teacher_file(tmp_path / "other", *names, TeacherFileConfig(top_k=9999, num_threads=1))
+    with pytest.raises(UserError, match="vocab_size=280 is below the tokenizer's"):
+        write_teacher_file(tmp_path / "other", *names, TeacherFileConfig(top_k=9, vocab_size=280, num_threads=1))
+    (tmp_path / "less.jsonl").write_text("".join((world / "data.jsonl").read_text().splitlines(True)[:3]))
+    for data, options, text in (
+        (tmp_path / "less.jsonl", {}, "was written for data .*Write it anew with `plinth distill score"),
+        (world / "data.jsonl", {"temperature": 2.0}, "temperature=2.0, but the teacher's file is of temperature 1.0"),
+        (world / "data.jsonl", {"on_policy_share": 0.5, "max_tokens": 8}, "its file holds the data's alone"),
+    ):
+        with pytest.raises(UserError, match=text):
+            distill(tmp_path / "out", world / "student", tmp_path / "file", data, quick(2, **options))
+    with pytest.raises(UserError, match="tail=drop is for a teacher's file"):
+        distill(tmp_path / "out", world / "student", *names, quick(2, tail="drop"))
+    with pytest.raises(UserError, match="is over 300 tokens, and the student has 280"):
+        TeacherFile.open(tmp_path / "file", *opened(world)).check_vocabulary(280)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "less.jsonl"]
+    for wrong, text in (({"top_k": 0}, "top_k=0"), ({"temperature": 0.0}, "temperature=0.0"), ({"dtype": "int8"}, "dtype='int8'")):
+        with pytest.raises(UserError, match=text):
+            TeacherFileConfig(**wrong)
+
+
+def test_the_commands(world, tmp_path, capsys):
+    names = ["--data", str(world / "data.jsonl")]
+    assert main(["distill", "score", str(world / "teacher"), *names, "--out", str(tmp_path / "file"), "--top-k", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["top_k"] == 4 and 0 < found["rest"] < 1
+    rest = ["--out", str(tmp_path / "run"), "--train.steps", "2", "--train.num-threads", "1", "--tail", "drop", "--json"]
+    assert main(["distill", str(world / "student"), "--teacher", str(tmp_path / "file"), *names, *rest]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["examples"] == 8
+
+
+def test_what_follows_is_a_part_of_the_loss(world, tmp_path):
+    """Its value is in the metrics; without it the first update's loss is that of one step alone, and the weights go elsewhere."""
+    options = {"divergence": "reverse_kl", "on_policy_share": 0.5, "max_tokens": 12}
+    names = world / "student", world / "teacher", world / "data.jsonl"
+    plain, whole = (distill(tmp_path / str(flag), *names, quick(2, long_term=flag, **options)) for flag in (False, True))
+    first = whole.metrics()[0]
+    assert first["loss_nats"] - first["long_term_nats"] == pytest.approx(plain.metrics()[0]["loss_nats"], rel=1e-5)
+    assert "long_term_nats" not in plain.metrics()[0] and first["long_term_nats"] < 0  # the teacher finds those answers unlikely
+    assert not torch.equal(load_model(plain.model_dir).embed.weight, load_model(whole.model_dir).embed.weight)
+
+
+def test_returns_are_of_own_answers_alone(world):
+    """Rows of the data have none; those that the student wrote have what `later_returns` gives from whole logits."""
+    student, teacher = (load_model(world / name) for name in ("student", "teacher"))
+    tokens = torch.randint(5, 280, (2, 9), generator=torch.Generator().manual_seed(0))
+    targets = torch.where(torch.arange(9) > 3, tokens.roll(-1, 1), -1)
+    with torch.no_grad():
+        heads = [head_of(model, tokens) for model in (student, teacher)]
+        logs = [
+            model.logits(model(tokens)).log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0] for model in (student, teacher)
+        ]
+    found = own_returns(*heads, targets, torch.tensor([False, True]), True).view(2, 9)
+    expected = later_returns(*logs, targets >= 0)
+    assert not found[0].any() and found[1, :8].any()
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
 
 
 def test_the_student_learns_on_answers_of_its_own(world, tmp_path):
@@ -230,6 +361,13 @@ def test_mistakes_are_named(world, tmp_path, tokenizer):
         ({"share": 0.0}, "share=0.0 must be above 0"),
         ({"on_policy_share": 0.5, "share": 0.5}, "share=0.5 adds the cross-entropy"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"long_term": True}, "long_term is a gradient of the reverse KL on the student's own answers; here divergence=forward_kl"),
+        (
+            {"long_term": True, "divergence": "reverse_kl", "on_policy_share": 1.0, "sampling_temperature": 0.5},
+            "long_term needs temperature=1 and sampling_temperature=1",
+        ),
+        ({"length_normalised": False}, "length_normalised=False is for long_term"),
+        ({"tail": "drop", "divergence": "jsd"}, "tail=drop leaves a sum that is no jsd"),
     ):
         with pytest.raises(UserError, match=text):
             DistillConfig(**options)

@@ -20,7 +20,7 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """run, build or model folder of the student to start from"""
     teacher: Path
-    """run, build or model folder of the teacher, with the same tokenizer"""
+    """run, build or model folder of the teacher, with the same tokenizer; or a folder that `plinth distill score` wrote for the data"""
     data: Path
     """conversations or plain texts, in any format that `plinth inspect` reads as messages or text; their learnt tokens count"""
     out: Path

@@ -39,6 +39,7 @@ VERBS = {
         "the best of several answers to each prompt, by a reward, a verifier or a judge, as data to learn from",
     ),
     "distill": ("plinth.cli.distill", "a student that learns a teacher's distributions of the next token"),
+    "distill score": ("plinth.cli.distill_score", "a teacher's most probable tokens in a file, to distil from without the teacher"),
     "known": ("plinth.cli.known", "what a model knows of its training questions, and data that teach it to decline the rest"),
     "reward": ("plinth.cli.reward", "a reward model from pairs or rankings, beside the length and the words alone"),
     "reward score": ("plinth.cli.reward_score", "the answers of a file scored by a reward model"),

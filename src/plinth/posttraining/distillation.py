@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,16 +14,17 @@ from plinth.config import UserError, check_least, check_positive
 from plinth.data.buckets import LengthBuckets
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
+from plinth.ops.loss import token_log_probs
 from plinth.ops.moe import Routing
 from plinth.posttraining.adapter_files import frozen_identity, publish_model, with_adapters
 from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples, pad_rows
-from plinth.posttraining.distill_losses import DIVERGENCES, Head, chunked_distillation_loss
+from plinth.posttraining.distill_losses import DIVERGENCES, Head, TopTokens, chunked_distillation_loss, later_returns
 from plinth.posttraining.examples import Conversation, Examples
-from plinth.posttraining.formats import read_examples
+from plinth.posttraining.learnt_texts import check_same_tokenizer, read_texts, render_texts
 from plinth.posttraining.lora import LoraConfig
-from plinth.posttraining.masks import render_row
 from plinth.posttraining.rollouts import SampleConfig, Sampler
+from plinth.posttraining.teacher_file import TeacherFile, is_teacher_file
 from plinth.run import Run, file_sha256, find_model, tree_sha256, usable_cores
 from plinth.tokenizer.chat import Message, Rendered, render
 from plinth.tokenizer.encode import Tokenizer
@@ -60,6 +61,14 @@ class DistillConfig:
     """longest answer that the student writes, in tokens"""
     sampling_temperature: float = 1.0
     """divisor of the student's logits when it writes"""
+    long_term: bool = False
+    """on the student's own answers, add the gradient that goes through its choice of tokens, by what the teacher says of all that follows
+    (MiniLLM); with divergence=reverse_kl"""
+    length_normalised: bool = True
+    """what follows a token counts by its mean a token, not by its sum, which favours short answers; for long_term"""
+    tail: Literal["bucket", "drop"] | None = None
+    """with a teacher's file: the tokens that it leaves out are one outcome more (bucket), or the sum goes without them (drop; forward_kl
+    alone) (default: bucket)"""
     epochs: float = 3.0
     """passes over the examples"""
     tokens: int | None = None
@@ -89,6 +98,17 @@ class DistillConfig:
                 f"share={self.share} adds the cross-entropy of tokens, which the student's own are no targets for. "
                 f"Use share=1 with on_policy_share={self.on_policy_share}."
             )
+        if self.long_term and not (self.on_policy_share and self.divergence == "reverse_kl"):
+            raise UserError(
+                f"long_term is a gradient of the reverse KL on the student's own answers; here divergence={self.divergence} and "
+                f"on_policy_share={self.on_policy_share}. Use divergence=reverse_kl and on_policy_share=1, or leave it out."
+            )
+        if self.long_term and not self.temperature == self.sampling_temperature == 1:
+            raise UserError("long_term needs temperature=1 and sampling_temperature=1: the answers must be drawn from what is trained.")
+        if not self.length_normalised and not self.long_term:
+            raise UserError("length_normalised=False is for long_term, which is not given. Leave it out.")
+        if self.tail == "drop" and self.divergence != "forward_kl":
+            raise UserError(f"tail=drop leaves a sum that is no {self.divergence}. Use tail=bucket, or divergence=forward_kl.")
 
     @property
     def loss_options(self) -> dict[str, Any]:
@@ -111,34 +131,48 @@ def distill(
     """Teach a run's model another's distributions over the learnt tokens of `data` and publish it as out/model.
 
     `data` is anything that is read as messages or text; the tokens that `plinth inspect` shows as learnt count.
+    The teacher is a run, or what `teacher_file.write_teacher_file` wrote of one for the same data.
     With adapters these are published as out/adapter, in PEFT's format, and out/model has them merged.
-    Raises UserError when the two tokenizers differ.
+    Raises UserError when the two tokenizers differ, or the file is of other data.
     """
-    sources = find_model(student_run), find_model(teacher_run)
+    stored = is_teacher_file(teacher_run)
+    sources = find_model(student_run), teacher_run if stored else find_model(teacher_run)
     tokenizer = Tokenizer.load(sources[0])
-    check_same_tokenizer(tokenizer, Tokenizer.load(sources[1]), sources)
+    if not stored:
+        check_same_tokenizer(tokenizer, Tokenizer.load(sources[1]), sources)
     found = read_texts(data)
     if found.rejected:
         warn(f"{data}: {found.describe()}")
 
     def prepare(config: DistillConfig) -> Job:
-        student, teacher = (load_decoder(source) for source in sources)
+        student, teacher = load_decoder(sources[0]), None if stored else load_decoder(sources[1])
         student = with_adapters(student, config.adapter, config.train.seed)
-        limit = config.max_seq_len or min(student.config.max_seq_len, teacher.config.max_seq_len)
+        limit = config.max_seq_len or min(each.config.max_seq_len for each in (student, teacher) if each is not None)
         examples = render_texts(tokenizer, found, limit)
+        check_teacher(config, stored)
+        said = TeacherFile.open(sources[1], data, tokenizer, examples) if stored else None
+        if said is not None:
+            said.check_temperature(config.temperature)
+            said.check_vocabulary(len(student.output_weight))
         own = OwnAnswers(student, tokenizer, found, config, limit) if config.on_policy_share else None
         buckets = LengthBuckets(
             [len(example.tokens) for example in examples], config.examples_per_step, config.micro_batch_size, config.train.seed
         )
 
         def begin(run: Run, config: DistillConfig) -> None:
-            teacher.to(choose_device(config.train.device), DTYPES[config.train.dtype or "float32"]).eval().requires_grad_(False)
+            if teacher is not None:
+                teacher.to(choose_device(config.train.device), DTYPES[config.train.dtype or "float32"]).eval().requires_grad_(False)
 
         def batches_at(step: int):
             parts = [part.tolist() for part in buckets.indices(step)]
             written = {} if own is None else own.write([i for part in parts for i in part], step)
-            rows = [[written.get(i, examples[i]) for i in part] for part in parts]
-            return [pad_rows([row.tokens for row in part], [row.loss_mask for row in part], tokenizer.pad_id or 0) for part in rows]
+            batches = []
+            for part in parts:
+                rows = [written.get(i, examples[i]) for i in part]
+                batch = pad_rows([row.tokens for row in rows], [row.loss_mask for row in rows], tokenizer.pad_id or 0)
+                more = () if said is None else said.columns(part, batch[1])
+                batches.append((*batch, *more, *([torch.tensor([i in written for i in part])] if config.long_term else [])))
+            return batches
 
         def publish(folder: Path) -> None:
             if own is not None:
@@ -147,7 +181,7 @@ def distill(
 
         job = Job(
             student,
-            lambda model, batch: distill_loss(model, teacher, batch, config),
+            lambda model, batch: distill_loss(model, said or teacher, batch, config),
             batches_at,
             steps=buckets.steps_for(config.epochs, config.tokens),
             tokenizer=tokenizer,
@@ -229,56 +263,59 @@ def prompt_tokens(tokenizer: Tokenizer, row: Conversation) -> list[int]:
 
 
 def distill_loss(
-    student: Transformer, teacher: Transformer, batch: tuple[torch.Tensor, ...], config: DistillConfig
+    student: Transformer, teacher: Transformer | TeacherFile, batch: tuple[torch.Tensor, ...], config: DistillConfig
 ) -> tuple[torch.Tensor, Sum, dict[str, Sum]]:
-    """Return (loss sum, counted tokens, metric sums) of (inputs (B, T), targets (B, T)), targets below 0 uncounted."""
-    inputs_BT, targets_BT = batch
-    with torch.no_grad():
-        teacher_head = head_of(teacher, inputs_BT)
+    """Return (loss sum, counted tokens, metric sums) of (inputs (B, T), targets (B, T)), targets below 0 uncounted.
+
+    With a teacher's file its columns follow (`TeacherFile.columns`); with config.long_term which rows are the student's own, (B,).
+    """
+    inputs_BT, targets_BT, *more = batch
     routings: list[Routing] = []
-    targets_N = targets_BT.flatten()
-    loss, count, measures = chunked_distillation_loss(head_of(student, inputs_BT, routings), teacher_head, targets_N, **config.loss_options)
+    targets_N, student_head = targets_BT.flatten(), head_of(student, inputs_BT, routings)
+    options = config.loss_options
+    teacher_head: Head | TopTokens
+    if isinstance(teacher, TeacherFile):
+        ids_NK, log_probs_NK, rest_N, target_log_probs_N = (each.flatten(0, 1) for each in more[:4])
+        teacher_head = TopTokens(ids_NK, log_probs_NK, rest_N, target_log_probs_N, teacher.vocab_size)
+        options["tail"] = config.tail or "bucket"
+    else:
+        with torch.no_grad():
+            teacher_head = head_of(teacher, inputs_BT)
+        if config.long_term:
+            options["returns_N"] = own_returns(student_head, teacher_head, targets_BT, more[0], config.length_normalised)
+    loss, count, measures = chunked_distillation_loss(student_head, teacher_head, targets_N, **options)
     if not routings:
         return loss, count, {**measures}
-    loss, _, more = add_router_losses(loss, count, routings, targets_N >= 0, student.config)
-    return loss, count, {**measures, **more}
+    loss, _, balance = add_router_losses(loss, count, routings, targets_N >= 0, student.config)
+    return loss, count, {**measures, **balance}
+
+
+@torch.no_grad()
+def own_returns(student: Head, teacher: Head, targets_BT: torch.Tensor, own_B: torch.Tensor, normalised: bool) -> torch.Tensor:
+    """Return `later_returns` of the rows that the student wrote, flattened, 0 in the others."""
+    counted_BT = (targets_BT >= 0) & own_B[:, None]
+    places = counted_BT.flatten().nonzero()[:, 0]
+    size = min(student.vocab_size, teacher.vocab_size)
+    found = []
+    for head in (student, teacher):
+        chosen, values_N = head.rows(places), torch.zeros(targets_BT.numel(), device=targets_BT.device)
+        values_N[places] = token_log_probs(chosen.hidden_ND, chosen.weight_VD[:size], targets_BT.flatten()[places], chosen.cap)
+        found.append(values_N.view(targets_BT.shape))
+    return later_returns(*found, counted_BT, normalised=normalised).flatten()
+
+
+def check_teacher(config: DistillConfig, stored: bool) -> None:
+    """Raise UserError for what a teacher's file cannot do, or for what only one does."""
+    if stored and config.on_policy_share:
+        raise UserError(
+            f"on_policy_share={config.on_policy_share} asks the teacher about new answers, and its file holds the data's alone. "
+            "Name the teacher's run, or leave it out."
+        )
+    if not stored and config.tail is not None:
+        raise UserError(f"tail={config.tail} is for a teacher's file, and this teacher is a model. Leave it out.")
 
 
 def head_of(model: Transformer, inputs_BT: torch.Tensor, routings: list[Routing] | None = None) -> Head:
     """Return a model's hidden states, flattened, with its output matrix; what routers decide is appended to `routings`."""
     more = {"routings": routings} if model.config.num_experts and routings is not None else {}
     return Head(model(inputs_BT, **more).flatten(0, 1), model.output_weight, model.config.logit_softcap)
-
-
-def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer, where: Sequence[Path]) -> None:
-    """Raise UserError when the ids of student and teacher do not mean the same."""
-    if student.sha256 != teacher.sha256:
-        raise UserError(
-            f"tokenizer {teacher.sha256[:8]} of the teacher {where[1]} differs from {student.sha256[:8]} of the student {where[0]}, so "
-            "their distributions are over other tokens. Let the teacher write answers with `plinth best-of`; learn them with `plinth sft`."
-        )
-
-
-def read_texts(path: Path) -> Examples:
-    """Read a file as plain texts where most of its rows are, else as conversations."""
-    found = read_examples(path)
-    return found if found.kind in ("text", "messages") else read_examples(path, "messages")
-
-
-def render_texts(tokenizer: Tokenizer, found: Examples, max_seq_len: int) -> list[Rendered]:
-    """Return tokens and masks of texts or conversations.
-
-    Raises UserError for one of more than `max_seq_len` + 1 tokens, of which the last is predicted but not read, or with nothing learnt.
-    """
-    examples = []
-    for number, row in zip(found.numbers, found.rows):
-        rendered = render_row(tokenizer, row)[0].rendered
-        if len(rendered.tokens) > max_seq_len + 1:
-            raise UserError(
-                f"row {number} has {len(rendered.tokens)} tokens, more than max_seq_len={max_seq_len}. "
-                "Shorten it, or take models with a longer context."
-            )
-        if not any(rendered.loss_mask[1:]):
-            raise UserError(f"row {number} has no learnt token. `plinth inspect` shows which tokens are.")
-        examples.append(rendered)
-    return examples

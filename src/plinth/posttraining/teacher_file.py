@@ -1,0 +1,214 @@
+"""A teacher's most probable tokens at every learnt position of some data, in a folder: so that teacher and student need not be in memory
+together, and one teacher's work serves many students.
+
+The folder holds teacher.json and four NumPy arrays of N positions, in the order of the data: ids.npy int32 (N, K), most probable first,
+log_probs.npy float32 (N, K) at the temperature of teacher.json, rest.npy float32 (N,), the log-probability of all other tokens together,
+and targets.npy float32 (N,), that of the data's own token at temperature 1. They are read where they lie, not loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from plinth.config import UserError, read_json, write_atomic
+from plinth.models.hub import load_decoder
+from plinth.models.transformer import Transformer
+from plinth.ops.softcap import softcap
+from plinth.posttraining.batches import pad_rows
+from plinth.posttraining.learnt_texts import read_texts, render_texts
+from plinth.run import file_sha256, find_model, publish_dir, tree_sha256, usable_cores
+from plinth.tokenizer.chat import Rendered
+from plinth.tokenizer.encode import Tokenizer
+from plinth.training.device import check_device_name, choose_device
+from plinth.training.precision import DTYPES
+from plinth.training.step import open_workers
+
+MANIFEST = "teacher.json"
+ARRAYS = {"ids": np.int32, "log_probs": np.float32, "rest": np.float32, "targets": np.float32}
+CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread
+
+
+@dataclass(frozen=True)
+class TeacherFileConfig:
+    """What is kept of a teacher, and how it is computed."""
+
+    top_k: int = 64
+    """tokens kept a position, the most probable; 8 bytes each"""
+    temperature: float = 1.0
+    """divisor of the teacher's logits; a student can be taught at this temperature alone"""
+    max_seq_len: int | None = None
+    """longest example in tokens (default: the teacher's context); a longer one is an error, never cut"""
+    vocab_size: int | None = None
+    """tokens that the distribution is over, the first so many (default: all of the teacher's, whose matrix may be padded)"""
+    micro_batch_size: int = 16
+    """examples a forward pass"""
+    dtype: str = "float32"
+    """dtype of the computation, bfloat16 or float32"""
+    device: str | None = None
+    """where to compute: cpu, cuda or cuda:N (default: cuda where PyTorch sees a GPU, else cpu)"""
+    num_threads: int | None = None
+    """worker threads of a CPU, each with one core (default: all usable cores)"""
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.temperature <= 0:
+            raise UserError(f"temperature={self.temperature} must be positive.")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
+        check_device_name(self.device)
+
+
+def is_teacher_file(path: Path) -> bool:
+    """Return whether a path is what `write_teacher_file` writes."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def write_teacher_file(
+    out: Path, teacher_run: Path, data: Path, config: TeacherFileConfig, *, warn: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Write what a run's model says at every learnt token of `data`, and return the manifest.
+
+    `data` is anything that is read as messages or text; its learnt tokens are those that `plinth inspect` shows. The folder appears by one
+    rename when all is there. Raises UserError when it exists.
+    """
+    if Path(out).exists():
+        raise UserError(f"{out} exists already. Remove it, or pass another --out.")
+    source = find_model(teacher_run)
+    tokenizer, found = Tokenizer.load(source), read_texts(data)
+    if found.rejected:
+        warn(f"{data}: {found.describe()}")
+    device = choose_device(config.device)
+    model = load_decoder(source).to(device, DTYPES[config.dtype]).eval().requires_grad_(False)
+    vocab_size = min(config.vocab_size or len(model.output_weight), len(model.output_weight))
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size}. Use that, or leave it out.")
+    if config.top_k >= vocab_size:
+        raise UserError(f"top_k={config.top_k} must be below the {vocab_size} tokens that there are. Lower it.")
+    examples = render_texts(tokenizer, found, config.max_seq_len or model.config.max_seq_len)
+    starts = first_positions(examples)
+    with publish_dir(out) as folder:
+        count = int(starts[-1])
+        shapes = {name: (count, config.top_k) if name in ("ids", "log_probs") else (count,) for name in ARRAYS}
+        kept = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name]) for name, dtype in ARRAYS.items()}
+        order = np.argsort([len(example.tokens) for example in examples], kind="stable")
+
+        def keep(part: np.ndarray) -> None:
+            rows = [examples[i] for i in part]
+            values = iter(top_tokens(model, rows, config, vocab_size, tokenizer.pad_id or 0))
+            for name in kept:
+                column, place = next(values), 0
+                for i in part:
+                    count = starts[i + 1] - starts[i]
+                    kept[name][starts[i] : starts[i + 1]] = column[place : place + count]
+                    place += count
+
+        with open_workers(config.num_threads or usable_cores(), device) as workers:
+            workers.map(keep, np.array_split(order, max(1, -(-len(order) // config.micro_batch_size))))
+        manifest = {
+            "version": 1, "teacher": str(teacher_run), "teacher_sha256": tree_sha256(source), "data_sha256": file_sha256(data),
+            "tokenizer_sha256": tokenizer.sha256, "examples": len(examples), "positions": count, "vocab_size": vocab_size,
+            "rest": float(np.exp(kept["rest"]).mean()), "cross_entropy_nats": -float(kept["targets"].mean()),
+            "rejected": len(found.rejected), **{k: v for k, v in asdict(config).items() if k in ("top_k", "temperature", "dtype")},
+        }  # fmt: skip
+        for array in kept.values():
+            array.flush()
+        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
+    return manifest
+
+
+def first_positions(examples: Sequence[Rendered]) -> np.ndarray:
+    """Return where each example's learnt tokens begin among all, and behind the last how many there are, int64 (examples + 1,)."""
+    return np.cumsum([0, *(sum(example.loss_mask[1:]) for example in examples)])
+
+
+@torch.no_grad()
+def top_tokens(
+    model: Transformer, rows: Sequence[Rendered], config: TeacherFileConfig, vocab_size: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the columns of ARRAYS at the learnt tokens of some rows, one row after the other."""
+    padded = pad_rows([row.tokens for row in rows], [row.loss_mask for row in rows], pad_id)
+    inputs_BT, targets_BT = (each.to(model.embed.weight.device) for each in padded)
+    places = (targets_BT.flatten() >= 0).nonzero()[:, 0]
+    hidden_ND, targets_N = model(inputs_BT).flatten(0, 1)[places], targets_BT.flatten()[places]
+    found: list[tuple[torch.Tensor, ...]] = []
+    for part in torch.arange(len(places)).split(max(1, CHUNK_ELEMENTS // vocab_size)):
+        logits_NV = F.linear(hidden_ND[part], model.output_weight[:vocab_size]).float()
+        logits_NV = logits_NV if model.config.logit_softcap is None else softcap(logits_NV, model.config.logit_softcap)
+        target_N = logits_NV.log_softmax(-1).gather(1, targets_N[part][:, None])[:, 0]
+        logs_NV = (logits_NV / config.temperature).log_softmax(-1)
+        log_probs_NK, ids_NK = logs_NV.topk(config.top_k, -1)
+        rest_N = logs_NV.scatter(1, ids_NK, -torch.inf).logsumexp(-1)
+        found.append((ids_NK.int(), log_probs_NK, rest_N, target_N))
+    ids, log_probs, rest, targets = (torch.cat(column).cpu().numpy() for column in zip(*found))
+    return ids, log_probs, rest, targets
+
+
+@dataclass(frozen=True)
+class TeacherFile:
+    """A teacher's folder, opened for the data that it is of."""
+
+    arrays: dict[str, np.ndarray]
+    """those of ARRAYS, mapped from the disk"""
+    starts: np.ndarray
+    """`first_positions` of the data's examples"""
+    manifest: dict[str, Any]
+    """teacher.json"""
+
+    @classmethod
+    def open(cls, path: Path, data: Path, tokenizer: Tokenizer, examples: Sequence[Rendered]) -> TeacherFile:
+        """Open a folder for data that it was written of. Raises UserError where data, tokenizer or the learnt tokens are others."""
+        manifest = read_json(Path(path) / MANIFEST)
+        starts = first_positions(examples)
+        for name, ours in (("data", file_sha256(data)), ("tokenizer", tokenizer.sha256)):
+            if manifest[f"{name}_sha256"] != ours:
+                raise UserError(
+                    f"{path} was written for {name} {manifest[f'{name}_sha256'][:8]}, not {ours[:8]}. "
+                    f"Write it anew with `plinth distill score {manifest['teacher']} --data {data}`."
+                )
+        if manifest["positions"] != starts[-1]:
+            raise UserError(
+                f"{path} has {manifest['positions']} learnt tokens and {data} has {starts[-1]} by this version. Write it anew."
+            )  # fmt: skip
+        return cls({name: np.load(Path(path) / f"{name}.npy", mmap_mode="r") for name in ARRAYS}, starts, manifest)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["vocab_size"]
+
+    def check_temperature(self, temperature: float) -> None:
+        """Raise UserError for a temperature other than the file's: the other tokens' share at it is not known."""
+        if temperature != self.manifest["temperature"]:
+            raise UserError(
+                f"temperature={temperature}, but the teacher's file is of temperature {self.manifest['temperature']}. "
+                "Use that one, or write the file anew."
+            )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise UserError when the student has fewer tokens than the file's distributions."""
+        if vocab_size < self.vocab_size:
+            raise UserError(
+                f"the teacher's file is over {self.vocab_size} tokens, and the student has {vocab_size}. "
+                f"Write it anew with --vocab-size {vocab_size}."
+            )
+
+    def columns(self, part: Sequence[int], targets_BT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return ids (B, T, K), log-probabilities (B, T, K), rest (B, T) and targets (B, T) at the counted targets of some examples."""
+        places = (targets_BT >= 0).nonzero(as_tuple=True)
+        rows = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in part])
+        found = []
+        for name in ARRAYS:
+            values = torch.from_numpy(self.arrays[name][rows])
+            whole = values.new_zeros(*targets_BT.shape, *values.shape[1:])
+            whole[places] = values
+            found.append(whole)
+        return tuple(found)
