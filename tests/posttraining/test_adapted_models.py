@@ -55,7 +55,7 @@ def tuning(adapter, steps=6, **train):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reward_model_learns_through_adapters_and_its_head(tmp_path, base, kind):
-    run = train_reward(tmp_path / "run", base / "model", base / "pairs.jsonl", tuning(KINDS[kind], 24))
+    run = train_reward(tmp_path / "run", base / "model", base / "pairs.jsonl", tuning(KINDS[kind], 18))
     first, last = run.metrics()[0], run.metrics()[-1]
     assert last["loss_nats"] < 0.7 * first["loss_nats"]
     adapted = load_adapter(RewardModel.from_decoder(load_decoder(base / "model"), torch.Generator()), run.path / "adapter")
@@ -172,6 +172,7 @@ def test_generate_takes_a_base_and_an_adapter(base, tuned, capsys):
     assert written[1] == written[2] != written[0]
 
 
+@pytest.mark.parametrize("tuned", [None], indirect=True)
 def test_a_server_takes_a_base_and_an_adapter(tmp_path, base, tuned):
     provenance = tmp_path / "run" / "provenance.json"
     (tmp_path / "run").mkdir()
@@ -186,6 +187,7 @@ def test_a_server_takes_a_base_and_an_adapter(tmp_path, base, tuned):
     assert [found["chat"] for found in facts] == [False, True]
 
 
+@pytest.mark.parametrize("tuned", [None], indirect=True)
 def test_what_does_not_fit_is_said(tmp_path, base, tuned, capsys):
     assert main(["generate", str(tuned / "adapter"), "-p", "What"]) == 1
     assert f"holds an adapter and no model. Name the model that it belongs to: `plinth generate MODEL --adapter {tuned}" in (
