@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from plinth.inference.best_of import best_of_kl, best_of_mean
-from plinth.inference.chat_model import LocalModel
+from plinth.inference.local_model import LocalModel
 from plinth.posttraining.prompts import read_prompts
 from plinth.posttraining.selection import SelectionConfig, draw_answers
 from plinth.recipes.selecting import select_answers

@@ -13,7 +13,8 @@ import torch
 from plinth.posttraining.advantage import gae, token_rewards, whiten
 from plinth.posttraining.distill_losses import divergence
 from plinth.posttraining.pair_scores import Pairs, implicit_rewards, wpo_weights
-from plinth.posttraining.policy_losses import POLICY_LOSSES, PolicyBatch, policy_loss
+from plinth.posttraining.policy_config import POLICY_LOSSES
+from plinth.posttraining.policy_losses import PolicyBatch, policy_loss
 from plinth.posttraining.preference_losses import mixed_loss, odds_ratio, preference_loss, sigmoid, simpo
 from plinth.posttraining.preference_objective import desensitised_log_probs
 from plinth.posttraining.reward_losses import bradley_terry_loss

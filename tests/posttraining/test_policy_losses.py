@@ -20,8 +20,8 @@ from plinth.posttraining.advantage import (
     token_rewards,
     whiten,
 )
+from plinth.posttraining.policy_config import POLICY_LOSSES
 from plinth.posttraining.policy_losses import (
-    POLICY_LOSSES,
     PolicyBatch,
     PolicyLoss,
     aggregate,

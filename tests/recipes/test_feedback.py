@@ -10,8 +10,8 @@ import torch
 from chat_server import chat_server, options_choice
 from plinth.cli.feedback import main
 from plinth.config import UserError
-from plinth.inference.chat_model import LocalModel
 from plinth.inference.endpoint import Endpoint, EndpointConfig, found_options
+from plinth.inference.local_model import LocalModel
 from plinth.inference.sampling_params import SamplingParams
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import save_model

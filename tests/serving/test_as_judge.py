@@ -2,8 +2,8 @@
 
 import pytest
 
-from plinth.inference.chat_model import LocalModel
 from plinth.inference.endpoint import Endpoint, EndpointConfig
+from plinth.inference.local_model import LocalModel
 from plinth.inference.sampling_params import SamplingParams
 
 

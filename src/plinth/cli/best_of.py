@@ -10,12 +10,8 @@ import tyro
 from rich.console import Console
 
 from plinth.cli.output import emit, say
-from plinth.inference.chat_model import LocalModel
 from plinth.inference.endpoint import EndpointConfig
-from plinth.posttraining.feedback import JudgeConfig
-from plinth.posttraining.selection import SelectionConfig
-from plinth.recipes.feedback import open_model
-from plinth.recipes.selecting import select_answers
+from plinth.posttraining.feedback_config import JudgeConfig, SelectionConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,10 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is no prompt, or nothing is kept."""
     options = tyro.cli(Options, prog="plinth best-of", args=argv)
+    from plinth.inference.local_model import LocalModel
+    from plinth.recipes.feedback import open_model
+    from plinth.recipes.selecting import select_answers
+
     judge = LocalModel.load(options.judge) if options.judge else None
     if options.judge_endpoint.url is not None:
         judge = open_model(options.judge, options.judge_endpoint)

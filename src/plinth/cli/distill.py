@@ -8,9 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from plinth.cli.output import say
-from plinth.cli.pretrain import show_run
-from plinth.posttraining.distillation import DistillConfig, distill
+from plinth.cli.output import say, show_run
+from plinth.posttraining.distill_config import DistillConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth distill", args=argv)
+    from plinth.posttraining.distillation import distill
+
     run = distill(
         options.out, options.run, options.teacher, options.data, options.config, resume=options.resume, argv=argv, warn=say
     )  # fmt: skip

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from plinth.cli.output import emit, say
 from plinth.inference.endpoint import EndpointConfig
-from plinth.recipes.feedback import FeedbackConfig, make_feedback, open_model
+from plinth.posttraining.feedback_config import FeedbackConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is nothing to judge, or the judge decides nothing."""
     options = tyro.cli(Options, prog="plinth feedback", args=argv)
+    from plinth.recipes.feedback import make_feedback, open_model
+
     report = make_feedback(options.answers, open_model(options.judge, options.endpoint), options.out, options.config, say)
     emit(report, options.json, lambda console: show(console, report, options.out))
     return 0

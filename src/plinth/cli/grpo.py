@@ -8,9 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from plinth.cli.output import say
-from plinth.cli.pretrain import show_run
-from plinth.posttraining.grpo import train_grpo
+from plinth.cli.output import say, show_run
 from plinth.posttraining.grpo_config import GrpoConfig
 
 
@@ -34,6 +32,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth grpo", args=argv)
+    from plinth.posttraining.grpo import train_grpo
+
     run = train_grpo(options.out, options.run, options.data, options.config, resume=options.resume, argv=argv, warn=say)
     show_run(run, options.json)
     return 0

@@ -5,20 +5,20 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 from rich.text import Text
 
 from plinth.cli.output import emit
-from plinth.models.hub import read_config
 from plinth.posttraining.examples import Kind
-from plinth.posttraining.inspection import Inspection, Shown, inspect_data, write_inspection_page
 from plinth.run import find_model
-from plinth.tokenizer.encode import Tokenizer
 
 JOINERS = "\u200c\u200d"  # of emoji and of several scripts
+if TYPE_CHECKING:
+    from plinth.posttraining.inspection import Inspection, Shown
+
 STYLES = {True: "bold green underline", False: "dim"}
 
 
@@ -49,6 +49,10 @@ class InspectCommand:
 def main(argv: list[str]) -> int:
     """Print what was found; exit code 0, or 1 with --strict when something was."""
     command = tyro.cli(InspectCommand, args=argv, prog="plinth inspect", description=InspectCommand.__doc__)
+    from plinth.models.hub import read_config
+    from plinth.posttraining.inspection import inspect_data, write_inspection_page
+    from plinth.tokenizer.encode import Tokenizer
+
     folder = find_model(command.run)
     max_seq_len = getattr(read_config(folder)[1], "max_seq_len", None)
     found = inspect_data(

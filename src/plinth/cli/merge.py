@@ -10,9 +10,6 @@ import tyro
 from rich.console import Console
 
 from plinth.cli.output import emit
-from plinth.models.hub import read_config
-from plinth.models.reward import RewardConfig
-from plinth.posttraining.adapted_models import merge_adapter
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,10 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when the folder is taken or the adapter does not fit the model."""
     options = tyro.cli(Options, prog="plinth merge", args=argv)
+    from plinth.models.hub import read_config
+    from plinth.models.reward import RewardConfig
+    from plinth.posttraining.adapted_models import merge_adapter
+
     folder, count = merge_adapter(options.run, options.adapter, options.out, options.onto)
 
     def render(console: Console) -> None:

@@ -8,9 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from plinth.cli.output import say
-from plinth.cli.pretrain import show_run
-from plinth.posttraining.ppo import train_ppo
+from plinth.cli.output import say, show_run
 from plinth.posttraining.ppo_config import PpoConfig
 
 
@@ -36,6 +34,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth ppo", args=argv)
+    from plinth.posttraining.ppo import train_ppo
+
     run = train_ppo(options.out, options.run, options.reward, options.data, options.config, resume=options.resume, argv=argv, warn=say)
     show_run(run, options.json)
     return 0

@@ -8,9 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from plinth.cli.output import say
-from plinth.cli.pretrain import show_run
-from plinth.posttraining.preference import train_dpo
+from plinth.cli.output import say, show_run
 from plinth.posttraining.preference_config import DpoConfig
 
 
@@ -34,6 +32,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth prefer", args=argv)
+    from plinth.posttraining.preference import train_dpo
+
     run = train_dpo(options.out, options.run, options.pairs, options.config, resume=options.resume, argv=argv, warn=say)
     show_run(run, options.json)
     return 0

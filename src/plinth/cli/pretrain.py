@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from plinth.cli.output import emit, say
+from plinth.cli.output import say, show_run
 from plinth.config import UserError, nearest
 from plinth.models.config import DecoderConfig
 from plinth.recipes.pretraining import PretrainConfig, pretrain, read_config, show_batch
@@ -123,20 +123,3 @@ def absolute_paths(call: dict[str, Any]) -> dict[str, Any]:
     """Return the call with paths that mean the same in a worker's own directory."""
     folders = tuple(path.absolute() for path in call["shards"])
     return call | {"out": call["out"].absolute(), "shards": folders, "tokenizer_dir": call["tokenizer_dir"].absolute()}
-
-
-def show_run(run, as_json: bool, next_verb: str = "generate {run} --prompt '...'") -> None:
-    """Print a finished training run, and the verb that comes next, with its arguments."""
-    summary = {"path": str(run.path), "model": str(run.model_dir), **(run.summary or {})}
-
-    reward = summary.get("reward")  # where a policy learns from rewards, its loss says nothing
-    result = f"training loss {summary['loss_nats']:.3f}" if reward is None else f"mean reward {reward:.3f} in the last roll-out"
-
-    def render(console) -> None:
-        console.print(
-            f"{run.path}: {summary['steps']:,} step{'' if summary['steps'] == 1 else 's'} in {summary['time_s']:.0f} s, {result}. "
-            f"Next: plinth {next_verb.format(run=run.path)}",
-            markup=False,
-        )
-
-    emit(summary, as_json, render)

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from plinth.cli.output import say
-from plinth.cli.pretrain import show_run
+from plinth.cli.output import say, show_run
 from plinth.recipes.encoder_pretraining import ElectraConfig, pretrain_encoder
 
 

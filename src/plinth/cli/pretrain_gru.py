@@ -8,8 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from plinth.cli.output import say
-from plinth.cli.pretrain import show_run
+from plinth.cli.output import say, show_run
 from plinth.config import UserError
 from plinth.models.recurrent_attention import Attention
 from plinth.models.recurrent_seq2seq import RecurrentSeq2SeqConfig

@@ -10,9 +10,7 @@ import tyro
 
 from plinth.cli.output import emit, say
 from plinth.inference.endpoint import EndpointConfig
-from plinth.posttraining.revision import RevisionConfig
-from plinth.recipes.feedback import open_model
-from plinth.recipes.revising import make_revisions
+from plinth.posttraining.feedback_config import RevisionConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,9 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is no prompt, or no answer is whole."""
     options = tyro.cli(Options, prog="plinth revise", args=argv)
+    from plinth.recipes.feedback import open_model
+    from plinth.recipes.revising import make_revisions
+
     model = open_model(options.model, options.endpoint)
     report = make_revisions(model, options.data, options.principles, options.out, options.config, say)
     lines = [

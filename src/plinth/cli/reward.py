@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from plinth.cli.output import emit, say
-from plinth.posttraining.reward_tuning import RewardTuning
-from plinth.recipes.reward import make_reward_model
+from plinth.posttraining.reward_config import RewardTuning
 
 NAMES = {"length": "length alone", "words": "bag of words", "coin": "coin"}
 
@@ -41,6 +40,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth reward", args=argv)
+    from plinth.recipes.reward import make_reward_model
+
     run = make_reward_model(
         options.out, options.run, options.data, options.config,
         held_out=options.held_out, references=options.references, resume=options.resume, argv=argv, warn=say,

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from plinth.cli.output import emit, say
 from plinth.cli.reward import show_report
-from plinth.posttraining.reward_data import TooLong
-from plinth.recipes.reward import score_file
+from plinth.posttraining.reward_config import TooLong
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth reward score", args=argv)
+    from plinth.recipes.reward import score_file
+
     found = score_file(options.run, options.data, adapter=options.adapter, out=options.out, too_long=options.too_long, warn=say)
 
     def render(console: Console) -> None:

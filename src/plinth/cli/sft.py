@@ -8,14 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from plinth.cli.output import say
-from plinth.cli.pretrain import show_run
-from plinth.models.hub import read_config
-from plinth.posttraining.inspection import inspect_data
-from plinth.posttraining.sft import train_sft
+from plinth.cli.output import say, show_run
 from plinth.posttraining.sft_config import SftConfig
-from plinth.run import find_model
-from plinth.tokenizer.encode import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,6 +34,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth sft", args=argv)
+    from plinth.posttraining.sft import train_sft
+
     if options.strict and not is_clean(options):
         return 1
     run = train_sft(options.out, options.run, options.messages, options.config, resume=options.resume, argv=argv, warn=say)
@@ -49,6 +45,11 @@ def main(argv: list[str]) -> int:
 
 def is_clean(options: Options) -> bool:
     """Look at the file as `plinth inspect --strict` does; say what was found when anything was."""
+    from plinth.models.hub import read_config
+    from plinth.posttraining.inspection import inspect_data
+    from plinth.run import find_model
+    from plinth.tokenizer.encode import Tokenizer
+
     folder = find_model(options.run)
     limit = options.config.max_seq_len or getattr(read_config(folder)[1], "max_seq_len", None)
     found = inspect_data(options.messages, Tokenizer.load(folder), limit, kind="messages", count=0)

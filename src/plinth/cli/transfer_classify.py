@@ -8,9 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from plinth.cli.output import say
-from plinth.cli.pretrain import show_run
-from plinth.posttraining.text_classification import TransferClassifyConfig, train_classifier
+from plinth.cli.output import say, show_run
+from plinth.posttraining.transfer_config import TransferClassifyConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth transfer classify", args=argv)
+    from plinth.posttraining.text_classification import train_classifier
+
     run = train_classifier(options.out, options.run, options.data, options.config, resume=options.resume, argv=argv, warn=say)
     show_run(run, options.json, next_verb="predict {run} heldout.jsonl")
     return 0

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from plinth.cli.output import say
-from plinth.cli.pretrain import show_run
-from plinth.recipes.language_model_finetuning import LmFinetuneConfig, finetune_language_model
+from plinth.cli.output import say, show_run
+from plinth.posttraining.transfer_config import LmFinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth transfer finetune-lm", args=argv)
+    from plinth.recipes.language_model_finetuning import finetune_language_model
+
     run = finetune_language_model(
         options.out, options.run, options.shards, options.config,
         tokenizer_dir=options.tokenizer, resume=options.resume, argv=argv, warn=say,

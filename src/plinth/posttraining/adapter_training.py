@@ -66,12 +66,3 @@ def dropped(loss: LossFunction) -> LossFunction:
             return loss(model, tuple(parts))
 
     return with_dropout
-
-
-def refuse_dropout(adapter: LoraConfig) -> None:
-    """Raise UserError for dropout where the model that is updated must be the one that sampled."""
-    if adapter.dropout:
-        raise UserError(
-            f"adapter.dropout={adapter.dropout} is not for methods that sample: the model that is updated must be the one that wrote the "
-            "completions, or the ratio of the two says nothing. Leave it out."
-        )

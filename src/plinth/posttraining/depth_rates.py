@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from plinth.config import UserError
-from plinth.training.optim import Scale
+from plinth.training.config import Scale
 from plinth.training.schedule import slanted_triangular
 
 Unfreeze = Literal["gradual", "all", "head"]

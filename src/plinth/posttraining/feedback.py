@@ -14,36 +14,12 @@ from plinth.config import UserError
 from plinth.inference.chat_model import BATCH, ChatModel, Conversation
 from plinth.inference.sampling_params import SamplingParams
 from plinth.posttraining.examples import Preference, Ranking
+from plinth.posttraining.feedback_config import JudgeConfig
 from plinth.posttraining.formats import detect, read_records
 from plinth.posttraining.principles import draw_principles
 from plinth.tokenizer.chat import Message
 
 OPTIONS = ("1", "2")
-QUESTION = "Which answer is better?"
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """How a judge is asked."""
-
-    question: str = QUESTION
-    """asked of every pair; with principles, one of them stands before it"""
-    preamble: str = "You compare two answers to the same conversation."
-    """what every question begins with"""
-    reasoning_tokens: int = 0
-    """tokens that the judge may reason in before it chooses; 0 asks for the choice alone"""
-    clamp: float | None = None
-    """largest probability that one order may give, such as 0.6: with reasoning, judges are too sure (default: no bound)"""
-    temperature: float = 0.7
-    """of the reasoning"""
-    seed: int = 0
-    """of the reasoning, and of which principle is asked about"""
-
-    def __post_init__(self) -> None:
-        if self.reasoning_tokens < 0:
-            raise UserError(f"reasoning_tokens={self.reasoning_tokens} must be 0 or more.")
-        if self.clamp is not None and not 0.5 < self.clamp <= 1:
-            raise UserError(f"clamp={self.clamp} must be above 0.5 and at most 1: a probability is kept within 1 − clamp and clamp.")
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from plinth.config import UserError, nearest
-from plinth.posttraining.adapter_training import refuse_dropout
-from plinth.posttraining.lora import LoraConfig
-from plinth.posttraining.policy_losses import POLICY_LOSSES, PolicyLoss
-from plinth.posttraining.rewards import RewardConfig
-from plinth.posttraining.rollouts import SampleConfig
-from plinth.training.loop import TrainConfig
-from plinth.training.optim import OptimizerConfig
+from plinth.posttraining.lora_config import LoraConfig, refuse_dropout
+from plinth.posttraining.policy_config import POLICY_LOSSES, PolicyLoss
+from plinth.posttraining.rollout_config import RewardConfig, SampleConfig
+from plinth.training.config import OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)

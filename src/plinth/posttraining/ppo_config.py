@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from plinth.config import UserError
-from plinth.posttraining.adapter_training import refuse_dropout
-from plinth.posttraining.lora import LoraConfig
-from plinth.posttraining.policy_losses import PolicyLoss
-from plinth.posttraining.rollouts import SampleConfig
-from plinth.training.loop import TrainConfig
-from plinth.training.optim import OptimizerConfig
+from plinth.posttraining.lora_config import LoraConfig, refuse_dropout
+from plinth.posttraining.policy_config import PolicyLoss
+from plinth.posttraining.rollout_config import SampleConfig
+from plinth.training.config import OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from plinth.config import UserError, check_least, check_positive, nearest
-from plinth.posttraining.lora import LoraConfig
-from plinth.training.loop import TrainConfig
-from plinth.training.optim import OptimizerConfig
+from plinth.posttraining.lora_config import LoraConfig
+from plinth.training.config import OptimizerConfig, TrainConfig
 
 # What each loss reads beside the answers. The functions are in preference_losses and unpaired_losses; this table needs no PyTorch.
 PAIR_OPTIONS: dict[str, tuple[str, ...]] = {

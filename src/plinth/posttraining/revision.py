@@ -6,35 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plinth.config import UserError
 from plinth.inference.chat_model import BATCH, ChatModel, Conversation
 from plinth.inference.sampling_params import SamplingParams
+from plinth.posttraining.feedback_config import RevisionConfig
 from plinth.posttraining.principles import draw_principles
 from plinth.tokenizer.chat import Message
-
-
-@dataclass(frozen=True)
-class RevisionConfig:
-    """How answers are written, criticised and written anew."""
-
-    rounds: int = 1
-    """times that an answer is criticised and written anew, each by a principle that is drawn"""
-    critique: str = "Say where your last answer does not live up to this principle: {principle}"
-    """what asks for a critique; {principle} stands for the principle"""
-    revise: str = "Now write your answer to me anew so that it does, without mentioning the principle. Reply with the new answer alone."
-    """what asks for the new answer"""
-    max_tokens: int = 256
-    """longest answer or critique in tokens"""
-    temperature: float = 0.7
-    """divisor of the logits"""
-    seed: int = 0
-    """of all that is drawn"""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UserError(f"rounds={self.rounds} must be at least 1.")
-        if "{principle}" not in self.critique:
-            raise UserError(f"critique={self.critique!r} has no {{principle}}, so the critic would not know by what.")
 
 
 @dataclass(frozen=True)

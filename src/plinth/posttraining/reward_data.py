@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,10 +16,9 @@ from plinth.ops.shared_rows import share_rows
 from plinth.posttraining.examples import Examples, Preference, Ranking
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.masks import render_row
+from plinth.posttraining.reward_config import TooLong
 from plinth.tokenizer.chat import Message
 from plinth.tokenizer.encode import Tokenizer
-
-TooLong = Literal["leave_out", "cut_start"]
 
 
 @dataclass(frozen=True)

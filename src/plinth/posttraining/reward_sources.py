@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from plinth.config import UserError, nearest
 from plinth.inference.verifiers import VERIFIERS, check_answer, check_name, verify
-from plinth.models.reward import RewardModel
 from plinth.posttraining.examples import Prompt
-from plinth.posttraining.reward import LoadedReward, load_reward
+from plinth.posttraining.rollout_config import DEFAULT_VERIFIER
 from plinth.run import find_model, tree_sha256
 from plinth.tasks import reviews
+
+if TYPE_CHECKING:
+    from plinth.models.reward import RewardModel
+    from plinth.posttraining.reward import LoadedReward
 
 Rule = Callable[[Prompt, str], float]
 """(prompt, text of the answer) -> reward; NaN where it cannot be told"""
 PATTERN = "format:"
 """what stands before a regular expression that answers must hold"""
-DEFAULT_VERIFIER = "exact"
 
 
 def by_verifier(name: str | None, default: str = DEFAULT_VERIFIER) -> Rule:
@@ -136,4 +138,6 @@ def open_reward(spec: str, device: str = "cpu", verifier: str = DEFAULT_VERIFIER
         return open_rule(spec, verifier)
     if not Path(spec).exists():
         raise UserError(f"reward={spec!r} is neither a run of a reward model nor a known rule ({', '.join(RULES)}).{nearest(spec, RULES)}")
+    from plinth.posttraining.reward import load_reward
+
     return LearntReward(load_reward(Path(spec), device=device), find_model(Path(spec)))

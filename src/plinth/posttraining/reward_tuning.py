@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from plinth.config import UserError, check_least, check_positive
+from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.models.reward import RewardModel
 from plinth.ops.shared_rows import SharedRows
@@ -18,57 +17,16 @@ from plinth.posttraining.adapter_files import frozen_identity, publish_model, wi
 from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.masks import render_row
 from plinth.posttraining.reward import LoadedReward, start_model
-from plinth.posttraining.reward_data import Batch, Choice, Choices, TooLong, batch_of, read_choices, repeated_prompts, split_tail
+from plinth.posttraining.reward_config import RewardTuning
+from plinth.posttraining.reward_data import Batch, Choice, Choices, batch_of, read_choices, repeated_prompts, split_tail
 from plinth.posttraining.reward_losses import ranking_loss
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.job import Job, run_job
-from plinth.training.loop import TrainConfig
-from plinth.training.optim import OptimizerConfig
 
 REFERENCES = 512  # answers that normalisation looks at where no file names others
-
-
-@dataclass(frozen=True)
-class RewardTuning:
-    """Loss, batches and schedule of a reward model."""
-
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            warmup_steps=5, keep_pre_decay=False, compile=False, optimizer=OptimizerConfig(lr=3e-4, muon_lr=2e-3)
-        )
-    )
-    """optimizer and schedule; not compiled on a GPU, as its batches have many shapes"""
-    epochs: float = 1.0
-    """passes over the prompts; more than one or two learn the answers by heart"""
-    prompts_per_step: int = 32
-    """prompts an update, each with all its answers"""
-    micro_batch_size: int = 16
-    """prompts a forward pass"""
-    center_coef: float = 0.01
-    """weight of the squared sum of a pair's scores, which keeps them around 0"""
-    max_seq_len: int | None = None
-    """longest prompt with an answer, in tokens (default: the model's context)"""
-    too_long: TooLong = "leave_out"
-    """what becomes of longer ones: leave_out, or cut_start (the prompt loses its beginning); both are counted and said"""
-    held_out_share: float = 0.1
-    """share of the file, at its end, that is not trained on but reported on; 0 for none"""
-    normalise: Literal["none", "mean", "mean_std"] = "mean"
-    """scores of the reference answers after training: left as they are, shifted to mean 0, or to mean 0 and deviation 1"""
-    normalise_before: bool = False
-    """let the untrained model's scores of the reference answers have mean 0 and deviation 1"""
-    adapter: LoraConfig = field(default_factory=LoraConfig)
-    """train adapters in place of the trunk's weights; the head is trained whole"""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "epochs")
-        check_least(self, "prompts_per_step", "micro_batch_size", "max_seq_len")
-        check_least(self, "center_coef", least=0)
-        if not 0 <= self.held_out_share < 1:
-            raise UserError(f"held_out_share={self.held_out_share} must lie in [0, 1).")
 
 
 def reward_loss(model: RewardModel, batch: Batch, center_coef: float = 0.0) -> tuple[torch.Tensor, int, dict[str, float]]:

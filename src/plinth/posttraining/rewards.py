@@ -3,54 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from plinth.config import UserError, nearest
-from plinth.inference.verifiers import check_name
 from plinth.posttraining.examples import Prompt
-from plinth.posttraining.reward_sources import DEFAULT_VERIFIER, RULES, Rule, check_prompts, find_rule, is_rule
+from plinth.posttraining.reward_sources import Rule, find_rule
+from plinth.posttraining.rollout_config import RewardConfig
 from plinth.posttraining.rollouts import Rollouts
 from plinth.training.step import InlineWorker, Workers
-
-CONTROLS = ("length", "random")
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """Rewards of a completion and their weights."""
-
-    rewards: tuple[str, ...] = ("verifier",)
-    """names of reward_sources.RULES: verifier (the one that a row names), a verifier (exact, numeric, ...) or reviews; format:PATTERN (a
-    regular expression that the text must hold); and as controls length (share of max-tokens) and random (heads or tails)"""
-    weights: tuple[float, ...] | None = None
-    """weight of each (default: 1)"""
-    verifier: str = DEFAULT_VERIFIER
-    """verifier of rows that name none"""
-
-    def __post_init__(self) -> None:
-        if not self.rewards or len(set(self.rewards)) < len(self.rewards):
-            raise UserError(f"rewards={self.rewards} must name at least one reward, each once.")
-        if self.weights is not None and len(self.weights) != len(self.rewards):
-            raise UserError(f"weights={self.weights} are {len(self.weights)} for {len(self.rewards)} rewards. Give one for each.")
-        check_name(self.verifier)
-
-    @property
-    def weights_K(self) -> torch.Tensor:
-        """The weights as a tensor (K,)."""
-        return torch.tensor(self.weights or (1.0,) * len(self.rewards))
-
-    def check_names(self, own: Mapping[str, Rule], problems: Sequence[Prompt]) -> None:
-        """Raise UserError for a reward or a row's verifier that there is not."""
-        for name in self.rewards:
-            if is_rule(name) and name not in own:
-                find_rule(name, self.verifier)
-                check_prompts(name, problems, self.verifier)
-            elif name not in (known := (*own, *RULES, *CONTROLS)):
-                raise UserError(f"reward={name!r} is none of {', '.join(known)}.{nearest(name, known)}")
 
 
 def score_rollouts(

@@ -20,32 +20,12 @@ from plinth.inference.sampling_params import SamplingParams
 from plinth.inference.torch_runner import TorchRunner
 from plinth.models.transformer import Transformer
 from plinth.posttraining.completion_scores import completion_log_probs
+from plinth.posttraining.rollout_config import SampleConfig
 from plinth.training.device import move_batch
 from plinth.training.step import InlineWorker, Workers
 
 Rows = dict[str, torch.Tensor]
 SCORED_ROWS = 64
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How completions are sampled."""
-
-    group_size: int = 8
-    """completions a prompt"""
-    max_tokens: int = 128
-    """longest completion in tokens, the one that ends it among them"""
-    temperature: float = 1.0
-    """divisor of the logits, in sampling and in the log-probabilities that are trained"""
-    max_batch: int = 256
-    """completions that a thread samples at once"""
-
-    def __post_init__(self) -> None:
-        for name in ("group_size", "max_tokens", "max_batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature} must be positive: what is always the same teaches nothing.")
 
 
 @dataclass(frozen=True)

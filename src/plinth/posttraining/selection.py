@@ -5,45 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 from plinth.config import UserError
 from plinth.inference.chat_model import BATCH, ChatModel
 from plinth.inference.sampling_params import SamplingParams
 from plinth.posttraining.examples import Prompt
-from plinth.posttraining.feedback import Comparison, JudgeConfig, judge_pairs
-from plinth.posttraining.reward_sources import DEFAULT_VERIFIER, open_reward
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """How many answers are drawn, what scores them, and which are kept."""
-
-    n: int = 8
-    """answers drawn to each prompt"""
-    by: str = "first"
-    """what scores them: a run of a reward model, a known rule (verifier: the one that each prompt's row names), judge, or first for none"""
-    verifier: str = DEFAULT_VERIFIER
-    """verifier of rows that name none: exact, words, numeric, regex, json, code, sql or refusal"""
-    keep: Literal["best", "passing"] = "best"
-    """best: the answer of the highest score; passing: all different answers that reach the threshold (rejection sampling)"""
-    threshold: float = 1.0
-    """least score of a passing answer"""
-    most_per_prompt: int = 4
-    """passing answers kept of one prompt at most, in the order that they were drawn"""
-    max_tokens: int = 128
-    """longest answer in tokens; one that is cut off is never kept"""
-    temperature: float = 1.0
-    """divisor of the logits"""
-    seed: int = 0
-    """of the draws"""
-
-    def __post_init__(self) -> None:
-        for name in ("n", "most_per_prompt"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.by == "first" and self.keep == "passing":
-            raise UserError("keep=passing needs scores, and by=first gives none. Name a reward model, a rule, verifier or judge with --by.")
+from plinth.posttraining.feedback import Comparison, judge_pairs
+from plinth.posttraining.feedback_config import JudgeConfig, SelectionConfig
+from plinth.posttraining.reward_sources import open_reward
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from plinth.config import UserError, check_least, check_positive
-from plinth.posttraining.lora import LoraConfig
-from plinth.training.loop import TrainConfig
-from plinth.training.optim import OptimizerConfig
+from plinth.posttraining.lora_config import LoraConfig
+from plinth.training.config import OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)

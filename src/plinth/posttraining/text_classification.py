@@ -6,7 +6,7 @@ Source: Howard and Ruder 2018, arXiv:1801.06146, section 3.3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,64 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plinth.config import UserError, check_least, check_positive
+from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.data.features import Row, causal_rows, pad_rows
 from plinth.data.labelled import label_names, read_examples
 from plinth.models.hub import load_model, save_model
 from plinth.models.recurrent import AwdLstm, AwdLstmConfig
-from plinth.models.text_classifier import PooledHeadConfig, TextClassifier, TextClassifierConfig
+from plinth.models.text_classifier import TextClassifier, TextClassifierConfig
 from plinth.models.transformer import Transformer
 from plinth.ops.dropout import seeded, step_seeds
 from plinth.posttraining.batches import describe_examples
-from plinth.posttraining.depth_rates import RateConfig, Unfreeze, Unfreezing, depth_scales
+from plinth.posttraining.depth_rates import Unfreezing, depth_scales
+from plinth.posttraining.transfer_config import TransferClassifyConfig
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.job import Job, run_job
-from plinth.training.loop import TrainConfig
 from plinth.training.objectives_encoder import num_right
-from plinth.training.optim import OptimizerConfig
 
 SETTLED = 4096  # examples, at most, whose statistics batch norm keeps
-
-
-@dataclass(frozen=True)
-class TransferClassifyConfig:
-    """A classifier on a language model, its batches and its schedule."""
-
-    head: PooledHeadConfig = field(default_factory=PooledHeadConfig)
-    """pooling and head"""
-    rates: RateConfig = field(default_factory=RateConfig)
-    """rates by depth and time"""
-    unfreeze: Unfreeze = "gradual"
-    """gradual: the head learns first, and every unfreeze_epochs one group of layers more, from the top; all: all from the first
-    update; head: the head alone"""
-    unfreeze_epochs: float = 1.0
-    """passes over the examples before the next group learns too (gradual)"""
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            warmup_steps=10, decay_fraction=0.9, keep_pre_decay=False, compile=False,
-            optimizer=OptimizerConfig(name="adamw", lr=0.01, beta1=0.7, beta2=0.99, eps=1e-8, weight_decay=0.01),
-        )
-    )  # fmt: skip
-    """optimizer and schedule; lr is that of the head"""
-    epochs: float = 15.0
-    """passes over the examples"""
-    examples_per_step: int = 32
-    """texts an update"""
-    micro_batch_size: int = 16
-    """texts a forward pass, over which batch norm takes its statistics"""
-    trunk_dropout: float = 1.0
-    """factor on the AWD-LSTM's own rates of dropout"""
-    truncate: bool = False
-    """cut texts that are longer than a decoder's context at their end (default: they are an error)"""
-    fresh: bool = False
-    """draw all weights anew instead of taking the pretrained ones, for comparison"""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "epochs", "unfreeze_epochs")
-        check_least(self, "examples_per_step", "micro_batch_size")
-        check_least(self, "trunk_dropout", least=0)
 
 
 def classification_loss(model: TextClassifier, batch: tuple[torch.Tensor, ...]):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from plinth.config import UserError, read_json, save_json, to_dict, write_atomic
 from plinth.evaluation.judging import judge_report
-from plinth.inference.chat_model import ChatModel, KeptAnswers, LocalModel
+from plinth.inference.chat_model import ChatModel, KeptAnswers
 from plinth.inference.endpoint import Endpoint, EndpointConfig
-from plinth.posttraining.feedback import JudgeConfig, judge_pairs, preference_row, read_comparisons
+from plinth.posttraining.feedback import judge_pairs, preference_row, read_comparisons
+from plinth.posttraining.feedback_config import FeedbackConfig
 from plinth.posttraining.principles import read_principles
 from plinth.run import Progress, file_sha256
 
@@ -20,27 +20,15 @@ KEPT_FILE = "asked.jsonl"
 TIE = 1e-6  # a judge that goes by the position alone gives 0.5 but for rounding
 
 
-@dataclass(frozen=True)
-class FeedbackConfig:
-    """How pairs are judged, and which are written."""
-
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    """how the judge is asked"""
-    principles: Path | None = None
-    """constitution: a text file with one principle a line, of which one is drawn for each pair (default: the question alone)"""
-    min_probability: float = 0.5
-    """least probability of the better answer for a pair to be written"""
-
-    def __post_init__(self) -> None:
-        if not 0.5 <= self.min_probability < 1:
-            raise UserError(f"min_probability={self.min_probability} must be at least 0.5 and below 1.")
-
-
 def open_model(run: Path | None, endpoint: EndpointConfig) -> ChatModel:
     """Return the model of a run, or the one behind a server. Raises UserError unless one of them is named."""
     if (run is None) == (endpoint.url is None):
         raise UserError("name one model to ask: a run or model folder, or a server with --endpoint.url and --endpoint.model.")
-    return Endpoint(endpoint) if run is None else LocalModel.load(run)
+    if run is None:
+        return Endpoint(endpoint)
+    from plinth.inference.local_model import LocalModel
+
+    return LocalModel.load(run)
 
 
 def refuse_other(out: Path, name: str, data: Path) -> None:

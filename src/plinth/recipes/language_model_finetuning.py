@@ -6,7 +6,6 @@ Source: Howard and Ruder 2018, arXiv:1801.06146, section 3.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from plinth.config import UserError, check_least, check_positive
+from plinth.config import UserError
 from plinth.data.contiguous import ContiguousText
 from plinth.data.loader import TokenLoader
 from plinth.data.shards import open_split
 from plinth.models.hub import load_model, save_model
 from plinth.models.recurrent import AwdLstm
 from plinth.models.transformer import Transformer
-from plinth.posttraining.depth_rates import RateConfig, Unfreezing, depth_scales
+from plinth.posttraining.depth_rates import Unfreezing, depth_scales
+from plinth.posttraining.transfer_config import LmFinetuneConfig
 from plinth.posttraining.vocabulary import shared_rows, with_vocabulary
 from plinth.recipes.pretraining import check_shards, split_rows
 from plinth.recipes.recurrent_pretraining import carried_batches, heldout_loss
@@ -30,49 +30,11 @@ from plinth.tokenizer.encode import Tokenizer
 from plinth.training.carried_state import CarriedState
 from plinth.training.checkpoint import Stateful
 from plinth.training.job import Job, run_job
-from plinth.training.loop import TrainConfig
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.objectives_recurrent import awd_lstm_loss
-from plinth.training.optim import OptimizerConfig
 from plinth.training.step import Batch, LossFunction
 
 AWD_LSTM_SEQ_LEN, DECODER_SEQ_LEN = 70, 256  # tokens a row, where the configuration names none; a decoder's context may be shorter
-
-
-@dataclass(frozen=True)
-class LmFinetuneConfig:
-    """How a language model goes on with other text."""
-
-    rates: RateConfig = field(default_factory=RateConfig)
-    """rates by depth and time"""
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            warmup_steps=10, decay_fraction=0.9, keep_pre_decay=False, compile=False,
-            optimizer=OptimizerConfig(name="adamw", lr=0.004, beta1=0.7, beta2=0.99, eps=1e-8, weight_decay=0.01),
-        )
-    )  # fmt: skip
-    """optimizer and schedule; lr is that of the last group of layers"""
-    epochs: float = 5.0
-    """passes over the text"""
-    seq_len: int | None = None
-    """tokens of a row a step (default: 70 for an AWD-LSTM, whose rows go on from step to step; 256 for a decoder, or its context)"""
-    sequences_per_step: int = 32
-    """rows an update"""
-    micro_batch_size: int = 16
-    """rows a forward pass"""
-    dropout: float = 1.0
-    """factor on the AWD-LSTM's own rates of dropout"""
-    activation_penalty: float = 2.0
-    """AWD-LSTM: weight of the mean square of the last layer's outputs in the loss"""
-    slowness_penalty: float = 1.0
-    """AWD-LSTM: weight of the mean square of their change from a position to the next"""
-    heldout_tokens: int = 100_000
-    """held-out tokens scored before and after, at most; 0 for none"""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "epochs")
-        check_least(self, "sequences_per_step", "micro_batch_size")
-        check_least(self, "dropout", "activation_penalty", "slowness_penalty", "heldout_tokens", least=0)
 
 
 def finetune_language_model(

@@ -9,8 +9,7 @@ from plinth.posttraining.sft_config import SftConfig
 from plinth.recipes.pretraining import PretrainConfig
 from plinth.scaling.plan_record import Plan
 from plinth.tasks.facts import FactsConfig
-from plinth.training.loop import TrainConfig
-from plinth.training.optim import OptimizerConfig
+from plinth.training.config import OptimizerConfig, TrainConfig
 from plinth.training.telemetry import TelemetryConfig
 
 SHORTER = 4  # how many times shorter the sequences at the start are

@@ -5,139 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from plinth.config import UserError, check_least
 from plinth.ops import kernels
-from plinth.run import Progress, Run, usable_cores
+from plinth.run import Progress, Run
 from plinth.training.checkpoint import Position, Stateful, TrainingState
-from plinth.training.compile import COMPILE_PAYS_STEPS, compiled_blocks
-from plinth.training.device import check_device_name, choose_device, device_settings, peak_memory_bytes
+from plinth.training.compile import compiled_blocks
+from plinth.training.config import TrainConfig
+from plinth.training.device import choose_device, device_settings, peak_memory_bytes
 from plinth.training.graphs import GraphedGradients
-from plinth.training.optim import OptimizerConfig, Scale, build_optimizer
-from plinth.training.precision import DTYPES, MasterWeights, fastest_dtype
-from plinth.training.saving import SavePolicy, open_checkpointer
-from plinth.training.schedule import warmup_stable_decay
-from plinth.training.spikes import BadBatchError, DescribeBatch, SpikeConfig, SpikeGuard, trace_rows
+from plinth.training.optim import Scale, build_optimizer
+from plinth.training.precision import DTYPES, MasterWeights
+from plinth.training.saving import open_checkpointer
+from plinth.training.spikes import BadBatchError, DescribeBatch, SpikeGuard, trace_rows
 from plinth.training.step import Batch, LossFunction, open_workers, take_gradients, train_step
 from plinth.training.stopping import Stopped, stop_requests
-from plinth.training.telemetry import Telemetry, TelemetryConfig, gpu_ids
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long and how to train; the same for every stage."""
-
-    steps: int | None = None
-    """optimizer updates (default: as many as the stage's epochs or tokens give)"""
-    warmup_steps: int = 10
-    """updates over which the learning rate rises"""
-    decay_fraction: float = 0.4
-    """share of the updates, at the end, over which the learning rate falls to zero"""
-    decay: Literal["sqrt", "linear"] = "sqrt"
-    """how it falls: as 1 - sqrt, or linearly"""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """the optimizer"""
-    clip_grad_norm: float = 1.0
-    """largest gradient norm of an update; a guard"""
-    dtype: str | None = None
-    """dtype of the computation, bfloat16 or float32 (default: the faster here); the optimizer always holds float32"""
-    device: str | None = None
-    """where to compute: cpu, cuda or cuda:N (default: cuda where PyTorch sees a GPU, else cpu)"""
-    compile: bool | None = None
-    """compile the blocks of the model (default: on a GPU, for runs of 300 updates or more)"""
-    cuda_graphs: bool = False
-    """launch forward and backward of a micro-batch as one CUDA graph; for small models and batches of one shape"""
-    tf32: bool = False
-    """multiply fp32 matrices on a GPU in TF32: faster, 10 bits of fraction; bfloat16 products stay as they are"""
-    deterministic: bool = False
-    """equal runs give equal bits on a GPU too, slower; on a CPU they always do"""
-    num_threads: int | None = None
-    """worker threads of a CPU, each with one core (default: all usable cores)"""
-    checkpoint_every_s: float = 60.0
-    """seconds between checkpoints; 0 for one as soon as the one before is written"""
-    keep_checkpoints: int = 2
-    """newest checkpoints kept"""
-    keep_every_steps: int | None = None
-    """take a checkpoint at each multiple of so many steps and keep it for good (default: none)"""
-    keep_pre_decay: bool = True
-    """take a checkpoint before the learning rate falls and keep it for good, so that the run can be extended"""
-    keep_final: bool = False
-    """take a checkpoint after the last step and keep it, with the optimizer's state; model/ holds the weights anyway"""
-    background_saves: bool = True
-    """write checkpoints while training goes on; costs memory for one copy of weights and optimizer state"""
-    seed: int = 0
-    """seed of initialisation and order of batches"""
-    spikes: SpikeConfig = field(default_factory=SpikeConfig)
-    """updates that look wrong"""
-    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
-    """where metrics go, and what energy costs"""
-
-    def __post_init__(self) -> None:
-        check_least(self, "steps", "num_threads", "keep_checkpoints", "keep_every_steps")
-        check_least(self, "seed", "warmup_steps", "checkpoint_every_s", least=0)
-        if not self.clip_grad_norm > 0:
-            raise UserError(f"clip_grad_norm={self.clip_grad_norm} must be positive; inf for no bound.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
-        check_device_name(self.device)
-        if not 0 <= self.decay_fraction <= 1:
-            raise UserError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
-
-    def resolved(self, steps: int | None = None) -> TrainConfig:
-        """Fill in what the machine and the stage decide; `steps` counts where the user named none.
-
-        Raises UserError when a tracker cannot be had here: before there is a run.
-        """
-        self.telemetry.check()
-        device, steps = choose_device(self.device), self.steps or steps
-        if self.compile and device == "cpu":
-            raise UserError("compile=true is for GPUs: a CPU's operations are fused by hand. Leave it out, or name a GPU with --device.")
-        if self.cuda_graphs and device == "cpu":
-            raise UserError("cuda_graphs=true needs a GPU. Leave it out, or name a GPU with --device.")
-        pays = device != "cpu" and (steps or 0) >= COMPILE_PAYS_STEPS
-        return replace(
-            self,
-            steps=steps,
-            dtype=self.dtype or fastest_dtype(device),
-            device=device,
-            compile=pays if self.compile is None else self.compile,
-            num_threads=self.num_threads or usable_cores(),
-        )
-
-    def moved_to(self, device: str) -> TrainConfig:
-        """Return the resolved configuration for going on on another device; what is for GPUs alone is decided anew."""
-        return replace(self, device=device, compile=None, cuda_graphs=False).resolved()
-
-    def lr_scale(self, step: int) -> float:
-        """Return the factor of the peak learning rates at a step counted from 0."""
-        assert self.steps is not None
-        decay_steps = self.steps - self.decay_start
-        linear = self.decay == "linear"
-        return warmup_stable_decay(step, steps=self.steps, warmup_steps=self.warmup_steps, decay_steps=decay_steps, linear=linear)
-
-    @property
-    def decay_start(self) -> int:
-        """Return the updates done before the learning rate begins to fall."""
-        assert self.steps is not None
-        return self.steps - round(self.steps * self.decay_fraction)
-
-    def save_policy(self) -> SavePolicy:
-        """Return when checkpoints are taken and which are kept for good."""
-        assert self.steps is not None
-        single = {self.decay_start} - {0, self.steps} if self.keep_pre_decay else set()
-        return SavePolicy(
-            every_s=self.checkpoint_every_s,
-            keep=self.keep_checkpoints,
-            keep_every_steps=self.keep_every_steps,
-            keep_steps=frozenset(single | ({self.steps} if self.keep_final else set())),
-            background=self.background_saves,
-        )
+from plinth.training.telemetry import Telemetry, gpu_ids
 
 
 def train(

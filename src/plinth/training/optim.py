@@ -4,88 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from plinth.config import UserError, check_least, check_positive
-from plinth.models.cost import optimizer_by_cost
+from plinth.config import UserError
+from plinth.training.config import OptimizerConfig, Scale
 from plinth.training.muon import orthogonalise, quintics, takes_kernels, update_on_kernels
 from plinth.training.precision import MasterWeights
 
-FIRST_MOMENTUM = 0.85
 # Factors on AdamW's rate by name, 1 for the rest. nanochat moves x0_lambda a hundred times as fast as resid_lambda, but on a stream whose
 # embedding has deviation 1; ours, where tied, has 0.02, so the same step weighs more. Short runs at the league's small size liked 3 better
 # than 1 and hardly less than 10, on both seeds looked at; no sweep has been made.
 OWN_RATES = {"x0_lambda": 3.0}
 # Elements of the matrices orthogonalised in one call, of which a few copies live at a time: in a core's cache, in a device's memory.
 CACHED_ELEMENTS, STACK_ELEMENTS = 1 << 19, 1 << 27
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How gradients become updates."""
-
-    name: Literal["muon", "adamw"] | None = None
-    """muon: Muon for hidden matrices, AdamW for embeddings, head and scales; adamw: AdamW for all (default: muon, but adamw in
-    pretraining where 5 hidden_size / tokens_per_step is above 0.47)"""
-    lr: float = 0.004
-    """peak learning rate of AdamW"""
-    muon_lr: float = 0.01
-    """peak learning rate of Muon, as the root mean square of a square matrix's singular values moved a step"""
-    beta1: float = 0.9
-    """decay of AdamW's first moment"""
-    beta2: float = 0.98
-    """decay of AdamW's second moment"""
-    eps: float = 1e-10
-    """added to the root of AdamW's second moment"""
-    tensorflow_eps: bool = False
-    """add it to the root before the moment's bias is taken out, as TensorFlow 1 did: at step t it weighs 1/sqrt(1 - beta2**t) as much"""
-    momentum: float = 0.95
-    """decay of Muon's momentum (Nesterov)"""
-    weight_decay: float = 0.1
-    """decay of hidden matrices, relative to the learning rate"""
-    newton_schulz_steps: int = 3
-    """iterations that orthogonalise Muon's update"""
-    polynomials: Literal["newton-schulz", "polar-express"] = "newton-schulz"
-    """polynomials of these iterations"""
-    momentum_warmup_steps: int = 0
-    """updates over which Muon's momentum rises from 0.85"""
-    normuon_beta2: float | None = None
-    """decay of the mean square of each neuron's update, which then divides it (default: no such normalisation)"""
-    cautious_decay: bool = False
-    """decay only the weights of the hidden matrices that Muon moves towards zero as well"""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "lr", "muon_lr", "eps")
-        check_least(self, "weight_decay", least=0)
-        if not 1 <= self.newton_schulz_steps <= 10:
-            raise UserError(f"newton_schulz_steps={self.newton_schulz_steps} must lie between 1 and 10.")
-        if self.normuon_beta2 is not None and not 0 <= self.normuon_beta2 < 1:
-            raise UserError(f"normuon_beta2={self.normuon_beta2} must lie in [0, 1).")
-
-    def resolved(self, hidden_size: int = 0, tokens_per_step: int = 1) -> OptimizerConfig:
-        """Choose the optimizer where none is named: Muon, unless its cost a step, about 5 hidden_size / tokens_per_step, is too high."""
-        if self.name is not None:
-            return self
-        return replace(self, name=optimizer_by_cost(hidden_size, tokens_per_step))
-
-    def momentum_at(self, num_updates: int) -> float:
-        """Return Muon's momentum at an update counted from 1."""
-        share = min(1.0, num_updates / self.momentum_warmup_steps) if self.momentum_warmup_steps else 1.0
-        return self.momentum - (1.0 - share) * max(0.0, self.momentum - FIRST_MOMENTUM)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Factors on the configured learning rate (AdamW's or Muon's), weight decay and eps, for one parameter; and when it begins to move."""
-
-    lr: float = 1.0
-    weight_decay: float = 1.0
-    eps: float = 1.0
-    begin: int = 0
-    """updates that leave the parameter as it is; then it moves as if training had just begun"""
 
 
 class Optimizer:

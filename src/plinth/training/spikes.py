@@ -12,42 +12,20 @@ from typing import Any, Literal
 import torch
 
 from plinth.config import UserError
+from plinth.training.config import LEAST_WINDOW, SpikeConfig
 from plinth.training.device import move_batch
 from plinth.training.precision import MasterWeights
 from plinth.training.step import Batch, LossFunction, StepResult
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
-LEAST_WINDOW = 16  # updates before anything counts as unusual
+
+
 LEAST_LOSS_SIGMA = 0.02  # nats, and share of the median: a loss that hardly varies is not made sensitive by that
 LEAST_NORM_SIGMA = 0.08  # of the norm's logarithm
 SUSPECTS = 3
 
 DescribeBatch = Callable[[int, Sequence[int] | None], str]
 """(step counted from 0, rows of its batch or None for all) -> the documents that they hold, for people."""
-
-
-@dataclass(frozen=True)
-class SpikeConfig:
-    """What to do about updates that look wrong."""
-
-    on_spike: Literal["warn", "skip", "stop"] = "warn"
-    """when loss or gradient norm jumps: say so, leave the update out, or stop before it"""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """when loss or gradient is infinite or no number: stop before the update, or leave it out"""
-    window: int = 64
-    """updates that the median and the spread are taken over"""
-    threshold: float = 8.0
-    """standard deviations above the median, estimated robustly, that make a spike"""
-    max_skips: int = 5
-    """updates left out in a row after which training stops"""
-
-    def __post_init__(self) -> None:
-        if self.window < LEAST_WINDOW:
-            raise UserError(f"window={self.window} must be at least {LEAST_WINDOW}.")
-        if self.threshold <= 0:
-            raise UserError(f"threshold={self.threshold} must be positive.")
-        if self.max_skips < 1:
-            raise UserError(f"max_skips={self.max_skips} must be at least 1.")
 
 
 @dataclass(frozen=True)
