@@ -5,7 +5,8 @@ import math
 import pytest
 
 from plinth.config import UserError
-from plinth.posttraining.distillation import DistillConfig
+from plinth.posttraining.distill_config import DistillConfig, TeacherFileConfig
+from plinth.posttraining.grpo_config import GrpoConfig
 from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.reward_tuning import RewardTuning
 from plinth.posttraining.sft_config import SftConfig
@@ -32,6 +33,8 @@ def test_no_stage_begins_without_passes_or_with_micro_batches_of_nothing(config)
     [
         (SftConfig, {"conversations_per_step": 0}), (SftConfig, {"max_seq_len": 0}), (SftConfig, {"tokens": 0}),
         (SftConfig, {"embedding_noise": -1.0}), (DpoConfig, {"pairs_per_step": 0}), (DpoConfig, {"beta": math.nan}),
+        (GrpoConfig, {"rollouts": 0}), (GrpoConfig, {"kl_coef": math.nan}), (GrpoConfig, {"mismatch_cap": -1.0}),
+        (GrpoConfig, {"epochs": 0}), (TeacherFileConfig, {"top_k": 0}), (TeacherFileConfig, {"temperature": math.nan}),
         (DpoConfig, {"max_seq_len": -1}), (DistillConfig, {"tokens": 0}), (RewardTuning, {"max_seq_len": 0}),
         (TrainConfig, {"seed": -1}), (TrainConfig, {"num_threads": 0}), (TrainConfig, {"warmup_steps": -1}),
         (TrainConfig, {"clip_grad_norm": math.nan}), (OptimizerConfig, {"lr": math.nan}), (OptimizerConfig, {"weight_decay": -0.1}),

@@ -17,12 +17,13 @@ from plinth.models.transformer import Transformer
 from plinth.ops.softcap import softcap
 from plinth.posttraining import distillation
 from plinth.posttraining.batches import pad_rows
+from plinth.posttraining.distill_config import DistillConfig, TeacherFileConfig
 from plinth.posttraining.distill_losses import Head, chunked_distillation_loss, distillation_loss, later_returns
-from plinth.posttraining.distillation import DistillConfig, OwnAnswers, distill, distill_loss, head_of, own_returns
+from plinth.posttraining.distillation import OwnAnswers, distill, distill_loss, head_of, own_returns
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.learnt_texts import read_texts, render_texts
 from plinth.posttraining.lora import LoraConfig
-from plinth.posttraining.teacher_file import TeacherFile, TeacherFileConfig, write_teacher_file
+from plinth.posttraining.teacher_file import TeacherFile, write_teacher_file
 from plinth.tokenizer.encode import Tokenizer
 from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig

@@ -140,7 +140,9 @@ def test_options_take_the_place_of_a_members_own():
         ({"kl_weighted": True}, "kl_weighted is for a k3 within the loss; here kl_coef=0.0"),
         ({"loss": "rloo", "kl_coef": 0.1, "kl_weighted": True}, "kl_weighted is for a k3 within the loss; here kl_coef=0.1, kl_in=reward"),
         ({"loss": "remax", "advantages": "leave_one_out", "sample": SampleConfig(group_size=1)}, "use advantages=greedy or global"),
-        ({"mask_unfinished": True, "advantages": "global"}, "Use group, batch, none or greedy"),
+        ({"epsilon_low": float("nan")}, "epsilon_low=nan must be 0 or more"),
+        ({"minibatches": 0}, "minibatches=0 must be at least 1"),
+        ({"off_policy_threshold": float("inf")}, "off_policy_threshold=inf"),
     ],
 )
 def test_an_option_that_the_loss_would_not_read_is_a_mistake(options, text):
@@ -251,6 +253,28 @@ def test_where_no_group_has_a_spread_nothing_is_changed(base):
     total, count, _ = completion_loss(gathered.sampler.model, rows, SMALL.settings)
     assert metrics["zero_spread_groups"] == 1.0 and metrics["groups"] == SMALL.minibatches
     assert count > 0 and all(not g.any() for g in torch.autograd.grad(total, list(gathered.sampler.model.parameters())))
+
+
+def test_where_all_are_compared_a_group_of_one_reward_teaches_too(base):
+    """REINFORCE++ has no baseline of a group: one completion a prompt will do, and all right ones are better than all wrong ones."""
+    own = {"even": lambda problem, text: float(problem.answer == "0")}
+    config = dataclasses.replace(
+        SMALL, loss="reinforce++", sample=SampleConfig(1, 3), prompts_per_rollout=10, reward=RewardConfig(("even",))
+    )
+    rows, metrics = collector(base, config, own)(0)
+    assert metrics["groups"] == 10 and metrics["zero_spread_groups"] == 0.0 and rows["advantages"].all()
+    rows, metrics = collector(base, config, {"even": lambda problem, text: 1.0})(0)
+    assert metrics["zero_spread_groups"] == 1.0 and not rows["advantages"].any()
+
+
+@pytest.mark.parametrize("loss", ["rloo", "reinforce++", "reinforce++_baseline"])
+def test_unfinished_completions_can_be_left_out_whatever_the_baseline(base, loss):
+    config = dataclasses.replace(SMALL, mask_unfinished=True, loss=loss, keep_zero_spread=True, sample=SampleConfig(8, 3, 1.5))
+    gathered = collector(base, config)
+    rows, metrics = gathered(0)
+    total, _, _ = completion_loss(gathered.sampler.model, rows, config.settings, 1.5)
+    assert 0 < metrics["finished"] < 1 and torch.equal(rows["trained"], rows["finished"]) and torch.isfinite(total)
+    assert not rows["advantages"][~rows["trained"]].any() and rows["advantages"][rows["trained"]].any()
 
 
 def test_unfinished_completions_can_be_left_out_of_groups_and_loss(base):

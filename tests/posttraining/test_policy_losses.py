@@ -360,6 +360,25 @@ def test_a_completion_without_a_score_counts_nowhere():
     ]
 
 
+@pytest.mark.parametrize("kind", ["leave_one_out", "global", "global_baseline", "separate"])
+def test_a_completion_without_a_score_counts_in_no_other_baseline_either(kind):
+    """Those with a score have what they would have without it, it has 0; so has one whose group has no other, unless all are compared."""
+    advantages = {
+        "leave_one_out": leave_one_out_advantages,
+        "global": global_advantages,
+        "global_baseline": lambda rewards: global_advantages(rewards, group_baseline=True),
+        "separate": lambda rewards: separate_reward_advantages(torch.stack([rewards, 1 - rewards**2]), f64([1, 0.5])),
+    }[kind]
+    plain = f64([[1, 0, 3, 0], [2, 0, 1, 1]])
+    wide = torch.cat([plain[:, :2], f64([[math.nan], [math.nan]]), plain[:, 2:]], 1)
+    found = advantages(wide)
+    torch.testing.assert_close(found[:, [0, 1, 3, 4]], advantages(plain))
+    assert not found[:, 2].any()
+    lonely = advantages(f64([[1, 0], [5, math.nan], [math.nan, math.nan]]))
+    assert torch.isfinite(lonely).all() and lonely[1:].flatten()[1:].eq(0).all() and (lonely[1, 0] == 0) == (kind != "global")
+    assert not advantages(torch.full((2, 2), math.nan, dtype=torch.float64)).any()
+
+
 def test_other_baselines():
     loo = leave_one_out_advantages(REWARDS)
     for p, row in enumerate(REWARDS.tolist()):

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from plinth.cli.output import emit, say
-from plinth.posttraining.teacher_file import TeacherFileConfig, write_teacher_file
+from plinth.posttraining.distill_config import TeacherFileConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, prog="plinth distill score", args=argv)
+    from plinth.posttraining.teacher_file import write_teacher_file
+
     found = write_teacher_file(options.out, options.run, options.data, options.config, warn=say)
 
     def render(console: Console) -> None:

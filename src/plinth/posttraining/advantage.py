@@ -118,14 +118,17 @@ def group_advantages(rewards_PG: Tensor, *, scale: str = "group", unbiased: bool
 
 
 def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
-    """Return each reward minus the mean of the prompt's other rewards, shape (P, G).
+    """Return each reward minus the mean of the prompt's other rewards, shape (P, G); 0 where the reward is NaN or no other is there.
 
+    A NaN marks a completion that could not be scored; it counts in no mean.
     Source: Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.  Raises ValueError for groups of one.
     """
     size = rewards_PG.shape[1]
     if size < 2:
         raise ValueError(f"group_size={size} leaves no other completion for the baseline. Sample 2 or more a prompt.")
-    return (rewards_PG - rewards_PG.mean(1, keepdim=True)) * (size / (size - 1))
+    counted_PG = ~rewards_PG.isnan()
+    count_P1 = counted_PG.sum(1, keepdim=True)
+    return group_advantages(rewards_PG, scale="none") * (count_P1 / (count_P1 - 1).clamp(min=1))
 
 
 def greedy_baseline_advantages(rewards_PG: Tensor, greedy_P: Tensor) -> Tensor:
@@ -139,18 +142,26 @@ def greedy_baseline_advantages(rewards_PG: Tensor, greedy_P: Tensor) -> Tensor:
 def global_advantages(rewards_PG: Tensor, *, group_baseline: bool = False) -> Tensor:
     """Return rewards whitened over all completions, shape (P, G), after subtracting the prompt's mean if `group_baseline`.
 
+    A NaN marks a completion that could not be scored; it counts nowhere, and gets 0.
     Source: Hu 2025 (REINFORCE++), arXiv:2501.03262.
     """
-    return whiten(rewards_PG - rewards_PG.mean(1, keepdim=True) if group_baseline else rewards_PG)
+    plain_PG = group_advantages(rewards_PG, scale="none") if group_baseline else rewards_PG.nan_to_num(0.0)
+    return _whitened_where(plain_PG, ~rewards_PG.isnan())
+
+
+def _whitened_where(values: Tensor, counted: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """Whiten over counted values; where all but one could not be scored, nothing has an advantage."""
+    return torch.zeros_like(values) if int(counted.sum()) < 2 <= counted.numel() else whiten(values, counted, epsilon=epsilon)
 
 
 def separate_reward_advantages(rewards_KPG: Tensor, weights_K: Tensor, *, epsilon: float = GROUP_EPSILON) -> Tensor:
     """Return K kinds of reward, each normalised within its group, summed by weight, then whitened over the batch, shape (P, G).
 
+    A completion with a kind that could not be scored, NaN, counts nowhere in the whitening, and gets 0.
     Source: Liu et al. 2026 (GDPO), arXiv:2601.05242.
     """
     parts = [weight * group_advantages(rewards_PG, epsilon=epsilon) for rewards_PG, weight in zip(rewards_KPG, weights_K)]
-    return whiten(torch.stack(parts).sum(0), epsilon=epsilon**2)
+    return _whitened_where(torch.stack(parts).sum(0), ~rewards_KPG.isnan().any(0), epsilon**2)
 
 
 def informative_groups(rewards_PG: Tensor) -> Tensor:

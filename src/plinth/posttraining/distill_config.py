@@ -1,4 +1,4 @@
-"""What distillation is told: loss, batches and schedule, without PyTorch."""
+"""What distillation and a teacher's file are told, without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from plinth.config import UserError, check_least, check_positive
 from plinth.posttraining.lora_config import LoraConfig
-from plinth.training.config import OptimizerConfig, TrainConfig
+from plinth.training.config import DTYPE_NAMES, OptimizerConfig, TrainConfig
 
 DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "total_variation")
 
@@ -90,3 +90,35 @@ class DistillConfig:
         """What the loss is given beside the two heads."""
         beta = {} if self.beta is None else {"beta": self.beta}
         return {"name": self.divergence, "temperature": self.temperature, "share": self.share, **beta}
+
+
+@dataclass(frozen=True)
+class TeacherFileConfig:
+    """What is kept of a teacher, and how it is computed."""
+
+    top_k: int = 64
+    """tokens kept a position, the most probable; 8 bytes each"""
+    temperature: float = 1.0
+    """divisor of the teacher's logits; a student can be taught at this temperature alone"""
+    max_seq_len: int | None = None
+    """longest example in tokens (default: the teacher's context); a longer one is an error, never cut"""
+    vocab_size: int | None = None
+    """tokens that the distribution is over, the first so many (default: all of the teacher's, whose matrix may be padded)"""
+    micro_batch_size: int = 16
+    """examples a forward pass"""
+    dtype: str = "float32"
+    """dtype of the computation, bfloat16 or float32"""
+    device: str | None = None
+    """where to compute: cpu, cuda or cuda:N (default: cuda where PyTorch sees a GPU, else cpu)"""
+    num_threads: int | None = None
+    """worker threads of a CPU, each with one core (default: all usable cores)"""
+
+    def __post_init__(self) -> None:
+        check_least(self, "top_k", "micro_batch_size", "max_seq_len", "vocab_size", "num_threads")
+        check_positive(self, "temperature")
+        if self.dtype not in DTYPE_NAMES:
+            raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPE_NAMES)}.")
+        if self.device is not None:
+            from plinth.training.device import check_device_name
+
+            check_device_name(self.device)

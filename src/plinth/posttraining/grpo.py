@@ -155,15 +155,20 @@ class Collector:
         }
 
     def _spread(self, rewards_KN: torch.Tensor) -> torch.Tensor:
-        """Return which groups have completions of different rewards, (P,); with separate rewards, of any of them.
+        """Return which groups have an advantage other than 0, (P,): those with completions of different rewards.
 
-        With a greedy baseline, which is off the rewards already, it is those with a reward other than the greedy completion's.
+        With separate rewards, it is those where any differs. With a greedy baseline, which is off the rewards already, it is those with a
+        reward other than the greedy completion's. Where all completions are compared, it is every group unless all have one reward.
         """
-        size = self.config.sample.group_size
-        if self.config.advantages_kind == "separate":
+        size, kind = self.config.sample.group_size, self.config.advantages_kind
+        if kind == "separate":
             return torch.stack([informative_groups(row.view(-1, size)) for row in rewards_KN]).any(0)
         total_PG = (self.config.reward.weights_K[:, None] * rewards_KN).sum(0).view(-1, size)
-        return total_PG.nan_to_num(0.0).any(1) if self.config.advantages_kind == "greedy" else informative_groups(total_PG)
+        if kind == "greedy":
+            return total_PG.nan_to_num(0.0).any(1)
+        if kind == "global":
+            return informative_groups(total_PG.view(1, -1)).expand(len(total_PG)) & ~total_PG.isnan().all(1)
+        return informative_groups(total_PG)
 
     def _refilled(self, number: int, rollouts: Rollouts, rewards_KN: torch.Tensor, kept: list[int]) -> tuple[Rollouts, torch.Tensor, int]:
         """Return the groups that have a spread, further ones sampled while there are too few, and how many were sampled for it.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from plinth.config import UserError, nearest
+from plinth.config import UserError, check_least, check_positive, nearest
 from plinth.posttraining.lora_config import LoraConfig, refuse_dropout
 from plinth.posttraining.policy_config import POLICY_LOSSES, PolicyLoss
 from plinth.posttraining.rollout_config import RewardConfig, SampleConfig
@@ -129,17 +130,14 @@ class GrpoConfig:
     def __post_init__(self) -> None:
         if self.member_name not in FAMILY:
             raise UserError(f"loss={self.loss!r} is none of {', '.join(FAMILY)}.{nearest(self.loss, FAMILY)}")
-        for name in ("prompts_per_rollout", "rollouts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.kl_coef < 0:
-            raise UserError(f"kl_coef={self.kl_coef} must be 0 or more.")
+        check_least(self, "prompts_per_rollout", "rollouts", "epochs", "minibatches", "micro_batch_size")
+        check_least(self, "kl_coef", "epsilon_low", "epsilon_high", "mismatch_floor", "resample_rounds", least=0)
+        check_least(self, "off_policy_threshold", least=-math.inf)
+        check_positive(self, "ratio_cap", "weight_cap", "temperature_positive", "temperature_negative", "mismatch_cap")
         if self.sample.group_size < 2 and self.advantages_kind not in ("global", "greedy"):
             raise UserError(
                 "sample.group_size=1 leaves no other completion to compare with. Sample 2 or more, or use advantages=greedy or global."
             )
-        if self.mask_unfinished and self.advantages_kind not in ("group", "batch", "none", "greedy"):
-            raise UserError(f"mask_unfinished does not go with advantages={self.advantages_kind}. Use group, batch, none or greedy.")
         if self.overlong_margin_tokens is not None and not 0 < self.overlong_margin_tokens < self.sample.max_tokens:
             raise UserError(f"overlong_margin_tokens={self.overlong_margin_tokens} must lie between 1 and sample.max_tokens - 1.")
         refuse_dropout(self.adapter)

@@ -23,49 +23,18 @@ from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.softcap import softcap
 from plinth.posttraining.batches import pad_rows
+from plinth.posttraining.distill_config import TeacherFileConfig
 from plinth.posttraining.learnt_texts import read_texts, render_texts
 from plinth.run import file_sha256, find_model, publish_dir, tree_sha256, usable_cores
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
-from plinth.training.device import check_device_name, choose_device
+from plinth.training.device import choose_device
 from plinth.training.precision import DTYPES
 from plinth.training.step import open_workers
 
 MANIFEST = "teacher.json"
 ARRAYS = {"ids": np.int32, "log_probs": np.float32, "rest": np.float32, "targets": np.float32}
 CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread
-
-
-@dataclass(frozen=True)
-class TeacherFileConfig:
-    """What is kept of a teacher, and how it is computed."""
-
-    top_k: int = 64
-    """tokens kept a position, the most probable; 8 bytes each"""
-    temperature: float = 1.0
-    """divisor of the teacher's logits; a student can be taught at this temperature alone"""
-    max_seq_len: int | None = None
-    """longest example in tokens (default: the teacher's context); a longer one is an error, never cut"""
-    vocab_size: int | None = None
-    """tokens that the distribution is over, the first so many (default: all of the teacher's, whose matrix may be padded)"""
-    micro_batch_size: int = 16
-    """examples a forward pass"""
-    dtype: str = "float32"
-    """dtype of the computation, bfloat16 or float32"""
-    device: str | None = None
-    """where to compute: cpu, cuda or cuda:N (default: cuda where PyTorch sees a GPU, else cpu)"""
-    num_threads: int | None = None
-    """worker threads of a CPU, each with one core (default: all usable cores)"""
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.temperature <= 0:
-            raise UserError(f"temperature={self.temperature} must be positive.")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
-        check_device_name(self.device)
 
 
 def is_teacher_file(path: Path) -> bool:
