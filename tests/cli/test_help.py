@@ -12,8 +12,8 @@ from plinth.training.config import DTYPE_NAMES
 from plinth.training.precision import DTYPES
 
 POST_TRAINING = (
-    "inspect", "sft", "merge", "prefer", "feedback", "revise", "best-of", "distill", "distill score", "known", "reward", "reward score", "ppo",
-    "grpo", "transfer finetune-lm", "transfer classify", "report",
+    "inspect", "sft", "merge", "prefer", "feedback", "revise", "best-of", "distill", "distill score", "known", "reward", "reward score",
+    "ppo", "grpo", "transfer finetune-lm", "transfer classify", "report",
 )  # fmt: skip
 HEAVY = ("torch", "pyarrow", "transformers")
 CODE = """
