@@ -1,14 +1,16 @@
 """How many labels is a language model worth, and which ingredient of ULMFiT is worth what?
 
-    python benchmarks/ulmfit.py --data DIR                   # goes on where it was stopped; writes benchmarks/records/ulmfit.json
-    python benchmarks/ulmfit.py --data DIR --seconds 300     # begins no further arm after so long; several processes may share DIR
+    python benchmarks/ulmfit.py --data DIR --declarations udhr2.zip   # goes on where it was stopped; writes benchmarks/records/ulmfit.json
+    python benchmarks/ulmfit.py --data DIR --seconds 300              # begins no further run after so long; several processes may share DIR
+    python benchmarks/ulmfit.py --data DIR --tune                     # what the settings below were chosen by
+    python benchmarks/ulmfit.py --data DIR --task packages            # another task: Python's standard library; ulmfit_packages.json
 
-A passage of a few lines of the Python standard library: which of eight packages is it from? Passages that name one of the eight are left
-out, equal ones count once. A small decoder (--trunk awd-lstm: an AWD-LSTM) is pretrained on the rest of the library (none of the eight
-packages' files), finetuned on passages of the eight without their labels (those to test on are not among them), and then learns from 100
-and more labels; beside it the same model from fresh weights. Then single ingredients are taken away. Every arm has the same updates for
-the same number of labels. Seeds draw the labelled passages, the head and the order; each language model is trained once, which no
-interval here covers.
+A line of some 80 characters of the Universal Declaration of Human Rights: which of twenty Bantu languages is it in? A small decoder
+(--trunk awd-lstm: an AWD-LSTM) is pretrained on the declaration in other languages (280 versions in Latin letters), finetuned on lines of
+the twenty without their labels (those to tune on and to test are not among them), and then learns from 100 and more labels; beside it the
+same model from fresh weights, and naive Bayes over words. Then single ingredients are taken away. Settings were chosen on the tuning lines,
+from scratch as much as with the recipe, with one draw of labels that is not reported. Seeds draw the labelled lines, the head and the
+order; each language model is trained once, which no interval here covers.
 """
 
 from __future__ import annotations
@@ -17,23 +19,17 @@ import argparse
 import dataclasses
 import fcntl
 import json
-import random
-import re
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
-from ulmfit_tables import PICTURE, ulmfit_picture
+from ulmfit_tables import FULL, PICTURE, SCRATCH, WORDS, ulmfit_picture
+from ulmfit_text import TASKS, VOCABULARY, draw, naive_bayes, prepare, told_right
 
 from plinth.config import write_atomic
-from plinth.data.documents import Document, TableBuilder
 from plinth.data.labelled import TextExample
-from plinth.data.shards import pack_corpus, read_manifest
-from plinth.data.stdlib import stdlib_documents
+from plinth.data.shards import read_manifest
 from plinth.inference.text_classifier import LoadedClassifier
 from plinth.models.config import DecoderConfig
 from plinth.models.recurrent import AwdLstmConfig
@@ -44,22 +40,23 @@ from plinth.recipes.language_model_finetuning import LmFinetuneConfig, finetune_
 from plinth.recipes.pretraining import PretrainConfig, pretrain
 from plinth.recipes.recurrent_pretraining import AwdLstmPretrainConfig, pretrain_awd_lstm
 from plinth.run import Run
-from plinth.tokenizer.encode import Tokenizer
-from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
 from record import write_record
 
-CLASSES, TESTED, VOCABULARY, PASSAGE = 8, 800, 2048, 240
 SHAPES = {
     "decoder": DecoderConfig(vocab_size=VOCABULARY, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
                              intermediate_size=384, max_seq_len=512),
     "awd-lstm": AwdLstmConfig(vocab_size=VOCABULARY, embedding_size=128, hidden_size=256, num_layers=2).without_dropout(0.5),
 }  # fmt: skip
 SEQ_LEN = {"decoder": 128, "awd-lstm": 70}
-EPOCHS = {100: 30, 200: 20, 500: 14, 1000: 10, 2000: 8}  # passes over so many labels, the same for every arm
-LM_EPOCHS, GENERAL_EPOCHS, ROWS, LM_RATE = 3.0, 2.0, 16, 0.004
+EPOCHS = {100: 30, 200: 20, 500: 14, 1000: 10}  # passes over so many labels, times an arm's factor
+GENERAL_EPOCHS, LM_EPOCHS, ROWS, LM_RATE = 3.0, {"languages": 30.0, "packages": 4.0}, 16, 0.004
+EVEN = RateConfig(depth_factor=1.0)
 PLAIN = RateConfig(depth_factor=1.0, slanted=False)
+SMOOTHING = 0.1  # of naive Bayes
+TUNING_SEED = 100
+RECORDS = {"languages": "ulmfit", "packages": "ulmfit_packages"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +64,38 @@ class Arm:
     """One way from text to labels."""
 
     language_model: str
-    """what it starts from, a key of LANGUAGE_MODELS, or fresh"""
+    """what it starts from, a key of LANGUAGE_MODELS, or fresh; words: naive Bayes"""
     rates: RateConfig = RateConfig()
     unfreeze: str = "gradual"
-    pooling: str = "concat"
+    pooling: str = "mean"
+    hidden: int = 0
+    """width of the head's hidden layer; 0: none"""
     lr: float = 0.01
     """of the head"""
+    epochs: float = 1.0
+    """factor on EPOCHS"""
 
 
-ONE_RATE = 0.003  # where all layers learn alike: the best of 0.001, 0.003 and 0.01 from scratch with 100 labels, on one draw
-FULL = Arm("target")
+SCRATCH_RATE, ONE_RATE = 0.001, 0.003  # where all layers learn alike: from fresh weights, and from pretrained ones
+RECIPE = Arm("target")
 CURVE = {
-    "from scratch": Arm("fresh", RateConfig(depth_factor=1.0), "all", lr=ONE_RATE),
-    "pretrained": Arm("general", RateConfig(depth_factor=1.0), "all", lr=ONE_RATE),
-    "the whole recipe": FULL,
+    WORDS: Arm("words"),
+    SCRATCH: Arm("fresh", EVEN, "all", lr=SCRATCH_RATE, epochs=2.0),
+    "pretrained": Arm("general", EVEN, "all", lr=ONE_RATE),
+    FULL: RECIPE,
+}
+TUNING = {  # labels: arms; one draw of labels, told on the tuning set
+    500: {
+        f"from scratch, rate {lr}, epochs x {factor}": Arm("fresh", EVEN, "all", lr=lr, epochs=factor)
+        for lr, factor in ((0.001, 2), (0.003, 2), (0.001, 4))
+    },
+    100: {
+        **{f"the whole recipe, rate {lr}": Arm("target", lr=lr) for lr in (0.003, 0.01)},
+        "the whole recipe, epochs x 2": Arm("target", epochs=2.0),
+        "the whole recipe, the paper's head": Arm("target", pooling="concat", hidden=50),
+        **{f"pretrained, rate {lr}": Arm("general", EVEN, "all", lr=lr) for lr in (0.001, 0.003)},
+        **{f"from scratch, rate {lr}, epochs x 2": Arm("fresh", EVEN, "all", lr=lr, epochs=2.0) for lr in (0.001, 0.003)},
+    },
 }
 ABLATIONS = {
     "no pretraining on other text": Arm("target, from scratch"),
@@ -89,12 +104,12 @@ ABLATIONS = {
     "language model finetuned by depth, constant rate": Arm("target, by depth"),
     "labels: all layers at one constant rate": Arm("target", PLAIN, "all", lr=ONE_RATE),
     "labels: the head alone": Arm("target", unfreeze="head"),
-    "labels: no discriminative rates": Arm("target", RateConfig(depth_factor=1.0), lr=ONE_RATE),
+    "labels: no discriminative rates": Arm("target", EVEN, lr=ONE_RATE),
     "labels: no slanted triangle": Arm("target", RateConfig(slanted=False)),
     "labels: no gradual unfreezing": Arm("target", unfreeze="all"),
-    "labels: the last state alone": Arm("target", pooling="last"),
+    "labels: the paper's head (three poolings, a hidden layer)": Arm("target", pooling="concat", hidden=50),
 }
-LANGUAGE_MODELS: dict[str, RateConfig | None] = {  # how it is finetuned on the eight packages' text; None where it is trained from scratch
+LANGUAGE_MODELS: dict[str, RateConfig | None] = {  # how it is finetuned on the task's text; None where it is trained from scratch
     "general": None,
     "target": RateConfig(),
     "target, plain": PLAIN,
@@ -111,144 +126,98 @@ def settings(lr: float, seed: int, *, steps: int | None = None, decay: float = 0
     )  # fmt: skip
 
 
-def passages_of(text: str) -> Iterator[str]:
-    """Cut a file between lines into passages of about PASSAGE characters."""
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line.strip():
-            lines.append(line)
-        if sum(map(len, lines)) >= PASSAGE:
-            yield "\n".join(lines)
-            lines = []
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where the runs are kept, and what they are of."""
+
+    folder: Path
+    """texts, models and results"""
+    trunk: str
+    """kind of language model, a key of SHAPES"""
+    task: str
+    """a key of TASKS"""
+
+    def model(self, name: str) -> Path:
+        return self.folder / self.trunk / name.replace(", ", "-").replace(" ", "_")
+
+    def row(self, name: str, labels: int, seed: int) -> Path:
+        return self.folder / self.trunk / "rows" / f"{name}, {labels} labels, seed {seed}.json"
+
+    def read(self, part: str) -> list[dict[str, str]]:
+        return json.loads((self.folder / f"{part}.json").read_text())
 
 
-def packages(sources: list[str], sizes: list[int]) -> list[str]:
-    """Return the packages with the most text, tables of characters left out."""
-    total: Counter[str] = Counter()
-    for source, size in zip(sources, sizes):
-        parts = source.removeprefix("stdlib:Lib/").split("/")
-        if len(parts) > 1 and parts[0] not in ("encodings", "distutils", "ensurepip"):
-            total[parts[0]] += size
-    return sorted(name for name, _ in total.most_common(CLASSES))
-
-
-def prepare(folder: Path) -> None:
-    """Write the passages to learn and to test, the tokenizer, and the shards of other text and of the passages to learn."""
-    table = stdlib_documents()
-    table = table.filter(pa.array([kind == "code" for kind in table["kind"].to_pylist()]))
-    texts, sources = table["text"].to_pylist(), table["source"].to_pylist()
-    names = packages(sources, [len(text) for text in texts])
-    named = re.compile(r"\b(" + "|".join(names) + r")", re.IGNORECASE)
-    found, general = defaultdict(list), []
-    for text, source in zip(texts, sources):
-        package = source.removeprefix("stdlib:Lib/").split("/")[0]
-        if package in names:
-            found[package] += [passage for passage in passages_of(text) if not named.search(passage) and len(passage) < 2 * PASSAGE]
-        elif package != "encodings":
-            general.append(text)
-    seen = Counter(passage for each in found.values() for passage in set(each))
-    rng, learn, test = random.Random(0), [], []
-    unique = {name: sorted({passage for passage in each if seen[passage] == 1}) for name, each in found.items()}
-    for name, each in unique.items():
-        rng.shuffle(each)
-        test += [{"text": text, "label": name} for text in each[: TESTED // CLASSES]]
-        learn.append([{"text": text, "label": name} for text in each[TESTED // CLASSES :]])
-    size = min(map(len, learn))
-    pool = [example for group in zip(*(each[:size] for each in learn)) for example in group]  # the labels in turn
-    train_tokenizer(general, VOCABULARY).save(folder / "tokenizer")
-    rest = [example["text"] for each in learn for example in each]
-    rng.shuffle(rest)
-    for name, documents in (("general", general), ("target", rest)):
-        rng.shuffle(documents)
-        pack(folder, name, documents)
-    (folder / "test.json").write_text(json.dumps(test))
-    (folder / "pool.json").write_text(json.dumps(pool))
-
-
-def pack(folder: Path, name: str, documents: list[str]) -> None:
-    """Write shards, one document of twenty held out."""
-    corpus = folder / f"{name}-corpus"
-    corpus.mkdir()
-    for split, chosen in (("heldout", documents[::20]), ("train", [text for i, text in enumerate(documents) if i % 20])):
-        builder = TableBuilder()
-        for i, text in enumerate(chosen):
-            builder.add(Document(text, f"{name}:{split}:{i}", "text", None, None, None))
-        pyarrow.parquet.write_table(builder.finish(), corpus / f"{split}.parquet")
-    pack_corpus(corpus, Tokenizer.load(folder / "tokenizer"), folder / name)
-
-
-def model_folder(folder: Path, trunk: str, name: str) -> Path:
-    return folder / trunk / name.replace(", ", "-").replace(" ", "_")
-
-
-def language_model(folder: Path, trunk: str, name: str) -> Path:
+def language_model(bench: Bench, name: str) -> Path:
     """Train a language model unless it is there, and return its run; other processes wait."""
-    out, rates = model_folder(folder, trunk, name), LANGUAGE_MODELS[name]
-    with (folder / f"{trunk}-{out.name}.lock").open("w") as lock:
+    out, rates = bench.model(name), LANGUAGE_MODELS[name]
+    with (bench.folder / f"{bench.trunk}-{out.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (out / "DONE").exists():
             return out
         resume = out.exists()
         if rates is None:
-            shards = folder / ("general" if name == "general" else "target")
-            seq_len = SEQ_LEN[trunk]
-            steps = round((GENERAL_EPOCHS if name == "general" else LM_EPOCHS) * read_manifest(shards)["tokens_train"] / (ROWS * seq_len))
-            if trunk == "decoder":
-                train = TrainConfig(steps, num_threads=1, keep_pre_decay=False, compile=False)
-                shape = PretrainConfig(SHAPES[trunk], train, seq_len, ROWS, ROWS)
-                pretrain(out, [shards], folder / "tokenizer", shape, resume=resume)
-            else:
-                train = TrainConfig(steps, num_threads=1, keep_pre_decay=False, optimizer=OptimizerConfig(name="adamw", lr=0.01))
-                config = AwdLstmPretrainConfig(SHAPES[trunk], train, sequences_per_step=ROWS, micro_batch_size=ROWS)
-                pretrain_awd_lstm(out, [shards], folder / "tokenizer", config, resume=resume)
+            from_scratch(bench, out, "general" if name == "general" else "target", resume)
         else:
             train = settings(LM_RATE, 0, decay=0.9 if rates.slanted else 0.0)
-            tuning = LmFinetuneConfig(rates, train, LM_EPOCHS, SEQ_LEN[trunk], ROWS, ROWS)
-            finetune_language_model(out, language_model(folder, trunk, "general"), [folder / "target"], tuning, resume=resume)
+            tuning = LmFinetuneConfig(rates, train, LM_EPOCHS[bench.task], SEQ_LEN[bench.trunk], ROWS, ROWS)
+            finetune_language_model(out, language_model(bench, "general"), [bench.folder / "target"], tuning, resume=resume)
     return out
 
 
-def learn(folder: Path, trunk: str, arm: Arm, labels: int, seed: int, scratch: Path) -> dict:
-    """Train a classifier and return what it reached on the passages to test."""
-    pool = json.loads((folder / "pool.json").read_text())
-    block = random.Random(seed)
-    groups = [pool[i : i + CLASSES] for i in range(0, len(pool) - CLASSES + 1, CLASSES)]
-    chosen = [example for group in block.sample(groups, -(-labels // CLASSES)) for example in group][:labels]
-    (scratch / "train.jsonl").write_text("".join(json.dumps(example) + "\n" for example in chosen))
-    base = language_model(folder, trunk, "general" if arm.language_model == "fresh" else arm.language_model)
+def from_scratch(bench: Bench, out: Path, text: str, resume: bool) -> None:
+    """Train a language model from fresh weights on the general or the target text."""
+    shards, tokenizer, seq_len = bench.folder / text, bench.folder / "tokenizer", SEQ_LEN[bench.trunk]
+    epochs = GENERAL_EPOCHS if text == "general" else LM_EPOCHS[bench.task]
+    steps = round(epochs * read_manifest(shards)["tokens_train"] / (ROWS * seq_len))
+    if bench.trunk == "decoder":
+        train = TrainConfig(steps, num_threads=1, keep_pre_decay=False, compile=False)
+        pretrain(out, [shards], tokenizer, PretrainConfig(SHAPES[bench.trunk], train, seq_len, ROWS, ROWS), resume=resume)
+    else:
+        train = TrainConfig(steps, num_threads=1, keep_pre_decay=False, optimizer=OptimizerConfig(name="adamw", lr=0.01))
+        config = AwdLstmPretrainConfig(SHAPES[bench.trunk], train, sequences_per_step=ROWS, micro_batch_size=ROWS)
+        pretrain_awd_lstm(out, [shards], tokenizer, config, resume=resume)
+
+
+def learn(bench: Bench, arm: Arm, labels: int, seed: int, part: str) -> dict[str, Any]:
+    """Learn labels, and return what is told right of a part of the passages: `test`, or `tuning`."""
+    chosen, examples = draw(bench.folder, labels, seed), bench.read(part)
+    began, texts = time.process_time(), [example["text"] for example in examples]
+    if arm.language_model == "words":
+        return told_right(naive_bayes(chosen, texts, SMOOTHING), examples)
+    base = language_model(bench, "general" if arm.language_model == "fresh" else arm.language_model)
     config = TransferClassifyConfig(
-        PooledHeadConfig(arm.pooling), arm.rates, arm.unfreeze, train=settings(arm.lr, seed, decay=0.9 if arm.rates.slanted else 0.0),
-        epochs=EPOCHS[labels], micro_batch_size=32, fresh=arm.language_model == "fresh",
+        PooledHeadConfig(arm.pooling, arm.hidden), arm.rates, arm.unfreeze,
+        train=settings(arm.lr, seed, decay=0.9 if arm.rates.slanted else 0.0),
+        epochs=arm.epochs * EPOCHS[labels], micro_batch_size=32, fresh=arm.language_model == "fresh",
     )  # fmt: skip
-    began = time.process_time()
-    run = train_classifier(scratch / "run", base, scratch / "train.jsonl", config)
-    test = json.loads((folder / "test.json").read_text())
-    told = LoadedClassifier.load(run.path).classify([TextExample(example["text"]) for example in test])
-    right = [int(label.label == example["label"]) for label, example in zip(told, test)]
-    return {
-        "accuracy": sum(right) / len(right),
-        "right": f"{int(''.join(map(str, right)), 2):x}",
-        "steps": (run.summary or {})["steps"],
-        "cpu_s": round(time.process_time() - began, 1),
-    }
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "train.jsonl").write_text("".join(json.dumps(example) + "\n" for example in chosen))
+        run = train_classifier(Path(scratch) / "run", base, Path(scratch) / "train.jsonl", config)
+        told = LoadedClassifier.load(run.path).classify([TextExample(text) for text in texts])
+        spent = {"steps": (run.summary or {})["steps"], "cpu_s": round(time.process_time() - began, 1)}
+    return told_right([label.label for label in told], examples) | spent
 
 
-def name_of(arm: str, labels: int, seed: int) -> str:
-    return f"{arm}, {labels} labels, seed {seed}"
+Plan = list[tuple[str, Arm, int, int, str]]
 
 
-def runs(counts: list[int], ablated: list[int], seeds: int) -> list[tuple[str, Arm, int, int]]:
-    """Return (arm, its settings, labels, seed) of everything, the curve first."""
-    curve = [(name, arm, labels, seed) for labels in counts for seed in range(seeds) for name, arm in CURVE.items()]
-    return curve + [(name, arm, labels, seed) for labels in ablated for seed in range(seeds) for name, arm in ABLATIONS.items()]
+def runs(counts: list[int], ablated: list[int], seeds: int) -> Plan:
+    """Return (arm, its settings, labels, seed, what it is told on) of everything that is reported."""
+    arms = [(labels, CURVE) for labels in counts] + [(labels, ABLATIONS) for labels in ablated]
+    arms.sort(key=lambda pair: pair[0])  # the cheap ones first
+    return [(name, arm, labels, seed, "test") for labels, group in arms for seed in range(seeds) for name, arm in group.items()]
 
 
-def run_missing(folder: Path, trunk: str, plan: list[tuple[str, Arm, int, int]], seconds: float | None) -> None:
+def tuning_runs() -> Plan:
+    return [(name, arm, labels, TUNING_SEED, "tuning") for labels, arms in TUNING.items() for name, arm in arms.items()]
+
+
+def run_missing(bench: Bench, plan: Plan, seconds: float | None) -> None:
     """Do the runs that no process has done or does, until `seconds` are over."""
     began = time.monotonic()
-    (folder / trunk / "rows").mkdir(parents=True, exist_ok=True)
-    for name, arm, labels, seed in plan:
-        out = folder / trunk / "rows" / f"{name_of(name, labels, seed)}.json"
+    (bench.folder / bench.trunk / "rows").mkdir(parents=True, exist_ok=True)
+    for name, arm, labels, seed, part in plan:
+        out = bench.row(name, labels, seed)
         if seconds is not None and time.monotonic() - began > seconds:
             return
         with out.with_suffix(".lock").open("w") as lock:
@@ -258,30 +227,36 @@ def run_missing(folder: Path, trunk: str, plan: list[tuple[str, Arm, int, int]],
                 continue
             if out.exists():
                 continue
-            with tempfile.TemporaryDirectory() as scratch:
-                row = {"name": name, "labels": labels, "seed": seed} | learn(folder, trunk, arm, labels, seed, Path(scratch))
+            row = {"name": name, "labels": labels, "seed": seed} | learn(bench, arm, labels, seed, part)
             write_atomic(out, json.dumps(row) + "\n")
-            print(f"{name_of(name, labels, seed)}: {row['accuracy']:.3f} in {row['cpu_s']} s", flush=True)
+            print(f"{out.stem}: {row['accuracy']:.3f}", flush=True)
 
 
-def report(folder: Path, trunk: str, plan: list[tuple[str, Arm, int, int]]) -> Path:
+def report(bench: Bench, plan: Plan) -> Path:
     """Write the record of the runs that are there."""
-    files = [folder / trunk / "rows" / f"{name_of(name, labels, seed)}.json" for name, _, labels, seed in plan]
+    files = [bench.row(name, labels, seed) for name, _, labels, seed, _ in plan]
     rows = [json.loads(file.read_text()) for file in files if file.exists()]
     models = {}
     for name in LANGUAGE_MODELS:
-        run = Run(model_folder(folder, trunk, name))
+        run = Run(bench.model(name))
         if run.is_done:
             kept = ("steps", "tokens", "loss_nats", "heldout_loss_nats_before", "heldout_loss_nats")
             models[name] = {key: value for key, value in (run.summary or {}).items() if key in kept}
-    test = json.loads((folder / "test.json").read_text())
+    tuned = [
+        json.loads(file.read_text())
+        for file in (bench.row(name, labels, seed) for name, _, labels, seed, _ in tuning_runs())
+        if file.exists()
+    ]
+    test = bench.read("test")
     path = write_record(
-        "ulmfit", __doc__.splitlines()[0], rows, missing=[file.stem for file in files if not file.exists()], models=models,
+        RECORDS[bench.task], __doc__.splitlines()[0], rows, missing=[file.stem for file in files if not file.exists()], models=models,
+        tuning=[{key: value for key, value in row.items() if key != "right"} for row in tuned], tuned=len(bench.read("tuning")),
         classes=sorted({example["label"] for example in test}), tested=len(test), curve=list(CURVE), ablations=list(ABLATIONS),
-        tokens={name: read_manifest(folder / name)["tokens_train"] for name in ("general", "target")},
-        trunk=trunk, model=dataclasses.asdict(SHAPES[trunk]),
+        tokens={name: read_manifest(bench.folder / name)["tokens_train"] for name in ("general", "target")},
+        epochs=EPOCHS, arms={name: dataclasses.asdict(arm) for name, arm in (CURVE | ABLATIONS).items() if name != WORDS},
+        task=bench.task, unit=TASKS[bench.task].unit, trunk=bench.trunk, model=dataclasses.asdict(SHAPES[bench.trunk]),
     )  # fmt: skip
-    if rows:
+    if rows and bench.task == "languages":
         (path.parents[2] / PICTURE).write_text(ulmfit_picture(json.loads(path.read_text())))
     return path
 
@@ -289,22 +264,24 @@ def report(folder: Path, trunk: str, plan: list[tuple[str, Arm, int, int]]) -> P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the texts, models and results")
+    parser.add_argument("--task", choices=TASKS, default="languages")
+    parser.add_argument("--declarations", type=Path, help="NLTK's udhr2.zip (--task languages)")
     parser.add_argument("--trunk", choices=SHAPES, default="decoder", help="kind of language model")
     parser.add_argument("--seconds", type=float, help="begin no further run after so many seconds (default: do all)")
+    parser.add_argument("--tune", action="store_true", help="try settings on the tuning set instead")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--labels", type=int, nargs="+", default=[100, 200, 500, 1000], choices=EPOCHS)
-    parser.add_argument(
-        "--ablated", type=int, nargs="*", default=[100, 500], choices=EPOCHS, help="labels at which ingredients are left out"
-    )
+    parser.add_argument("--ablated", type=int, nargs="*", default=[100], choices=EPOCHS, help="labels at which ingredients are left out")
     options = parser.parse_args()
+    bench = Bench(options.data, options.trunk, options.task)
     options.data.mkdir(parents=True, exist_ok=True)
     with (options.data / "prepare.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (options.data / "pool.json").exists():
-            prepare(options.data)
+            prepare(options.data, options.task, options.declarations)
     plan = runs(options.labels, options.ablated, options.seeds)
-    run_missing(options.data, options.trunk, plan, options.seconds)
-    print(report(options.data, options.trunk, plan))
+    run_missing(bench, tuning_runs() if options.tune else plan, options.seconds)
+    print(report(bench, plan))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,25 @@ from typing import Any
 from plinth.evaluation.panels import Line, Panel, panels_svg
 from plinth.evaluation.statistics import Score, mean_score, paired_difference
 
-FULL, SCRATCH = "the whole recipe", "from scratch"
+FULL, SCRATCH, WORDS = "the whole recipe", "from scratch", "words alone"
 PICTURE = "docs/pictures/ulmfit.svg"
 
 
 def ulmfit_table(record: dict[str, Any]) -> str:
     """Return the low-shot curve, what it says of the labels saved, and what is lost without each ingredient."""
-    return "\n".join([*_curve(record), "", *_said(record), "", "![accuracy against labels](pictures/ulmfit.svg)", "", *_ablations(record)])
+    return "\n".join(
+        [
+            *_curve(record),
+            "",
+            *_said(record),
+            "",
+            "![accuracy against labels](pictures/ulmfit.svg)",
+            "",
+            *_ablations(record),
+            "",
+            *_tuning(record),
+        ]
+    )
 
 
 def ulmfit_picture(record: dict[str, Any]) -> str:
@@ -23,10 +35,10 @@ def ulmfit_picture(record: dict[str, Any]) -> str:
     lines = []
     for i, name in enumerate(record["curve"]):
         known = [count for count in counts if _rows(record, name, count)]
-        lines.append(Line(name, known, [100 * _score(record, name, count).value for count in known], (0, 4, 3)[i % 3]))
-    panel = Panel(f"{len(record['classes'])} packages of the standard library", f"chance {100 / len(record['classes']):.1f} %", lines)
+        lines.append(Line(name, known, [100 * _score(record, name, count).value for count in known], (0, 4, 3, 2, 1)[i % 5]))
+    panel = Panel(f"{len(record['classes'])} {record['task']}", f"chance {100 / len(record['classes']):.1f} %", lines)
     ticks = [(float(count), f"{count:,}") for count in counts]
-    return panels_svg([panel], title="Labels against accuracy", x_label="labels", y_label="passages told right, %", x_ticks=ticks)
+    return panels_svg([panel], title="Labels against accuracy", x_label="labels", y_label=f"{record['unit']}s told right, %", x_ticks=ticks)
 
 
 def _rows(record: dict[str, Any], name: str, labels: int) -> list[dict[str, Any]]:
@@ -75,8 +87,8 @@ def _curve(record: dict[str, Any]) -> list[str]:
     lines += [f"| {count:,} | {' | '.join(_cell(record, name, count) for name in names)} |" for count in _counts(record)]
     seeds = len({row["seed"] for row in record["rows"]})
     note = (
-        f"Share of {record['tested']} passages told right, {seeds} draws of labels; in brackets the 95 % interval over passages, and the "
-        f"draws' lowest and highest. {len(record['classes'])} packages ({', '.join(record['classes'])}), equally often."
+        f"Share of {record['tested']} {record['unit']}s told right, {seeds} draws of labels; in brackets the 95 % interval over them, and "
+        f"the draws' lowest and highest. {len(record['classes'])} {record['task']} ({', '.join(record['classes'])}), equally often."
     )
     return [*lines, "", note]
 
@@ -90,11 +102,26 @@ def _said(record: dict[str, Any]) -> list[str]:
     best = _score(record, FULL, fewest).value
     reached = [count for count in counts if _rows(record, SCRATCH, count) and _score(record, SCRATCH, count).value >= best]
     tried = max((count for count in counts if _rows(record, SCRATCH, count)), default=fewest)
-    much = f"{reached[0]:,} labels" if reached else f"more than {tried:,} labels, the most tried"
-    lines = [f"With {fewest} labels the whole recipe tells {best:.1%}; from scratch that takes {much}."]
+    much = f"{reached[0]:,} labels, of the counts run," if reached else f"more than {tried:,} labels, the most tried"
+    lines = [f"With {fewest} labels the whole recipe tells {best:.1%} right; from scratch that takes {much}.".replace(",.", ".")]
     if (difference := _against(record, (FULL, fewest), (SCRATCH, 5 * fewest))) is not None:
         lines.append(f"Against five times as many labels from scratch it is {_points(difference)} points, with the 95 % interval.")
+    if (difference := _against(record, (FULL, fewest), (WORDS, fewest))) is not None:
+        lines.append(f"Against naive Bayes over the words in a {record['unit']}, with as many labels, it is {_points(difference)} points.")
     return [" ".join(lines)]
+
+
+def _tuning(record: dict[str, Any]) -> list[str]:
+    """Return what the settings were chosen by."""
+    if not record["tuning"]:
+        return []
+    lines = ["| tried on the tuning set | labels | told right |", "|---|---|---|"]
+    lines += [f"| {row['name']} | {row['labels']} | {row['accuracy']:.1%} |" for row in record["tuning"]]
+    return [
+        *lines,
+        "",
+        f"One draw of labels that is not among those above, {record['tuned']} {record['unit']}s that no other figure is of.",
+    ]
 
 
 def _ablations(record: dict[str, Any]) -> list[str]:
@@ -112,4 +139,4 @@ def _ablations(record: dict[str, Any]) -> list[str]:
             value = f"{100 * statistics.mean(row['accuracy'] for row in rows):.1f} %" if rows else "not run"
             cells.append(f"{value} | {_points(_against(record, (name, count), (FULL, count)))}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, "", "Points of accuracy against the whole recipe on the same passages and labels, with 95 % intervals over passages."]
+    return [*lines, "", "Points of accuracy against the whole recipe on the same examples and labels, with 95 % intervals over examples."]
