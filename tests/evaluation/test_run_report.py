@@ -7,7 +7,16 @@ import pytest
 
 from plinth.cli.main import main
 from plinth.evaluation.metric_words import GROUPS, WORDS
-from plinth.evaluation.run_report import curves_of, grouped, is_single_run, run_report_data, write_run_report
+from plinth.evaluation.run_report import (
+    columns_of,
+    command_of,
+    curves_of,
+    facts_of,
+    grouped,
+    is_single_run,
+    run_report_data,
+    write_run_report,
+)
 from plinth.run import Run
 
 HOSTILE = "</style><script>alert('x')</script>\"'&{{ 7 * 7 }}"
@@ -78,3 +87,31 @@ def test_a_run_that_logged_nothing_or_nonsense_is_reported_all_the_same(tmp_path
 
 def test_every_grouped_number_has_words():
     assert {name for _, names in GROUPS for name in names} <= set(WORDS)
+
+
+def test_numbers_have_names_and_units_scores_their_interval_and_rows_of_one_kind_a_table(tmp_path):
+    facts = {"loss_nats": 0.5, "peak_memory_bytes": 3.5e8, "time_s": 90.0, "energy_kwh": 1e-4, "finished": 0.25, "own": 3, "done": True}
+    assert facts_of(facts) == [
+        ("loss", "0.5 nats"), ("peak memory", "350 MB"), ("time", "1 min 30 s"), ("energy", "360 J"),
+        ("completions that ended", "25.0\xa0%"), ("own", "3"),
+    ]  # fmt: skip
+    score = {"value": 0.75, "n": 40, "stderr": 0.07, "ci95": [0.6, 0.86], "protocol": {"ties": 2}}
+    assert columns_of({"length": {"right": score, "ahead": score}, "words": {"right": score, "ahead": score}}) == ["right", "ahead"]
+    assert columns_of({"length": score, "words": score}) == columns_of({"a": {"b": 1}}) == columns_of({"a": {"b": 1}, "c": {}}) == []
+    run = Run.create(tmp_path / "tuned", "reward", {}, argv=[])
+    run.finish({"held_out": {"accuracy": score, "judges": {"length": {"right": score}, "words": {"right": score}}}})
+    page = " ".join(write_run_report(run.path).read_text().split())
+    assert page.count('0.75 <span class="muted">(0.6 to 0.86, n = 40)</span>, ties 2') == 3 and "stderr" not in page.split("<details>")[0]
+
+
+@pytest.mark.parametrize(
+    "stage, argv, command",
+    [
+        ("dpo", ["base", "--pairs", "my pairs.jsonl"], "plinth prefer base --pairs 'my pairs.jsonl'"),
+        ("classify", ["lm"], "plinth transfer classify lm"),
+        ("sft", ["plinth", "build", "--budget", "40s"], "plinth build --budget 40s"),
+        ("grpo", [], "plinth grpo"),
+    ],
+)
+def test_the_command_that_is_told_is_the_one_that_was_typed(stage, argv, command):
+    assert command_of({"stage": stage, "provenance": {"argv": argv}}) == command

@@ -1,4 +1,4 @@
-"""Numbers that make no run are refused by every stage before it begins, each by its name."""
+"""What makes no run is refused before it begins, by every stage: numbers out of range, a run of another stage, other data."""
 
 import math
 
@@ -12,6 +12,8 @@ from plinth.posttraining.reward_tuning import RewardTuning
 from plinth.posttraining.sft_config import SftConfig
 from plinth.posttraining.text_classification import TransferClassifyConfig
 from plinth.recipes.language_model_finetuning import LmFinetuneConfig
+from plinth.run import Run
+from plinth.training.job import reopen
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
 
@@ -48,3 +50,19 @@ def test_numbers_out_of_range_are_named(config, values):
 def test_dpo_is_sent_to_the_name_that_its_loss_has():
     with pytest.raises(UserError, match="'dpo' is not one of .* DPO is sigmoid"):
         DpoConfig(loss="dpo")
+
+
+def test_a_run_is_gone_on_with_by_its_own_stage_and_a_finished_one_says_that_other_data_are_not_read(tmp_path):
+    data, other = tmp_path / "data.jsonl", tmp_path / "other.jsonl"
+    data.write_text("one\n")
+    other.write_text("another\n")
+    said = []
+    Run.create(tmp_path / "run", "sft", {}, [data])
+    with pytest.raises(UserError, match="holds a run of stage sft, not dpo"):
+        reopen(tmp_path / "run", "dpo", [data], said.append)
+    reopen(tmp_path / "run", "sft", [other], said.append)  # unfinished: the checkpoint knows its data
+    assert not said
+    Run(tmp_path / "run").finish({"steps": 1})
+    assert reopen(tmp_path / "run", "sft", [data], said.append).is_done and not said
+    reopen(tmp_path / "run", "sft", [other], said.append)
+    assert "run is finished and was not made of" in said[0] and "other.jsonl: nothing is trained" in said[0]

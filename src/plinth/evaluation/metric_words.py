@@ -36,7 +36,7 @@ WORDS = {
     "value_clip_fraction": Words("values clipped", "share", "Values that moved further than the clipping range."),
     "value_loss": Words("value loss", "", "Squared error of the critic."),
     "policy_loss": Words("policy loss", "", "Clipped surrogate; its level says little, its trend less: read the reward."),
-    "explained_variance": Words("critic's explained variance", "share", "1 is a perfect critic; at or below 0 the critic is of no use."),
+    "explained_variance": Words("critic's explained variance", "", "1 is a perfect critic; at or below 0 the critic is of no use."),
     "chosen_log_prob": Words("log-probability, chosen", "nats", "When it falls together with the rejected one's, likelihood is displaced."),
     "rejected_log_prob": Words("log-probability, rejected", "nats"),
     "chosen_fell": Words("chosen answers that fell", "share", "Pairs whose chosen answer is less likely than before tuning."),

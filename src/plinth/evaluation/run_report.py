@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from plinth.evaluation.metric_words import GROUPS, words_of
 from plinth.evaluation.page import render_page
 from plinth.run import Run
 
+VERBS = {"dpo": "prefer", "finetune-lm": "transfer finetune-lm", "classify": "transfer classify"}  # of stages named otherwise
+JOULES_PER_KWH = 3.6e6
 SMOOTHED_FROM = 40  # points; fewer are drawn as they are
 TOTALS = ("step", "time_s", "tokens", "energy_kwh", "cost", "co2_g")  # sums that only grow: said in numbers, not drawn
 
@@ -80,8 +83,41 @@ def write_run_report(path: Path, data: Mapping[str, Any] | None = None) -> Path:
     groups = [(heading, charts) for heading, names in grouped(data["curves"]) if (charts := [_chart(data, name) for name in names])]
     if bins := _calibration_bins(data["summary"]):
         groups.append(("How far its probabilities can be believed", [_reliability_chart(bins)]))
-    write_atomic(page, render_page("run_report.html.j2", data=data, groups=groups, words_of=words_of))
+    values = {"facts": facts_of(data["summary"]), "command": command_of(data), "words_of": words_of, "columns_of": columns_of}
+    write_atomic(page, render_page("run_report.html.j2", data=data, groups=groups, **values))
     return page
+
+
+def facts_of(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, value with its unit) of each single number of a summary."""
+    numbers = [(name, value) for name, value in summary.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return [_fact(name, value) for name, value in numbers]
+
+
+def _fact(name: str, value: float) -> tuple[str, str]:
+    if name.endswith("_bytes"):
+        return name.removesuffix("_bytes").replace("_", " "), formats.size(value)
+    if name.endswith("_s") and not name.endswith("_per_s"):
+        return name.removesuffix("_s").replace("_", " "), formats.duration(value)
+    if name == "energy_kwh":
+        return "energy", formats.joules(value * JOULES_PER_KWH)
+    words = words_of(name)
+    return words.label, formats.share(value) if words.unit == "share" and 0 <= value <= 1 else formats.quantity(value, words.unit)
+
+
+def columns_of(value: Any) -> list[str]:
+    """Return the columns of what is a table, a mapping of mappings with the same names; none for anything else."""
+    rows = list(value.values()) if isinstance(value, Mapping) else []
+    same = len(rows) > 1 and all(isinstance(row, Mapping) and row and list(row) == list(rows[0]) for row in rows)
+    return list(rows[0]) if same and "ci95" not in rows[0] else []
+
+
+def command_of(data: Mapping[str, Any]) -> str:
+    """Return the command that made a run, as it is typed."""
+    argv = [str(each) for each in data["provenance"].get("argv") or []]
+    if argv[:1] == ["plinth"]:  # a stage of another verb
+        return shlex.join(argv)
+    return f"plinth {VERBS.get(data['stage'], data['stage'])} {shlex.join(argv)}".strip()
 
 
 def _calibration_bins(summary: Mapping[str, Any]) -> list[dict[str, float]]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from plinth.config import from_dict, to_dict
+from plinth.config import UserError, from_dict, to_dict
 from plinth.models.hub import TokenizerFiles, save_model
-from plinth.run import Run
+from plinth.run import Run, file_sha256
 from plinth.training.checkpoint import Stateful
 from plinth.training.loop import train
 from plinth.training.optim import Scale
@@ -60,6 +60,21 @@ class Job:
     """the run's summary from the loop's"""
 
 
+def reopen(out: Path, stage: str, parents: Sequence[Path], warn: Callable[[str], None]) -> Run:
+    """Return the run to go on with; a finished one that was made of other files than these is told of.
+
+    Raises UserError where there is no run, or one of another stage.
+    """
+    run = Run.open(out)
+    made = run.provenance
+    if made["stage"] != stage:
+        raise UserError(f"{out} holds a run of stage {made['stage']}, not {stage}. Continue it with the verb that began it.")
+    known = {parent["sha256"] for parent in made["parents"]}
+    if run.is_done and (other := [str(path) for path in parents if path.is_file() and file_sha256(path) not in known]):
+        warn(f"{out} is finished and was not made of {', '.join(other)}: nothing is trained. Pass --out with a new name for a new run.")
+    return run
+
+
 def run_job(
     out: Path,
     stage: str,
@@ -79,7 +94,7 @@ def run_job(
     """
     run = Run(out)
     if resume:
-        run = Run.open(out)
+        run = reopen(out, stage, parents, warn)
         if run.is_done:
             return run
         config = from_dict(type(config), run.config, f"{out}/config.json: ")
