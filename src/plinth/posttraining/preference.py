@@ -19,6 +19,7 @@ from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.displacement import displacement, last_means, length_bias
 from plinth.posttraining.examples import SHOWN, Examples
 from plinth.posttraining.formats import read_examples
+from plinth.posttraining.held_out import HeldOut, last_held_out, like_lengths
 from plinth.posttraining.log_probs import reference_log_probs
 from plinth.posttraining.pairs import LeftOut, render_pairs
 from plinth.posttraining.preference_config import DpoConfig
@@ -60,14 +61,20 @@ def train_dpo(
         rows, left_out = load_rows(tokenizer, found, config, model.config.max_seq_len, data, warn)
         buckets = LengthBuckets(rows.lengths, config.pairs_per_step, config.micro_batch_size, config.train.seed)
         epochs = config.epochs if config.tokens is None else config.tokens / rows.total_tokens
-        reference = np.zeros((len(rows.lengths), rows.sides), dtype=np.float32)
+        held = None if config.held_out is None else read_held_out(tokenizer, config, model.config.max_seq_len, warn)
+        everything = rows if held is None else rows.joined(held)
+        reference = np.zeros((len(everything.lengths), rows.sides), dtype=np.float32)
+        own, others = reference[: len(rows.lengths)], reference[len(rows.lengths) :]
+        held_out = None if held is None else measured(held, others, model, config)
 
         def begin(run: Run, config: DpoConfig) -> None:
             rows.open(config.train.num_threads or 1)
+            if held_out is not None:
+                held_out.begin(config.train)
             if rows.needs_reference:
                 reference[:] = reference_log_probs(
-                    run, lambda: fresh(config), rows.score, rows.reference_batch,
-                    rows.lengths, config.micro_batch_size, config.train,
+                    run, lambda: fresh(config), rows.score, everything.reference_batch,
+                    everything.lengths, config.micro_batch_size, config.train,
                 )  # fmt: skip
 
         def describe_batch(step: int, chosen: Sequence[int] | None) -> str:
@@ -82,12 +89,12 @@ def train_dpo(
             if said := displacement(means, config.nll_coef):
                 warn(said)
             epochs = {"epochs": summary["steps"] / buckets.steps_per_epoch, "pairs_seen": summary["tokens"]}
-            return kept | counts | epochs | means
+            return kept | counts | epochs | means | last_held_out(Run(out).metrics())
 
         job = Job(
             model,
             rows.loss,
-            lambda step: rows.batches(buckets.indices(step), reference, model),
+            lambda step: rows.batches(buckets.indices(step), own, model),
             steps=buckets.steps_for(epochs, None),
             tokenizer=tokenizer,
             description="preference tuning",
@@ -100,11 +107,21 @@ def train_dpo(
             },
             describe_batch=describe_batch,
             begin=begin,
+            **({} if held_out is None else {"step_metrics": held_out}),
             summarise=summarise,
         )
         return adapted_job(job, config.adapter, config.train)
 
-    return run_job(out, "dpo", config, prepare, parents=[model_run, data], resume=resume, argv=argv, warn=warn)
+    return run_job(
+        out,
+        "dpo",
+        config,
+        prepare,
+        parents=[model_run, data, *([config.held_out] if config.held_out else [])],
+        resume=resume,
+        argv=argv,
+        warn=warn,
+    )
 
 
 def read_preferences(data: Path, config: DpoConfig) -> Examples:
@@ -126,6 +143,21 @@ def _holds_labels(data: Path) -> bool:
     with contextlib.suppress(UserError):
         return read_examples(data).kind == "unpaired"
     return False
+
+
+def read_held_out(tokenizer: Tokenizer, config: DpoConfig, context: int, warn: Callable[[str], None]) -> PairedRows | LabelledRows:
+    """Return the rows of config.held_out; what cannot be read is told."""
+    assert config.held_out is not None
+    found = read_preferences(config.held_out, config)
+    if found.rejected:
+        warn(f"{config.held_out}: {found.describe()}")
+    return load_rows(tokenizer, found, config, context, config.held_out, warn)[0]
+
+
+def measured(rows: PairedRows | LabelledRows, reference: np.ndarray, model: Transformer, config: DpoConfig) -> HeldOut:
+    """Return what measures held-out rows by the loss that trains; `reference` holds their log-probabilities once training begins."""
+    parts = like_lengths(rows.lengths, config.micro_batch_size)
+    return HeldOut(model, rows.loss, lambda: rows.batches(parts, reference, model), config.held_out_every)
 
 
 def load_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from plinth.config import UserError, check_least, check_positive, nearest
@@ -93,13 +94,17 @@ class DpoConfig:
     """pairs, or labelled answers, a forward pass"""
     max_seq_len: int | None = None
     """longest prompt with its answer in tokens (default: the model's context); longer ones are left out, counted, never cut"""
+    held_out: Path | None = None
+    """pairs, or labelled answers, not trained on but measured as training goes on, in metrics.jsonl as held_out_...; None for none"""
+    held_out_every: int = 50
+    """updates between these measurements; one more follows the last update"""
     adapter: LoraConfig = field(default_factory=LoraConfig)
     """train adapters in place of the weights; the reference is the model without them"""
 
     def __post_init__(self) -> None:
         check_positive(self, "beta", "epochs")
         check_least(self, "chosen_nll_coef", "desirable_weight", "undesirable_weight", least=0)
-        check_least(self, "tokens", "pairs_per_step", "micro_batch_size", "max_seq_len")
+        check_least(self, "tokens", "pairs_per_step", "micro_batch_size", "max_seq_len", "held_out_every")
         if self.tail_weight is not None and not 0 <= self.tail_weight <= 1:
             raise UserError(f"tail_weight={self.tail_weight} must lie between 0 (no token beyond the shorter answer's length) and 1 (all).")
         if self.divergence_alpha is not None and (self.divergence != "alpha" or self.divergence_alpha == 1):

@@ -29,6 +29,10 @@ class PairedRows:
         self.epsilon = torch.tensor([0.0 if pair.probability is None else 1 - pair.probability for pair in pairs])
         self.reads_epsilon = "cdpo" in config.parts and config.epsilon is None and self.soft > 0
 
+    def joined(self, other: PairedRows) -> PairedRows:
+        """Return these pairs and others behind them."""
+        return PairedRows([*self.pairs, *other.pairs], self.config, self.pad_id)
+
     def open(self, num_threads: int) -> None:
         """Do nothing: pairs need no threads of their own."""
 
@@ -72,6 +76,10 @@ class LabelledRows:
         self.sides = 2 if config.loss == "kto" else 1
         self.device = choose_device(config.train.device)
         self._workers: Workers | InlineWorker = InlineWorker()
+
+    def joined(self, other: LabelledRows) -> LabelledRows:
+        """Return these answers and others behind them."""
+        return LabelledRows([*self.answers, *other.answers], self.config, self.pad_id)
 
     def open(self, num_threads: int) -> None:
         """Let so many threads of a CPU measure the reference point."""

@@ -12,6 +12,7 @@ import numpy as np
 from plinth.config import UserError
 from plinth.data.buckets import EvenMicroBatches, LengthBuckets, PackedExamples
 from plinth.models.hub import load_decoder
+from plinth.models.transformer import Transformer
 from plinth.ops.dropout import step_seeds
 from plinth.posttraining.adapter_files import frozen_identity, publish_model, with_adapters
 from plinth.posttraining.adapter_training import adapted_job
@@ -19,6 +20,7 @@ from plinth.posttraining.batches import describe_examples, pack_rows, pad_rows
 from plinth.posttraining.embedding_noise import noise_scales, noisy_lm_loss
 from plinth.posttraining.examples import SHOWN, Conversation, rows_text
 from plinth.posttraining.formats import read_examples
+from plinth.posttraining.held_out import HeldOut, held_out_hooks, last_held_out, like_lengths
 from plinth.posttraining.masks import render_weighted
 from plinth.posttraining.sft_config import SftConfig
 from plinth.run import Run, file_sha256, find_model
@@ -84,6 +86,7 @@ def train_sft(
             chosen = [i for row in (packed if rows is None else [packed[r] for r in rows]) for i in row]
             return describe_examples("example", chosen, None, lambda i: tokenizer.decode(examples[i].tokens[:40]))
 
+        held_out = None if config.held_out is None else held_out_conversations(tokenizer, model, config, limit, warn)
         job = Job(
             model,
             partial(noisy_lm_loss if config.embedding_noise else causal_lm_loss, dynamic=config.loss == "dft"),
@@ -99,6 +102,7 @@ def train_sft(
                 **frozen_identity(config.adapter, source),
             },
             describe_batch=describe_batch,
+            **held_out_hooks(held_out),
             summarise=lambda summary: (
                 summary
                 | {
@@ -108,11 +112,36 @@ def train_sft(
                     "epochs": rounds * summary["steps"] / deal.steps_per_epoch,
                     "supervised_share": sum(sum(example.loss_mask) for example in examples) / sum(lengths),
                 }
+                | last_held_out(Run(out).metrics())
             ),
         )
         return adapted_job(job, config.adapter, config.train)
 
-    return run_job(out, "sft", config, prepare, parents=[model_run, messages], resume=resume, argv=argv, warn=warn)
+    return run_job(
+        out,
+        "sft",
+        config,
+        prepare,
+        parents=[model_run, messages, *([config.held_out] if config.held_out else [])],
+        resume=resume,
+        argv=argv,
+        warn=warn,
+    )
+
+
+def held_out_conversations(tokenizer: Tokenizer, model: Transformer, config: SftConfig, limit: int, warn: Callable[[str], None]) -> HeldOut:
+    """Return what measures the conversations of config.held_out by their plain cross-entropy; too long ones are left out, and told."""
+    assert config.held_out is not None
+    found = read_examples(config.held_out, "messages")
+    if found.rejected:
+        warn(f"{config.held_out}: {found.describe()}")
+    rows, too_long = render_examples(tokenizer, found.rows, limit, found.numbers, leave_out=True)
+    if too_long:
+        warn(f"{config.held_out}: left out {too_long}")
+    pad_id = tokenizer.pad_id or 0
+    parts = [[rows[i] for i in part] for part in like_lengths([len(row.tokens) for row in rows], config.micro_batch_size)]
+    batches = [pad_rows([row.tokens for row in part], [row.loss_mask for row in part], pad_id) for part in parts]
+    return HeldOut(model, causal_lm_loss, lambda: batches, config.held_out_every)
 
 
 @dataclass(frozen=True)

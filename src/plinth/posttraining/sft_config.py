@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from plinth.config import UserError, check_least, check_positive
@@ -43,12 +44,16 @@ class SftConfig:
     unpadded: bool = False
     """make each micro-batch one row without padding, each conversation seeing itself alone; on a CPU it pays for long conversations of
     unequal lengths"""
+    held_out: Path | None = None
+    """conversations that are not trained on but measured as training goes on, in metrics.jsonl as held_out_...; None for none"""
+    held_out_every: int = 50
+    """updates between these measurements; one more follows the last update"""
     adapter: LoraConfig = field(default_factory=LoraConfig)
     """train adapters in place of the weights"""
 
     def __post_init__(self) -> None:
         check_positive(self, "epochs")
         check_least(self, "embedding_noise", least=0)
-        check_least(self, "tokens", "conversations_per_step", "micro_batch_size", "join_turns", "max_seq_len")
+        check_least(self, "tokens", "conversations_per_step", "micro_batch_size", "join_turns", "max_seq_len", "held_out_every")
         if self.packing and self.unpadded:
             raise UserError("packing=true and unpadded=true are two ways to make batches. Give one.")

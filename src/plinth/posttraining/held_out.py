@@ -1,0 +1,56 @@
+"""Rows that training never sees, measured while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from plinth.training.config import TrainConfig
+from plinth.training.device import move_batch
+from plinth.training.step import Batch, LossFunction, read_scalars
+
+PREFIX = "held_out_"
+
+
+class HeldOut:
+    """The loss of held-out rows and its metrics, every so many updates and after the last; call it with the updates made.
+
+    Sums and counts are divided once, as in training, so the values do not depend on how the rows are cut into micro-batches.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction, batches: Callable[[], Sequence[Batch]], every: int):
+        self.model, self.loss, self.batches, self.every = model, loss, batches, every
+        self.steps, self.device = 0, "cpu"
+
+    def begin(self, train: TrainConfig) -> None:
+        """Take from the resolved configuration where to compute and which update is the last."""
+        self.steps, self.device = train.steps or 0, train.device or "cpu"
+
+    def __call__(self, steps: int) -> dict[str, float]:
+        if steps % self.every and steps != self.steps:
+            return {}
+        with torch.no_grad():
+            found = [self.loss(self.model, move_batch(batch, self.device)) for batch in self.batches()]
+        count = sum(read_scalars([part[1] for part in found]))
+        loss = sum(read_scalars([part[0] for part in found])) / count
+        metrics = {name: sum(read_scalars([part[2][name] for part in found])) / count for name in found[0][2]}
+        return {f"{PREFIX}loss_nats": loss, **{PREFIX + name: value for name, value in metrics.items()}}
+
+
+def like_lengths(lengths: Sequence[int], micro_batch_size: int) -> list[np.ndarray]:
+    """Return the numbers of rows of like lengths, a micro-batch each."""
+    return np.array_split(np.argsort(lengths, kind="stable"), -(-len(lengths) // micro_batch_size))
+
+
+def last_held_out(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what was measured of held-out rows after the last update."""
+    return {name: value for name, value in metrics[-1].items() if name.startswith(PREFIX)} if metrics else {}
+
+
+def held_out_hooks(held_out: HeldOut | None) -> dict[str, Any]:
+    """Return the hooks of a Job that measure held-out rows; none where there are none."""
+    return {} if held_out is None else {"begin": lambda run, config: held_out.begin(config.train), "step_metrics": held_out}
