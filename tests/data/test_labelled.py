@@ -74,6 +74,9 @@ def test_questions_from_lines_and_from_squad_are_the_same(tmp_path):
     "task, record, told",
     [
         ("classify", {"text": "x", "lable": "a"}, "no 'label'. Did you mean lable"),
+        ("classify", {"text": "x", "label": None}, "'label' is empty"),
+        ("classify", {"text": " ", "label": "a"}, "'text' is empty"),
+        ("classify", {"text": 5, "label": "a"}, "'text' is of type int, no text"),
         ("tag", {"words": ["a", "b"], "tags": ["O"]}, "2 words with 1 tags"),
         ("tag", {"tokens": ["a"]}, "no 'words', a list of words"),
         ("answer", {"question": "q", "context": "abc", "answers": [{"text": "abd", "start": 0}]}, "'abd' does not stand at character 0"),

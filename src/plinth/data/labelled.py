@@ -90,6 +90,8 @@ def _records(path: Path, task: Task, rejects: Rejects) -> Iterator[tuple[int, An
     if task == "answer" and (squad := _squad("\n".join(lines))) is not None:
         yield from enumerate(squad, start=1)
         return
+    if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
+        raise UserError(f"{path} is a table of text. Write its rows as JSON Lines, an object of named fields each.")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -147,7 +149,7 @@ def _parse(record: Any, task: Task, labelled: bool) -> Example:
     if task == "classify":
         label = record.get("label")
         if labelled and label is None:
-            raise UserError(f"no 'label'.{nearest('label', record)}")
+            raise UserError(_lacks(record, "label", ""))
         return TextExample(_text(record, "text"), record.get("pair"), None if label is None else str(label))
     if task == "tag":
         return _parse_words(record, labelled)
@@ -206,8 +208,16 @@ def _parse_question(record: dict[str, Any], labelled: bool) -> QuestionExample:
 
 def _text(record: dict[str, Any], name: str) -> str:
     if not isinstance(record.get(name), str) or not record[name].strip():
-        raise UserError(f"no {name!r}, a text.{nearest(name, record)}")
+        raise UserError(_lacks(record, name))
     return record[name]
+
+
+def _lacks(record: dict[str, Any], name: str, form: str = ", a text") -> str:
+    """Return what is wrong with a field that holds no text: it is not there, empty, or of another type."""
+    if name not in record:
+        return f"no {name!r}{form}.{nearest(name, record)}"
+    value = record[name]
+    return f"{name!r} is {'empty' if value is None or value == '' or str(value).isspace() else f'of type {type(value).__name__}, no text'}"
 
 
 def label_names(examples: Sequence[Example], task: Task) -> tuple[str, ...]:
