@@ -102,8 +102,9 @@ def plain_scores(hidden, weight, targets, temperature):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_log_probs_equal_their_formula_in_any_chunks(rows, width, elements, dtype, tolerance, temperature, monkeypatch):
-    """With shapes that our kernels take and that they do not, in several chunks and in one."""
+    """With shapes that our kernels take and that they do not, in several chunks, of which two are kept for the gradient, and in one."""
     monkeypatch.setattr("plinth.ops.loss.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("plinth.ops.loss.KEPT_ELEMENTS", 64 * 64)
     targets = torch.arange(rows) % 64
     targets[[2, 7, 10]] = -1  # do not count
     weights = torch.linspace(-1, 1, rows)  # unlike the gradient of a sum

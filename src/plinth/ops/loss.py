@@ -12,6 +12,7 @@ from plinth.ops.softcap import softcap, softcapped_cross_entropy
 from plinth.ops.vocab_parallel import spread_cross_entropy
 
 CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread: 4 MB in bf16
+KEPT_ELEMENTS = 1 << 24  # logits kept from a forward to its backward pass, per thread: 64 MB in fp32
 BIAS_BLOCK = 32  # columns that a matrix with a bias beside it is filled up to
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -133,28 +134,30 @@ def biased_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Goes by chunks, and computes the logits anew for the gradient where there are several: at most one chunk is ever kept."""
+    """Goes by chunks, and computes their logits anew for the gradient, but where they are few enough to be kept."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, temperature, entropy):
         fused = temperature == 1.0 and not entropy and takes_rows(hidden_ND, weight_VD)
         found_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         entropy_N = torch.empty_like(found_N) if entropy else None
-        parts, grad_NV = _parts(hidden_ND, weight_VD), None
+        kept: list[torch.Tensor] = []
+        parts = _parts(hidden_ND, weight_VD)
         for part in parts:
+            keeps = any(ctx.needs_input_grad) and (len(parts) == 1 or part.stop * len(weight_VD) <= KEPT_ELEMENTS)
             logits_NV = F.linear(hidden_ND[part], weight_VD)
             if fused:
                 grad_NV = _fused_gradient(logits_NV, targets_N[part], found_N[part])
                 found_N[part].neg_()
-                continue
-            logs_NV = torch.log_softmax(_cooled(logits_NV.float(), temperature), -1)
-            found_N[part] = logs_NV.gather(1, targets_N[part, None].clamp_min(0))[:, 0] * (targets_N[part] >= 0)
-            if entropy_N is not None:
-                entropy_N[part] = -(logs_NV.exp() * logs_NV).sum(-1)
-            if len(parts) == 1 and any(ctx.needs_input_grad):
-                grad_NV = _minus_targets(logs_NV.exp_(), targets_N)
+            else:
+                logs_NV = torch.log_softmax(_cooled(logits_NV.float(), temperature), -1)
+                found_N[part] = logs_NV.gather(1, targets_N[part, None].clamp_min(0))[:, 0] * (targets_N[part] >= 0)
+                if entropy_N is not None:
+                    entropy_N[part] = -(logs_NV.exp() * logs_NV).sum(-1)
+                grad_NV = _minus_targets(logs_NV.exp_(), targets_N[part]) if keeps else logs_NV
+            kept += [grad_NV] if keeps else []
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
-        ctx.options, ctx.kept = (temperature, fused), grad_NV if len(parts) == 1 else None
+        ctx.options, ctx.kept = (temperature, fused), kept
         ctx.sums = collected(weight_VD) if fused and ctx.needs_input_grad[1] else None
         if entropy_N is not None:
             ctx.mark_non_differentiable(entropy_N)
@@ -167,9 +170,10 @@ class _TokenLogProbs(torch.autograd.Function):
         weight_wanted, grad_hidden = ctx.needs_input_grad[1], torch.empty_like(hidden_ND)
         sums = ctx.sums or WeightGradient(weight_VD.shape)
         grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if weight_wanted and not fused else None
-        for part in _parts(hidden_ND, weight_VD):
-            if ctx.kept is not None:
-                grad_NV, ctx.kept = ctx.kept, None
+        kept, ctx.kept = ctx.kept, []
+        for number, part in enumerate(_parts(hidden_ND, weight_VD)):
+            if number < len(kept):
+                grad_NV, kept[number] = kept[number], None
             elif fused:
                 grad_NV = _fused_gradient(F.linear(hidden_ND[part], weight_VD), targets_N[part], torch.empty(part.stop - part.start))
             else:
