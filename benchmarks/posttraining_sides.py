@@ -54,10 +54,10 @@ class Side:
         return replace(default, dtype=self.settings, num_threads=self.threads, optimizer=optimizer)
 
     def sizes(self, name: str, work: dict[str, int]) -> dict[str, int]:
-        """Return the peers' examples an update, a micro-batch for each thread; by default nothing."""
+        """Return the peers' examples an update, two micro-batches for each thread; by default nothing."""
         if self.settings == "defaults":
             return {}
-        return {name: work["per_step"], "micro_batch_size": -(-work["per_step"] // self.threads)}
+        return {name: work["per_step"], "micro_batch_size": max(1, work["per_step"] // self.threads // 2)}
 
     def first(self, name: str, place: Path, count: int) -> Path:
         """Return a file of the first so many examples."""

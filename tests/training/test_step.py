@@ -5,10 +5,11 @@ import torch
 
 from plinth.models.config import DecoderConfig
 from plinth.models.transformer import Transformer
+from plinth.ops.linear import collect_gradients, embedding
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig, build_optimizer
 from plinth.training.precision import MasterWeights
-from plinth.training.step import NonFiniteError, open_workers, split_gradients, train_step
+from plinth.training.step import NonFiniteError, open_workers, share_out, split_gradients, train_step
 
 CONFIG = DecoderConfig(
     vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48, max_seq_len=16
@@ -170,3 +171,30 @@ def test_gradients_that_share_memory_or_lie_in_another_order_update_as_in_pytorc
             assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(masters.tensors[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_threads_get_about_as_many_tokens_each():
+    sizes = [3, 40, 5, 17, 30, 5, 8, 12]
+    batches = [(torch.zeros(size, 2), size) for size in sizes]
+    shares = share_out(batches, 2)
+    assert sorted(size for share in shares for _, size in share) == sorted(sizes)
+    assert [sum(size for _, size in share) for share in shares] == [60, 60]
+    alike = [(torch.zeros(4, 2), i) for i in range(5)]
+    assert [[i for _, i in share] for share in share_out(alike, 2)] == [[0, 1], [2, 3, 4]]  # in their order
+    assert share_out([object()] * 3, 3) != [[], [], []]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_of_rows_gets_the_gradient_of_the_whole_table(dtype):
+    weight = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    tokens = torch.randint(50, (3, 40), generator=torch.Generator().manual_seed(1))
+    factors = torch.randn(3, 40, 32, generator=torch.Generator().manual_seed(2))
+    with collect_gradients() as collected:
+        for part in range(3):
+            loss = (embedding(tokens[part], weight).float() * factors[part]).sum()
+            assert torch.autograd.grad(loss, [weight], allow_unused=True) == (None,)
+    exact = weight.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad((torch.nn.functional.embedding(tokens, exact) * factors).sum(), [exact])
+    (found,) = collected.filled_plain(weight)
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

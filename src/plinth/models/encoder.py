@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from plinth.models.bidirectional import BiasedLinear, LayerNorm, MultiHeadAttention, key_mask
+from plinth.models.embedding import Embedding
 from plinth.models.encoder_config import EncoderConfig
 from plinth.models.encoder_heads import activate, encoder_head
 
@@ -20,7 +21,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         width = config.embedding_width
-        self.tokens = nn.Embedding(config.vocab_size, width)
+        self.tokens = Embedding(config.vocab_size, width)
         self.positions = nn.Embedding(config.max_seq_len, width)
         self.segments = nn.Embedding(config.num_segments, width)
         self.norm = LayerNorm(width, config.norm_eps)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from plinth.models.bidirectional import BiasedLinear, LayerNorm, MultiHeadAttention, key_mask
+from plinth.models.embedding import Embedding
 from plinth.models.encoder_decoder_config import EncoderDecoderConfig
 from plinth.models.norm import RMSNorm
 from plinth.ops.dropout import dropout
@@ -218,7 +219,7 @@ class EncoderDecoder(nn.Module):
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         separate = config.target_vocab_size is not None
         self.target_embed = nn.Embedding(config.output_size, config.hidden_size) if separate else None
         self.encoder, self.decoder = Stack(config, is_decoder=False), Stack(config, is_decoder=True)

@@ -10,6 +10,7 @@ from torch import nn
 from plinth.config import UserError
 from plinth.models.attention import Attention, is_fused
 from plinth.models.config import DecoderConfig
+from plinth.models.embedding import Embedding
 from plinth.models.kv_cache import PagedCache, View
 from plinth.models.mlp import feed_forward
 from plinth.models.moe import MixtureOfExperts
@@ -79,7 +80,7 @@ class Transformer(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.position_embed = nn.Embedding(config.max_seq_len, config.hidden_size) if config.position == "learned" else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = normalisation(config, config.hidden_size)

@@ -81,12 +81,30 @@ class GradientSums:
 
     def __init__(self) -> None:
         self._by_weight: dict[int, WeightGradient] = {}
+        self._plain: dict[int, torch.Tensor] = {}
 
     def of(self, weight_FD: torch.Tensor) -> WeightGradient:
         """Return the sums that belong to a weight."""
         if id(weight_FD) not in self._by_weight:
             self._by_weight[id(weight_FD)] = WeightGradient(weight_FD.shape)
         return self._by_weight[id(weight_FD)]
+
+    def plain(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the sums of a weight in its own layout, fp32, to be added to in place."""
+        if id(weight) not in self._plain:
+            self._plain[id(weight)] = torch.zeros(weight.shape, dtype=torch.float32)
+        return self._plain[id(weight)]
+
+    def absorb(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add a gradient, fp32, to the sums of a weight in its own layout; it may not be used any more."""
+        if id(weight) in self._plain:
+            self._plain[id(weight)].add_(gradient)
+        else:
+            self._plain[id(weight)] = gradient
+
+    def filled_plain(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        """Return the sums of a weight in its own layout in a list, which is empty if nothing was added."""
+        return [self._plain[id(weight)]] if id(weight) in self._plain else []
 
     def filled(self, weight: torch.Tensor) -> list[WeightGradient]:
         """Return the sums of a weight in a list, which is empty if nothing was added."""
@@ -107,9 +125,18 @@ def collect_gradients() -> Iterator[GradientSums]:
         _thread.sums = None
 
 
+def collecting(weight: torch.Tensor) -> GradientSums | None:
+    """Return this thread's sums where they take a weight's gradient: within `collect_gradients`, of a parameter on a CPU.
+
+    What is computed from parameters needs its gradient in autograd, which hands it on.
+    """
+    takes = weight.requires_grad and weight.is_leaf and weight.device.type == "cpu" and not hasattr(weight, "device_mesh")
+    return getattr(_thread, "sums", None) if takes else None
+
+
 def collected(weight_FD: torch.Tensor) -> WeightGradient | None:
-    """Return where this thread collects the gradient of a weight, None outside of `collect_gradients`."""
-    sums = getattr(_thread, "sums", None)
+    """Return where this thread collects the gradient of a weight for the kernels; None where it goes to autograd."""
+    sums = collecting(weight_FD)
     return None if sums is None else sums.of(weight_FD)
 
 
@@ -141,9 +168,32 @@ def takes_rows(x: torch.Tensor, weight_FD: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
     """Return x · weightᵀ + bias, shape (..., F).  The slow twin is torch.nn.functional.linear."""
     if torch.is_grad_enabled() and takes_rows(x, weight_FD):
-        y = _KernelLinear.apply(x, weight_FD, collected(weight_FD) if weight_FD.requires_grad else None)
+        y = _KernelLinear.apply(x, weight_FD, collected(weight_FD))
         return y if bias_F is None else y + bias_F
     return F.linear(x, weight_FD, bias_F)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight_VD, tokens, sums):
+        ctx.save_for_backward(tokens)
+        ctx.weight, ctx.sums = weight_VD, sums
+        return F.embedding(tokens, weight_VD)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (tokens,) = ctx.saved_tensors
+        ctx.sums.plain(ctx.weight).index_add_(0, tokens.flatten(), grad.reshape(-1, grad.shape[-1]).float())
+        return None, None, None
+
+
+def embedding(tokens: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """Return the rows of a table that tokens name, shape (..., D).  The slow twin is torch.nn.functional.embedding.
+
+    Within `collect_gradients` a backward pass touches the rows that were read, not a table of zeros as large as the weight.
+    """
+    sums = collecting(weight_VD)
+    return F.embedding(tokens, weight_VD) if sums is None else _Embedding.apply(weight_VD, tokens, sums)
 
 
 def pad_rows(count: int) -> int:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from plinth.ops import kernels
 from plinth.ops.chunked_loss import chunk_rows, chunked_cross_entropy
-from plinth.ops.linear import WeightGradient, collected, takes_rows
+from plinth.ops.linear import WeightGradient, collected, collecting, takes_rows
 from plinth.ops.softcap import softcap, softcapped_cross_entropy
 from plinth.ops.vocab_parallel import spread_cross_entropy
 
@@ -25,7 +25,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32)
         wanted = hidden_ND.requires_grad or weight_VD.requires_grad
         grad_hidden = torch.empty_like(hidden_ND) if wanted else None
-        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32) if wanted else None
+        grad_weight = torch.empty(weight_VD.shape, dtype=torch.float32) if weight_VD.requires_grad else None
         rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
@@ -38,23 +38,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if not counted.all():
                     grad.mul_(counted[:, None])
                 torch.mm(grad, weight_VD, out=grad_hidden[part])
-                _add_product(grad_weight, grad.t(), hidden)
+                if grad_weight is not None:
+                    _add_product(grad_weight, grad.t(), hidden, fresh=start == 0)
         if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+            ctx.save_for_backward(grad_hidden)
+            ctx.grad_weight, ctx.weight, ctx.sums = grad_weight, weight_VD, collecting(weight_VD)
         return losses_N.sum(dtype=torch.float64).float()
 
     @staticmethod
     def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        (grad_hidden,), grad_weight = ctx.saved_tensors, ctx.grad_weight
         if grad != 1.0:
-            grad_hidden, grad_weight = grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype)
-        return grad_hidden, grad_weight, None
+            grad_hidden, grad_weight = grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad if grad_weight is not None else None
+        if ctx.sums is None or grad_weight is None:
+            return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight.dtype), None
+        ctx.sums.absorb(ctx.weight, grad_weight)
+        return grad_hidden, None, None
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add the product of two matrices to an fp32 total, in one pass where they are of its type."""
-    if a.dtype == total.dtype:
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, fresh: bool = False) -> None:
+    """Add the product of two matrices to an fp32 total, in one pass where they are of its type; a fresh total has no numbers yet."""
+    if a.dtype == total.dtype and fresh:
+        torch.mm(a, b, out=total)
+    elif a.dtype == total.dtype:
         torch.addmm(total, a, b, out=total)  # not addmm_, which torch's counter of operations does not see
+    elif fresh:
+        total.copy_(a @ b)
     else:
         total += a @ b
 
@@ -115,7 +124,7 @@ def linear_cross_entropy(
     if hidden_ND.device.type != "cpu":
         return chunked_cross_entropy(hidden_ND, weight_VD, targets_N)
     if takes_rows(hidden_ND, weight_VD):
-        sums = collected(weight_VD) if weight_VD.requires_grad and torch.is_grad_enabled() else None
+        sums = collected(weight_VD) if torch.is_grad_enabled() else None
         return _KernelCrossEntropy.apply(hidden_ND, weight_VD, targets_N, sums)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
 
@@ -157,8 +166,8 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad_NV = _minus_targets(logs_NV.exp_(), targets_N[part]) if keeps else logs_NV
             kept += [grad_NV] if keeps else []
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
-        ctx.options, ctx.kept = (temperature, fused), kept
-        ctx.sums = collected(weight_VD) if fused and ctx.needs_input_grad[1] else None
+        ctx.options, ctx.kept, ctx.weight = (temperature, fused), kept, weight_VD
+        ctx.sums = (collected if fused else collecting)(weight_VD) if any(ctx.needs_input_grad) else None
         if entropy_N is not None:
             ctx.mark_non_differentiable(entropy_N)
         return found_N, entropy_N
@@ -168,8 +177,12 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N = ctx.saved_tensors
         temperature, fused = ctx.options
         weight_wanted, grad_hidden = ctx.needs_input_grad[1], torch.empty_like(hidden_ND)
-        sums = ctx.sums or WeightGradient(weight_VD.shape)
-        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if weight_wanted and not fused else None
+        grad_weight = None
+        if weight_wanted and fused:
+            sums = ctx.sums or WeightGradient(weight_VD.shape)
+        elif weight_wanted:
+            shape, device = weight_VD.shape, weight_VD.device
+            grad_weight = ctx.sums.plain(ctx.weight) if ctx.sums else torch.zeros(shape, dtype=torch.float32, device=device)
         kept, ctx.kept = ctx.kept, []
         for number, part in enumerate(_parts(hidden_ND, weight_VD)):
             if number < len(kept):
@@ -185,9 +198,10 @@ class _TokenLogProbs(torch.autograd.Function):
                 _add_product(grad_weight, grad_NV.t(), hidden_ND[part])
             elif weight_wanted:
                 sums.add(grad_NV, hidden_ND[part].contiguous())
-        if grad_weight is not None:
-            return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None
-        return grad_hidden, sums.rounded() if weight_wanted and ctx.sums is None else None, None, None, None
+        found = None  # where a step collects it
+        if weight_wanted and ctx.sums is None:
+            found = sums.rounded() if grad_weight is None else grad_weight.to(weight_VD.dtype)
+        return grad_hidden, found, None, None, None
 
 
 def _parts(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:

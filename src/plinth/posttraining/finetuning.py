@@ -46,7 +46,7 @@ class FinetuneConfig:
     """passes over the examples"""
     examples_per_step: int = 32
     """rows an update"""
-    micro_batch_size: int = 16
+    micro_batch_size: int = 8
     """rows a forward pass"""
     max_seq_len: int | None = None
     """longest row in tokens (default: the model's); longer sentences are cut between words, longer contexts in windows"""

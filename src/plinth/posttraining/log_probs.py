@@ -73,7 +73,7 @@ def reference_log_probs(
     path = run.path / REFERENCE_FILE
     if path.exists():
         return np.load(path)
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(lengths, kind="stable")[::-1]  # the longest first, so that threads end together
     parts = np.array_split(order, max(1, len(order) // micro_batch_size))
     device = choose_device(config.device)
     reference = load().to(device, DTYPES[config.dtype or "float32"])

@@ -90,7 +90,7 @@ class DpoConfig:
     None takes 0.2 with sigmoid alone, 1 with cpo, else 0"""
     pairs_per_step: int = 64
     """pairs, or labelled answers, an update"""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 8
     """pairs, or labelled answers, a forward pass"""
     max_seq_len: int | None = None
     """longest prompt with its answer in tokens (default: the model's context); longer ones are left out, counted, never cut"""

@@ -26,7 +26,7 @@ class RewardTuning:
     """passes over the prompts; more than one or two learn the answers by heart"""
     prompts_per_step: int = 32
     """prompts an update, each with all its answers"""
-    micro_batch_size: int = 16
+    micro_batch_size: int = 8
     """prompts a forward pass"""
     center_coef: float = 0.01
     """weight of the squared sum of a pair's scores, which keeps them around 0"""

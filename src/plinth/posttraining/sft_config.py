@@ -31,8 +31,8 @@ class SftConfig:
     """tokens to process, padding included; given, it takes the place of epochs"""
     conversations_per_step: int = 128
     """conversations an update"""
-    micro_batch_size: int = 64
-    """conversations a forward pass"""
+    micro_batch_size: int = 16
+    """conversations a forward pass; several micro-batches for each thread let all end a step together"""
     join_turns: int = 1
     """join up to this many conversations into one, at random, so that a model taught single turns answers later ones too"""
     max_seq_len: int | None = None

@@ -149,9 +149,7 @@ def split_gradients(
                     sums[name] = sums.get(name, 0.0) + value
         return loss_sum, count, sums, total, collected
 
-    n = min(workers.num_threads, len(batches))
-    bounds = [len(batches) * i // n for i in range(n + 1)]
-    parts = workers.map(run, [batches[a:b] for a, b in zip(bounds, bounds[1:])])
+    parts = workers.map(run, share_out(batches, min(workers.num_threads, len(batches))))
     totals, collected = [part[3] for part in parts], [part[4] for part in parts]
     jobs = [(parameter, [total[i] for total in totals]) for i, parameter in enumerate(masters.parameters)]
     grads = workers.map(lambda job: _add_up(job[0], job[1], collected), jobs)
@@ -160,6 +158,25 @@ def split_gradients(
         for name, value in part[2].items():
             sums[name] = sums.get(name, 0.0) + value
     return sum(part[0] for part in parts), sum(part[1] for part in parts), sums, grads
+
+
+def share_out(batches: Sequence[Batch], n: int) -> list[list[Batch]]:
+    """Return n shares of the micro-batches with about as many tokens each, for threads that are to end together.
+
+    A batch's tokens are the numbers in its first tensor, padding included; the largest is dealt first, each to the share that has least.
+    Batches of one size stay in their order, as many to each share.
+    """
+    sizes = [batch[0].numel() if isinstance(batch, Sequence) and isinstance(batch[0], torch.Tensor) else 1 for batch in batches]
+    if len(set(sizes)) == 1:
+        bounds = [len(batches) * i // n for i in range(n + 1)]
+        return [list(batches[a:b]) for a, b in zip(bounds, bounds[1:])]
+    shares: list[list[int]] = [[] for _ in range(n)]
+    loads = [0] * n
+    for i in sorted(range(len(batches)), key=lambda i: -sizes[i]):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += sizes[i]
+    return [[batches[i] for i in sorted(share)] for share in shares]
 
 
 def read_scalars(values: Sequence[Sum]) -> list[float]:
@@ -188,7 +205,7 @@ def _accumulate(total: list[torch.Tensor | None], grads: Sequence[torch.Tensor |
 
 def _add_up(parameter: torch.Tensor, totals: Sequence[torch.Tensor | None], collected: Sequence[GradientSums]) -> torch.Tensor:
     """Return one parameter's gradient over all threads, fp32: what autograd gave and what the kernels collected."""
-    found = [total for total in totals if total is not None]
+    found = [total for total in totals if total is not None] + [sums for thread in collected for sums in thread.filled_plain(parameter)]
     whole = found[0] if found else None
     for other in found[1:]:
         whole.add_(other)
