@@ -25,7 +25,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32)
         wanted = hidden_ND.requires_grad or weight_VD.requires_grad
         grad_hidden = torch.empty_like(hidden_ND) if wanted else None
-        grad_weight = torch.empty(weight_VD.shape, dtype=torch.float32) if weight_VD.requires_grad else None
+        made = torch.empty if len(hidden_ND) else torch.zeros
+        grad_weight = made(weight_VD.shape, dtype=torch.float32) if weight_VD.requires_grad else None
         rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
