@@ -2,8 +2,9 @@
 
     python benchmarks/posttraining_peers.py --trl PYTHON [--data FILE] [--task sft:float32 ...] [--rounds 3] [--threads 2]
 
-A decoder in Llama's shape of 4 layers and a vocabulary of 16,384, exported once in Hugging Face's format; every side loads it and trains
-one epoch on the same tokens: in the same dtype, with AdamW and as many examples an update, and again with each side's own defaults.
+A decoder in Llama's shape of 4 layers and a vocabulary of 16,384, exported once in Hugging Face's format, and once with one score in the
+head's place; every side loads it and trains one epoch on the same tokens: in the same dtype, with AdamW and as many examples an update, and
+again with each side's own defaults.
 The examples are made up, with lengths as people's chats have them (log-normal), or pairs of a file that `plinth inspect` reads. Every side
 is a process of its own that trains anew each round; rounds alternate. The figure is an epoch's seconds divided by its examples, the median
 of all rounds; what is computed once before the first update counts, start, reading and saving do not. A first round of one update checks
@@ -26,6 +27,7 @@ from side_process import SideProcess
 
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import save_model
+from plinth.models.reward import RewardModel
 from plinth.models.transformer import Transformer
 from plinth.posttraining.examples import Preference
 from plinth.posttraining.formats import read_examples
@@ -86,6 +88,7 @@ def prepare(folder: Path, data: Path | None) -> None:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(i))
     save_model(model, tokenizer, folder / "hf")
+    save_model(RewardModel.from_decoder(model, torch.Generator().manual_seed(1)), tokenizer, folder / "hf-reward")
     write_examples(folder, pairs, tokenizer)
     (folder / "DONE").touch()
 

@@ -2,7 +2,7 @@
 
     python benchmarks/posttraining_sides.py TASK SETTINGS FOLDER THREADS
 
-Reads one JSON object a line, {"examples", "per_step"}, trains one epoch on so many from the weights in FOLDER/hf, and answers with its
+Reads one JSON object a line, {"examples", "per_step"}, trains one epoch on so many from the weights in FOLDER, and answers with its
 seconds, its processor's seconds, updates, the first update's loss and norm of the gradient, and the process's largest memory so far. What
 is computed once before the first update, the reference's log-probabilities, is within the seconds. With the settings float32 or bfloat16
 the optimizer is AdamW and an update has as many examples as the peers'; with defaults both are ours.
@@ -84,7 +84,7 @@ class Side:
         config = reward_tuning.RewardTuning(epochs=1, held_out_share=0.0, normalise="none", **sizes, **same)
         config = replace(config, train=self.train(config.train))
         data = self.first("pairs", place, work["examples"])
-        return timed(reward_tuning, lambda: reward_tuning.train_reward(place / "run", self.folder / "hf", data, config))
+        return timed(reward_tuning, lambda: reward_tuning.train_reward(place / "run", self.folder / "hf-reward", data, config))
 
     def grpo(self, place: Path, work: dict[str, int]) -> tuple[Run, dict[str, float]]:
         config = grpo_config.GrpoConfig(

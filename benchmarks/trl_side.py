@@ -3,7 +3,7 @@
     python benchmarks/trl_side.py trl|transformers TASK SETTINGS FOLDER THREADS
 
 The tasks are sft, dpo, reward and grpo; the settings float32, bfloat16 or defaults. Examples come as tokens, so that all sides train on the
-same ones. Reads one JSON object a line, {"examples", "per_step"}, trains one epoch on so many from the weights in FOLDER/hf, and answers
+same ones. Reads one JSON object a line, {"examples", "per_step"}, trains one epoch on so many from the weights in FOLDER, and answers
 with its seconds, its processor's seconds, updates, the first update's loss and norm of the gradient, and the process's largest memory.
 
 TRL's trainers run as they come; with float32 or bfloat16 without gradient checkpointing and saves, which cost time, with defaults with all
@@ -35,9 +35,9 @@ def read(folder: Path, name: str, count: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"{name}.tokens.jsonl").read_text().splitlines()[:count]]
 
 
-def load(folder: Path, cls: Any = transformers.AutoModelForCausalLM, **options: Any) -> Any:
+def load(folder: Path, cls: Any = transformers.AutoModelForCausalLM, name: str = "hf") -> Any:
     torch.manual_seed(0)
-    return cls.from_pretrained(folder / "hf", dtype=torch.float32, **options)
+    return cls.from_pretrained(folder / name, dtype=torch.float32)
 
 
 class Trl:
@@ -94,7 +94,7 @@ class Trl:
             def _prepare_dataset(self, rows: Any, *others: Any, **more: Any) -> Any:
                 return rows
 
-        model = load(self.folder, transformers.AutoModelForSequenceClassification, num_labels=1)
+        model = load(self.folder, transformers.AutoModelForSequenceClassification, "hf-reward")
         options = self.trl.RewardConfig(**self.options(out, work))
         return Tokenised(model, options, train_dataset=dataset.from_list(rows), processing_class=self.tokenizer)
 
