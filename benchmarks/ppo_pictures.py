@@ -148,20 +148,22 @@ def mix_table(found: dict[str, Any]) -> str:
 
 
 def ablation_table(found: dict[str, Any]) -> str:
-    """Return one row an arm, in the order of the items, the default's seeds first; bold is what they do not explain."""
+    """Return one row an arm, in the order of the items, the default first; bold is further off than its seeds are apart."""
     rows = found["rows"]
     default = [row for row in rows if row["arm"] == "default"]
-    spans = [sorted(value(row) for row in default) for value in COLUMNS.values()]
+    spans = [(min(map(value, default)), max(map(value, default))) for value in COLUMNS.values()]
     lines = ["| item | alone | switch | " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---|" * len(COLUMNS)]
-    lines.append(f"| | default, {len(default)} seeds | | " + " | ".join(f"{span[0]:.2f} to {span[-1]:.2f}" for span in spans) + " |")
+    lines.append(f"| | default, {len(default)} seeds | | " + " | ".join(f"{low:.2f} to {high:.2f}" for low, high in spans) + " |")
     for row in sorted((row for row in rows if row["arm"] != "default"), key=place_of):
-        cells = [f"{value(row):.2f}" for value in COLUMNS.values()]
-        margin = 1.96 * row["reward"]["stderr"]
-        if not spans[0][0] - margin <= row["reward"]["value"] <= spans[0][-1] + margin:
-            cells[0] = f"**{cells[0]}**"
+        cells = [marked(value(row), *span) for value, span in zip(COLUMNS.values(), spans)]
         switch = ", ".join(f"`{part}`" for part in row["switch"].split(", "))
         lines.append(f"| {row['item']} | {row['arm']} | {switch} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def marked(value: float, low: float, high: float) -> str:
+    """Return a number, bold where it is outside of a span by more than the span."""
+    return f"{value:.2f}" if 2 * low - high <= value <= 2 * high - low else f"**{value:.2f}**"
 
 
 def place_of(row: dict[str, Any]) -> float:
