@@ -136,7 +136,8 @@ def _ablations(record: dict[str, Any]) -> list[str]:
         cells = []
         for count in counts:
             rows = _rows(record, name, count)
-            value = f"{100 * statistics.mean(row['accuracy'] for row in rows):.1f} %" if rows else "not run"
+            value = f"{100 * statistics.mean(row['accuracy'] for row in rows):.1f} % ({len(rows)} draws)" if rows else "not run"
             cells.append(f"{value} | {_points(_against(record, (name, count), (FULL, count)))}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, "", "Points of accuracy against the whole recipe on the same examples and labels, with 95 % intervals over examples."]
+    note = "Points of accuracy against the whole recipe on the same examples and draws of labels, with 95 % intervals over examples."
+    return [*lines, "", note]
