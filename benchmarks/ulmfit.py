@@ -9,8 +9,8 @@ A line of some 80 characters of the Universal Declaration of Human Rights: which
 (--trunk awd-lstm: an AWD-LSTM) is pretrained on the declaration in other languages (280 versions in Latin letters), finetuned on lines of
 the twenty without their labels (those to tune on and to test are not among them), and then learns from 100 and more labels; beside it the
 same model from fresh weights, and naive Bayes over words. Then single ingredients are taken away. Settings were chosen on the tuning lines,
-from scratch as much as with the recipe, with one draw of labels that is not reported. Seeds draw the labelled lines, the head and the
-order; each language model is trained once, which no interval here covers.
+with one draw of labels that is not reported; the rate of `pretrained` and the shared rate of the ablations were not tuned.
+Seeds draw the labelled lines, the head and the order; each language model is trained once, which no interval here covers.
 """
 
 from __future__ import annotations
