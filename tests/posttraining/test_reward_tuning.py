@@ -124,11 +124,20 @@ def test_long_rows_are_cut_at_the_start_or_left_out_and_counted(tmp_path, tokeni
     out, cut = (read_choices(file, tokenizer, 48, how) for how in ("leave_out", "cut_start"))
     assert (len(out.choices), out.left_out, out.cut) == (2, [3, 4], [])
     assert (len(cut.choices), cut.left_out, cut.cut) == (3, [4], [3])
-    assert "1 prompts lost their beginning (row 3), 1 left out (row 4)" in cut.describe_long(48)
+    assert "1 prompts lost their beginning (row 3), 1 left out (row 4)" in cut.describe_left(48)
     whole = read_choices(file, tokenizer, 1000).choices[2]
     assert cut.choices[2].longest == 48 and whole.rows[1][whole.longest - 48 :] == cut.choices[2].rows[1]
     with pytest.raises(UserError, match="no row is left; longer than 3 tokens"):
         read_choices(file, tokenizer, 3)
+
+
+def test_rows_whose_answers_are_all_the_same_are_left_out_and_counted(tmp_path, tokenizer):
+    records = [*pairs(2), {"prompt": "What?", "chosen": "It does copy.", "rejected": "It does copy."}]
+    found = read_choices(write_lines(tmp_path / "pairs.jsonl", records), tokenizer, 48)
+    assert (len(found.choices), found.alike, found.counts()["alike"]) == (2, [3], 1)
+    assert found.describe_left(48) == "answers all the same: 1 left out (row 3)"
+    with pytest.raises(UserError, match="no row is left; answers all the same: 1 left out"):
+        read_choices(write_lines(tmp_path / "alike.jsonl", records[2:]), tokenizer, 48)
 
 
 def test_shared_tokens_and_the_tail():

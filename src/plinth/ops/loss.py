@@ -151,7 +151,7 @@ class _TokenLogProbs(torch.autograd.Function):
         fused = temperature == 1.0 and not entropy and takes_rows(hidden_ND, weight_VD)
         found_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         entropy_N = torch.empty_like(found_N) if entropy else None
-        kept: list[torch.Tensor] = []
+        kept = []
         parts = _parts(hidden_ND, weight_VD)
         for part in parts:
             keeps = any(ctx.needs_input_grad) and (len(parts) == 1 or part.stop * len(weight_VD) <= KEPT_ELEMENTS)

@@ -72,16 +72,21 @@ class Choices:
     """row numbers whose prompt lost its beginning"""
     left_out: list[int] = field(default_factory=list)
     """row numbers left out as too long"""
+    alike: list[int] = field(default_factory=list)
+    """row numbers left out since all their answers are the same, so that no order of them can be learnt"""
 
-    def describe_long(self, limit: int) -> str:
-        """Return what was done about long rows; empty when there were none."""
+    def describe_left(self, limit: int) -> str:
+        """Return what was done about rows that are too long or have nothing to tell apart; empty when there were none."""
         parts = [f"{len(self.cut)} prompts lost their beginning (row {_first(self.cut)})"] if self.cut else []
         parts += [f"{len(self.left_out)} left out (row {_first(self.left_out)})"] if self.left_out else []
-        return f"longer than {limit} tokens: {', '.join(parts)}" if parts else ""
+        said = [f"longer than {limit} tokens: {', '.join(parts)}"] if parts else []
+        return "; ".join(said + ([f"answers all the same: {len(self.alike)} left out (row {_first(self.alike)})"] if self.alike else []))
 
     def counts(self) -> dict[str, int]:
         """Return what the run's summary says of the data."""
-        return {"rejected": len(self.examples.rejected), "cut": len(self.cut), "left_out": len(self.left_out)}
+        return {
+            "rejected": len(self.examples.rejected), "cut": len(self.cut), "left_out": len(self.left_out), "alike": len(self.alike),
+        }  # fmt: skip
 
 
 def _first(numbers: Sequence[int]) -> str:
@@ -90,6 +95,8 @@ def _first(numbers: Sequence[int]) -> str:
 
 def read_choices(path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong = "leave_out") -> Choices:
     """Read pairs or rankings in any format of formats.FORMATS; rows longer than `limit` tokens are cut or left out, and counted.
+
+    Rows whose answers are all the same are left out and counted too.
 
     Cutting takes tokens from the prompt's beginning, as many of every answer's row; where that would reach the answers, the row is
     left out. Raises UserError when the file holds neither pairs nor rankings, or none is left.
@@ -100,6 +107,9 @@ def read_choices(path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong
     found = Choices([], examples)
     for number, row in zip(examples.numbers, examples.rows):
         choice = make_choice(row, tokenizer, number)
+        if all(tokens == choice.rows[0] for tokens in choice.rows):
+            found.alike.append(number)
+            continue
         over = choice.longest - limit
         if over > 0 and (too_long == "leave_out" or over >= shared_tokens(choice.rows)):
             found.left_out.append(number)
@@ -109,7 +119,8 @@ def read_choices(path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong
             choice = Choice(**{**vars(choice), "rows": [tokens[over:] for tokens in choice.rows]})
         found.choices.append(choice)
     if not found.choices:
-        raise UserError(f"{path}: no row is left; {found.describe_long(limit)}. Take a model with a longer context, or cut_start.")
+        way = "A model with a longer context, or too_long=cut_start, takes long rows."
+        raise UserError(f"{path}: no row is left; {found.describe_left(limit)}. {way}")
     return found
 
 

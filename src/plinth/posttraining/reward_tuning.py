@@ -157,6 +157,6 @@ def train_reward(
 
 def tell(warn: Callable[[str], None], path: Path, found: Choices, limit: int) -> None:
     """Say what was recognised in a file, and what was left out or cut of it."""
-    long = found.describe_long(limit)
-    if found.examples.rejected or long:
-        warn(f"{path}: {found.examples.describe()}" + (f"; {long}" if long else ""))
+    left = found.describe_left(limit)
+    if found.examples.rejected or left:
+        warn(f"{path}: {found.examples.describe()}" + (f"; {left}" if left else ""))

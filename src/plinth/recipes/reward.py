@@ -102,8 +102,8 @@ def score_file(
         return _score_conversations(reward, data, out)
     limit = reward.model.config.max_seq_len
     found = read_choices(data, reward.tokenizer, limit, too_long)
-    if long := found.describe_long(limit):
-        warn(f"{data}: {long}")
+    if left := found.describe_left(limit):
+        warn(f"{data}: {left}")
     kept = Path(adapter or run) / "evals" / BASELINES
     baselines = Baselines.from_dict(read_json(kept)) if kept.is_file() else None
     if baselines is None:
