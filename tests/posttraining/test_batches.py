@@ -1,6 +1,7 @@
 """Laws of bucketing and padding."""
 
 import numpy as np
+import pytest
 import torch
 
 from plinth.data.buckets import UNCOUNTED, LengthBuckets
@@ -60,3 +61,9 @@ def test_joining_keeps_every_conversation_once_a_round_and_every_mask():
     assert max(len(e.tokens) for e in joined) <= 12
     turns = [sum(e.loss_mask) for e in joined]
     assert set(turns) == {1, 2, 3, 4} and turns.count(1) > len(turns) / 3
+
+
+@pytest.mark.parametrize("per_step, micro, sizes", [(30, 16, [15, 15]), (16, 64, [16]), (128, 16, [16] * 8), (10, 4, [4, 4, 4])])
+def test_a_step_holds_what_was_asked_for_in_equal_parts(per_step, micro, sizes):
+    buckets = LengthBuckets([20] * 480, per_step, micro, seed=0)
+    assert [len(part) for part in buckets.indices(0)] == sizes

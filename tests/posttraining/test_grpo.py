@@ -327,7 +327,6 @@ def test_the_step_divides_by_all_tokens_whatever_the_micro_batches(base):
 def test_a_policy_learns_what_is_rewarded_and_not_what_is_not(base, tmp_path):
     """Parity of a digit: a third right at first. The random reward leaves it there."""
     config = dataclasses.replace(SMALL, rollouts=40, minibatches=1, epochs=1, prompts_per_rollout=10, sample=SampleConfig(16, 2))
-    config = dataclasses.replace(config, train=dataclasses.replace(TRAIN, optimizer=OptimizerConfig(name="adamw", lr=0.02)))
     found = {}
     for name in ("verifier", "random"):
         run = train_grpo(

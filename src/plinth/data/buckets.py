@@ -16,14 +16,15 @@ UNCOUNTED = -1  # a target that no loss counts
 class LengthBuckets:
     """Deals examples into steps so that a micro-batch holds like lengths; a pure function of (seed, step).
 
-    Each epoch shows every example once, in an order of its own. Within `spread` steps' worth of examples the order
-    is sorted by length and cut into micro-batches, whose order is then drawn again.
+    A step has micro-batches of one size, at most `micro_batch_size`, together `examples_per_step` or, where these do not go into equal
+    parts, the least more that do. Each epoch shows every example once, in an order of its own. Within `spread` steps' worth of examples
+    the order is sorted by length and cut into micro-batches, whose order is then drawn again.
     """
 
     def __init__(self, lengths: Sequence[int], examples_per_step: int, micro_batch_size: int, seed: int, spread: int = 8):
         self.lengths = np.asarray(lengths)
-        self.micro_batch_size = min(micro_batch_size, examples_per_step)
-        self.micro_batches_per_step = max(1, examples_per_step // self.micro_batch_size)
+        self.micro_batches_per_step = -(-examples_per_step // min(micro_batch_size, examples_per_step))
+        self.micro_batch_size = -(-examples_per_step // self.micro_batches_per_step)
         self.seed, self.spread = seed, spread
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
