@@ -31,7 +31,8 @@ def peers_table(record: dict) -> str:
         "| task | settings | side | seconds an example | Plinth's part of it | of its processor time | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in record["rows"]:
+    order = [(task, settings) for task in TASKS for settings in SETTINGS]
+    for row in sorted(record["rows"], key=lambda row: order.index((row["task"], row["settings"]))):
         for side, found in row["sides"].items():
             parts = ["", ""]
             if side != "plinth":
