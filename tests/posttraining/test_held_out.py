@@ -8,12 +8,12 @@ import torch
 
 from plinth.cli.main import main
 from plinth.config import UserError
+from plinth.data.buckets import like_lengths
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
 from plinth.models.transformer import Transformer
 from plinth.posttraining.batches import pad_rows
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.held_out import like_lengths
 from plinth.posttraining.pairs import render_pairs, share_sides
 from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.preference_objective import pairs_log_probs, pairs_loss

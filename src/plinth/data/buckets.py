@@ -161,6 +161,11 @@ class EvenMicroBatches:
         return [[np.array(share)] for share in shares]
 
 
+def like_lengths(lengths: Sequence[int], micro_batch_size: int) -> list[np.ndarray]:
+    """Return the numbers of rows of like lengths, a micro-batch each, the shortest first."""
+    return np.array_split(np.argsort(lengths, kind="stable"), max(1, -(-len(lengths) // micro_batch_size)))
+
+
 def padded_width(width: int) -> int:
     """Return the width that rows of `width` inputs are padded to."""
     return -(-width // WIDTH_STEP) * WIDTH_STEP

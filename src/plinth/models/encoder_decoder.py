@@ -221,7 +221,7 @@ class EncoderDecoder(nn.Module):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         separate = config.target_vocab_size is not None
-        self.target_embed = nn.Embedding(config.output_size, config.hidden_size) if separate else None
+        self.target_embed = Embedding(config.output_size, config.hidden_size) if separate else None
         self.encoder, self.decoder = Stack(config, is_decoder=False), Stack(config, is_decoder=True)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.output_size, bias=False)
         self.register_buffer("head_bias", torch.zeros(1, config.output_size) if config.output_bias else None)

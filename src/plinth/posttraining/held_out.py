@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -39,11 +38,6 @@ class HeldOut:
         loss = sum(read_scalars([part[0] for part in found])) / count
         metrics = {name: sum(read_scalars([part[2][name] for part in found])) / count for name in found[0][2]}
         return {f"{PREFIX}loss_nats": loss, **{PREFIX + name: value for name, value in metrics.items()}}
-
-
-def like_lengths(lengths: Sequence[int], micro_batch_size: int) -> list[np.ndarray]:
-    """Return the numbers of rows of like lengths, a micro-batch each."""
-    return np.array_split(np.argsort(lengths, kind="stable"), -(-len(lengths) // micro_batch_size))
 
 
 def last_held_out(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from plinth.config import write_atomic
+from plinth.data.buckets import like_lengths
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
 from plinth.ops.shared_rows import SharedRows
@@ -73,8 +74,7 @@ def reference_log_probs(
     path = run.path / REFERENCE_FILE
     if path.exists():
         return np.load(path)
-    order = np.argsort(lengths, kind="stable")[::-1]  # the longest first, so that threads end together
-    parts = np.array_split(order, max(1, len(order) // micro_batch_size))
+    parts = like_lengths(lengths, micro_batch_size)[::-1]  # the longest first, so that threads end together
     device = choose_device(config.device)
     reference = load().to(device, DTYPES[config.dtype or "float32"])
 
@@ -84,7 +84,7 @@ def reference_log_probs(
 
     with open_workers(config.num_threads or 1, device) as workers:
         found = workers.map(scores, parts)
-    result = np.empty((len(order), found[0].shape[1]), dtype=np.float32)
+    result = np.empty((len(lengths), found[0].shape[1]), dtype=np.float32)
     for part, values in zip(parts, found):
         result[part] = values
     buffer = io.BytesIO()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from plinth.config import UserError
-from plinth.data.buckets import LengthBuckets
+from plinth.data.buckets import LengthBuckets, like_lengths
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.posttraining.adapter_files import frozen_identity, publish_model, with_adapters
@@ -19,7 +19,7 @@ from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.displacement import displacement, last_means, length_bias
 from plinth.posttraining.examples import SHOWN, Examples
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.held_out import HeldOut, last_held_out, like_lengths
+from plinth.posttraining.held_out import HeldOut, last_held_out
 from plinth.posttraining.log_probs import reference_log_probs
 from plinth.posttraining.pairs import LeftOut, render_pairs
 from plinth.posttraining.preference_config import DpoConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from plinth.config import UserError
-from plinth.data.buckets import EvenMicroBatches, LengthBuckets, PackedExamples
+from plinth.data.buckets import EvenMicroBatches, LengthBuckets, PackedExamples, like_lengths
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.dropout import step_seeds
@@ -20,7 +20,7 @@ from plinth.posttraining.batches import describe_examples, pack_rows, pad_rows
 from plinth.posttraining.embedding_noise import noise_scales, noisy_lm_loss
 from plinth.posttraining.examples import SHOWN, Conversation, rows_text
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.held_out import HeldOut, held_out_hooks, last_held_out, like_lengths
+from plinth.posttraining.held_out import HeldOut, held_out_hooks, last_held_out
 from plinth.posttraining.masks import render_weighted
 from plinth.posttraining.sft_config import SftConfig
 from plinth.run import Run, file_sha256, find_model

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from plinth.config import UserError, read_json, write_atomic
+from plinth.data.buckets import like_lengths
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.softcap import softcap
@@ -69,7 +70,7 @@ def write_teacher_file(
         count = int(starts[-1])
         shapes = {name: (count, config.top_k) if name in ("ids", "log_probs") else (count,) for name in ARRAYS}
         kept = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name]) for name, dtype in ARRAYS.items()}
-        order = np.argsort([len(example.tokens) for example in examples], kind="stable")
+        parts = like_lengths([len(example.tokens) for example in examples], config.micro_batch_size)
 
         def keep(part: np.ndarray) -> None:
             rows = [examples[i] for i in part]
@@ -82,7 +83,7 @@ def write_teacher_file(
                     place += count
 
         with open_workers(config.num_threads or usable_cores(), device) as workers:
-            workers.map(keep, np.array_split(order, max(1, -(-len(order) // config.micro_batch_size))))
+            workers.map(keep, parts)
         manifest = {
             "version": 1, "teacher": str(teacher_run), "teacher_sha256": tree_sha256(source), "data_sha256": file_sha256(data),
             "tokenizer_sha256": tokenizer.sha256, "examples": len(examples), "positions": count, "vocab_size": vocab_size,

@@ -18,8 +18,6 @@ from plinth.training.precision import MasterWeights
 from plinth.training.step import Batch, LossFunction, StepResult
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
-
-
 LEAST_LOSS_SIGMA = 0.02  # nats, and share of the median: a loss that hardly varies is not made sensitive by that
 LEAST_NORM_SIGMA = 0.08  # of the norm's logarithm
 SUSPECTS = 3
