@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cut_short import killed_at
 from plinth.cli.main import main
 from plinth.cli.serve import ServeConfig, make_app
 from plinth.config import UserError
@@ -19,7 +20,6 @@ from plinth.posttraining.lora import LoraConfig, adapted_modules, add_adapters
 from plinth.posttraining.ppo import train_ppo
 from plinth.posttraining.ppo_config import CriticConfig, PpoConfig
 from plinth.posttraining.reward import load_reward
-from plinth.posttraining.reward_data import batch_of
 from plinth.posttraining.reward_tuning import RewardTuning, train_reward
 from plinth.posttraining.rollouts import SampleConfig
 from plinth.serving.keys import ApiKeys
@@ -99,24 +99,12 @@ def test_the_files_of_a_reward_model_are_pefts(tmp_path, shape):
     torch.testing.assert_close(plain(tokens, lengths) + 0.75, model(tokens, lengths), rtol=1e-5, atol=1e-5)
 
 
-def test_resume_gives_the_same_bits(tmp_path, base, monkeypatch):
+def test_resume_gives_the_same_bits(tmp_path, base):
     adapter = LoraConfig(4, dora=True, dropout=0.3, lr_ratio=4.0, quantise="nf4")
     config = tuning(adapter, dtype="bfloat16")
     whole = train_reward(tmp_path / "whole", base / "model", base / "pairs.jsonl", config)
 
-    class Killed(BaseException):
-        pass
-
-    seen = []
-
-    def killing(*arguments):
-        seen.append(1)
-        if len(seen) == 7:
-            raise Killed
-        return batch_of(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(reward_tuning, "batch_of", killing)
+    with killed_at(7, reward_tuning, "batch_of"):
         train_reward(tmp_path / "cut", base / "model", base / "pairs.jsonl", config)
     resumed = train_reward(tmp_path / "cut", base / "model", base / "pairs.jsonl", config, resume=True)
     for folder, file in (("adapter", "adapter_model.safetensors"), ("adapter", "reward.json"), ("model", "model.safetensors")):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from cut_short import killed_at
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_decoder, save_model
 from plinth.models.transformer import Transformer
@@ -93,26 +94,13 @@ def test_adapters_learn_pairs_against_the_model_without_them(tmp_path, base, ada
     assert 0 < run.summary["trained_params"] < sum(p.numel() for p in after.parameters())
 
 
-def test_a_resumed_run_with_adapters_equals_an_uninterrupted_one(tmp_path, base, monkeypatch):
+def test_a_resumed_run_with_adapters_equals_an_uninterrupted_one(tmp_path, base):
     config = {"adapter": LoraConfig(2), "train": quick(5, dtype="bfloat16", checkpoint_every_s=0.0)}
     whole, _ = tuned(base, tmp_path / "whole", **config)
     from plinth.posttraining import preference_rows
 
-    class Killed(BaseException):
-        pass
-
-    steps, share_sides = [], preference_rows.share_sides
-
-    def killing(*arguments):
-        steps.append(1)
-        if len(steps) == 5:
-            raise Killed
-        return share_sides(*arguments)
-
-    monkeypatch.setattr(preference_rows, "share_sides", killing)
-    with pytest.raises(Killed):
+    with killed_at(5, preference_rows, "share_sides"):
         tuned(base, tmp_path / "cut", **config)
-    monkeypatch.undo()
     fields = {"pairs_per_step": 7, "micro_batch_size": 4, "chosen_nll_coef": 0.0} | config
     resumed = train_dpo(tmp_path / "cut", base / "sft", base / "pairs.jsonl", DpoConfig(**fields), resume=True)
     models = (load_decoder(run.model_dir) for run in (whole, resumed))

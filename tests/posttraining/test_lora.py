@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cut_short import killed_at
 from plinth.cli.main import main
 from plinth.config import UserError
 from plinth.inference.native_runner import _matrices
@@ -323,26 +324,14 @@ def test_training_in_bf16_leaves_the_base_bit_for_bit(tmp_path, base):
 
 
 @pytest.mark.parametrize("init", ["uniform", "pissa"])
-def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_the_same_base(tmp_path, base, monkeypatch, init):
+def test_a_resumed_run_equals_an_uninterrupted_one_and_needs_the_same_base(tmp_path, base, init):
     adapter = LoraConfig(4, dora=True, dropout=0.2, lr_ratio=4.0, whole=("embed_tokens",), init=init)
     config = sft_config(adapter, "bfloat16", steps=5, checkpoint_every_s=0.0)
     source = tmp_path / "model"
     shutil.copytree(base / "model", source)
     whole = train_sft(tmp_path / "whole", source, base / "sft.jsonl", config)
 
-    class Killed(BaseException):
-        pass
-
-    seen, pad_rows = [], sft.pad_rows
-
-    def killing_pad(*arguments):
-        seen.append(1)
-        if len(seen) == 7:
-            raise Killed
-        return pad_rows(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(sft, "pad_rows", killing_pad)
+    with killed_at(7, sft, "pad_rows"):
         train_sft(tmp_path / "cut", source, base / "sft.jsonl", config)
     save_model(decoder(load_decoder(source).config, seed=7), Tokenizer.load(source), source)
     with pytest.raises(UserError, match="base_sha256=.* differs from"):

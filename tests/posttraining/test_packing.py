@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cut_short import killed_at
 from plinth.cli.sft import main
 from plinth.config import UserError
 from plinth.data.buckets import EvenMicroBatches, PackedExamples
@@ -170,24 +171,12 @@ def quick(steps, dtype="float32", **more):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_sft_without_padding_resumes_to_the_same_weights(files, monkeypatch, packing):
+def test_sft_without_padding_resumes_to_the_same_weights(files, packing):
     config = quick(6, "bfloat16", packing=packing, unpadded=not packing)
     whole = train_sft(files / "whole", files / "model", files / "sft.jsonl", config)
     assert whole.metrics()[-1]["loss_nats"] < whole.metrics()[0]["loss_nats"]
 
-    class Killed(BaseException):
-        pass
-
-    seen, pack = [], sft.pack_rows
-
-    def killing_pack(*arguments):
-        seen.append(1)
-        if len(seen) == 5:
-            raise Killed
-        return pack(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(sft, "pack_rows", killing_pack)
+    with killed_at(5, sft, "pack_rows"):
         train_sft(files / "cut", files / "model", files / "sft.jsonl", config)
     resumed = train_sft(files / "cut", files / "model", files / "sft.jsonl", config, resume=True)
     models = [load_model(run.model_dir) for run in (whole, resumed)]

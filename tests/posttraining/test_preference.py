@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from cut_short import killed_at
 from plinth.cli.main import main
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
@@ -252,7 +253,7 @@ def test_cpo_reads_the_weight_of_its_own_likelihood():
     assert (config.nll_coef, config.options_of("cpo")) == (0.0, {"nll_coef": 0.25})
 
 
-def test_a_resumed_run_of_a_weighed_mix_equals_an_uninterrupted_one(tmp_path, tokenizer, model_dir, monkeypatch):
+def test_a_resumed_run_of_a_weighed_mix_equals_an_uninterrupted_one(tmp_path, tokenizer, model_dir):
     """From the command line, and stopped in its midst: the metrics of every step and the weights are the same to the bit."""
     file = write_lines(tmp_path / "pairs.jsonl", [pair(a, b + " too" * (i % 3)) for i, (a, b) in enumerate(zip(SUBJECTS, SUBJECTS[1:]))])
     words = ["prefer", str(tmp_path), "--data", str(file), "--loss", "sigmoid=0.8,bco_pair=0.2,sft", "--divergence", "js", "--tail-weight"]
@@ -271,21 +272,8 @@ def test_a_resumed_run_of_a_weighed_mix_equals_an_uninterrupted_one(tmp_path, to
     words += ["--train.checkpoint-every-s", "0"]
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
 
-    class Killed(BaseException):
-        pass
-
-    steps, share_sides = [], preference_rows.share_sides
-
-    def killing(*arguments):
-        steps.append(1)
-        if len(steps) == 12:
-            raise Killed
-        return share_sides(*arguments)
-
-    monkeypatch.setattr(preference_rows, "share_sides", killing)
-    with pytest.raises(Killed):
+    with killed_at(12, preference_rows, "share_sides"):
         main([*words, "--out", str(tmp_path / "cut")])
-    monkeypatch.undo()
     assert main([*words, "--out", str(tmp_path / "cut"), "--resume"]) == 0
     names = ("step", "loss_nats", "loss_sigmoid", "loss_bco_pair", "loss_sft", "weight", "margin", "chosen_ratio", "grad_norm")
     found = [[[line[name] for name in names] for line in Run.open(tmp_path / run).metrics()] for run in ("whole", "cut")]
@@ -369,29 +357,15 @@ def test_sft_refuses_a_conversation_that_does_not_fit(tokenizer):
         render_examples(tokenizer, [Conversation(**conversation("copy"))], 4)
 
 
-def test_sft_resumes_to_the_same_weights(tmp_path, tokenizer, model_dir, monkeypatch):
+def test_sft_resumes_to_the_same_weights(tmp_path, tokenizer, model_dir):
     file = write_lines(tmp_path / "sft.jsonl", [conversation(name) for name in SUBJECTS])
     train = TrainConfig(steps=6, warmup_steps=2, dtype="bfloat16", num_threads=2, checkpoint_every_s=0.0)
     config = SftConfig(train=train, conversations_per_step=4, micro_batch_size=2)
     whole = load_model(train_sft(tmp_path / "whole", model_dir, file, config).model_dir)
 
-    class Killed(BaseException):
-        pass
-
     from plinth.posttraining import sft
 
-    seen = []
-
-    def killing_pad(*arguments):
-        seen.append(1)
-        if len(seen) == 7:
-            raise Killed
-        return pad_rows(*arguments)
-
-    pad_rows = sft.pad_rows
-    monkeypatch.setattr(sft, "pad_rows", killing_pad)
-    with pytest.raises(Killed):
+    with killed_at(7, sft, "pad_rows"):
         train_sft(tmp_path / "cut", model_dir, file, config)
-    monkeypatch.undo()
     resumed = load_model(train_sft(tmp_path / "cut", model_dir, file, config, resume=True).model_dir)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from cut_short import killed_at
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
@@ -187,27 +188,14 @@ def test_learnt_positions_have_no_place_to_spare(tmp_path, tokenizer):
     assert reward.score_tokens([longest]).shape == (1,)
 
 
-def test_resume_gives_the_same_bits(tmp_path, tokenizer, model_dir, monkeypatch):
+def test_resume_gives_the_same_bits(tmp_path, tokenizer, model_dir):
     file = write_lines(tmp_path / "pairs.jsonl", pairs())
     train = quick(6, dtype="bfloat16", checkpoint_every_s=0.0)
     config = RewardTuning(train=train, prompts_per_step=4, micro_batch_size=2, normalise_before=True)
     whole = load_model(train_reward(tmp_path / "whole", model_dir, file, config).model_dir)
 
-    class Killed(BaseException):
-        pass
-
-    seen = []
-
-    def killing(*arguments):
-        seen.append(1)
-        if len(seen) == 7:
-            raise Killed
-        return batch_of(*arguments)
-
-    monkeypatch.setattr(reward_tuning, "batch_of", killing)
-    with pytest.raises(Killed):
+    with killed_at(7, reward_tuning, "batch_of"):
         train_reward(tmp_path / "cut", model_dir, file, config)
-    monkeypatch.undo()
     resumed = load_model(train_reward(tmp_path / "cut", model_dir, file, config, resume=True).model_dir)
     assert resumed.config == whole.config
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))

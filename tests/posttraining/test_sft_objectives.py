@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from cut_short import killed_at
 from plinth.cli.main import main
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
@@ -106,7 +107,7 @@ def test_wrong_values_are_said():
 
 
 @pytest.mark.parametrize("words", [["--loss", "dft", "--embedding-noise", "5"], ["--loss", "dft", "--unpadded", "--embedding-noise", "5"]])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, words):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, words):
     tokenizer = train_tokenizer(["what does it do? it does copy things." * 5], 280)
     model = sharp_model(DecoderConfig(**{**SHAPE.__dict__, "vocab_size": tokenizer.vocab_size}))
     save_model(model, tokenizer, tmp_path / "model")
@@ -116,21 +117,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, words)
     words += ["--conversations-per-step", "4", "--micro-batch-size", "2", "--train.num-threads", "2", "--train.checkpoint-every-s", "0"]
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
 
-    class Killed(BaseException):
-        pass
-
-    steps, noise = [], sft.noise_scales
-
-    def killing(*arguments):
-        steps.append(1)
-        if len(steps) == 7:
-            raise Killed
-        return noise(*arguments)
-
-    monkeypatch.setattr(sft, "noise_scales", killing)
-    with pytest.raises(Killed):
+    with killed_at(7, sft, "noise_scales"):
         main([*words, "--out", str(tmp_path / "cut")])
-    monkeypatch.undo()
     assert main([*words, "--out", str(tmp_path / "cut"), "--resume"]) == 0
     found = [[(line["loss_nats"], line["nll_nats"]) for line in Run.open(tmp_path / run).metrics()] for run in ("whole", "cut")]
     assert len(found[0]) == 5 and found[0] == found[1] and all(dft < plain for dft, plain in found[0])

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from cut_short import killed_at
 from plinth.config import UserError
 from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
@@ -136,27 +137,14 @@ def test_one_sided_labels_are_said():
     assert "no unwanted answer" in weight_advice(5, 0, "bco", {})
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, model_dir, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, model_dir):
     file = write_lines(tmp_path / "labels.jsonl", both_kinds())
     train = TrainConfig(steps=5, warmup_steps=1, dtype="bfloat16", num_threads=2, checkpoint_every_s=0.0)
     config = DpoConfig(train=train, loss="kto", pairs_per_step=8, micro_batch_size=4)
     whole = train_dpo(tmp_path / "whole", model_dir, file, config)
 
-    class Killed(BaseException):
-        pass
-
-    steps, batches = [], LabelledRows.batches
-
-    def killing(*arguments):
-        steps.append(1)
-        if len(steps) == 4:
-            raise Killed
-        return batches(*arguments)
-
-    monkeypatch.setattr(LabelledRows, "batches", killing)
-    with pytest.raises(Killed):
+    with killed_at(4, LabelledRows, "batches"):
         train_dpo(tmp_path / "cut", model_dir, file, config)
-    monkeypatch.undo()
     resumed = train_dpo(tmp_path / "cut", model_dir, file, config, resume=True)
     pairs = zip(load_model(whole.model_dir).parameters(), load_model(resumed.model_dir).parameters())
     assert all(torch.equal(a, b) for a, b in pairs)
