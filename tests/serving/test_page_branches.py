@@ -98,6 +98,20 @@ def test_a_branch_while_the_answer_is_still_coming(make_text_engine, start, open
         page.close()
 
 
+def test_a_token_of_line_breaks_can_be_pointed_at_and_stays_out_of_the_text(page):
+    run = """async () => {
+        const { Writer } = await import("/web/tokens.js");
+        const body = document.getElementById("log").appendChild(document.createElement("div"));
+        body.className = "body";
+        const writer = new Writer(body);
+        for (const text of ["\\n\\n\\n", "a", "\\u0000", "\\t", " "])
+            writer.add({ id: 1, bytes: new TextEncoder().encode(text), name: "x", logprob: -1, others: [] });
+        return [[...body.children].map((span) => span.getBoundingClientRect().width > 0), body.textContent, writer.text];
+    }"""
+    seen, content, text = page.evaluate(run)
+    assert seen == [True] * 5 and content == text == "\n\n\na\0\t "
+
+
 def test_hostile_tokens_stay_text(page):
     """A token that spells markup, and names that would be markup, enter the page as text."""
     run = """async () => {

@@ -6,6 +6,7 @@ const LINGER_MS = 250;  // so that the pointer can cross from a token to its alt
 let picked = null;      // the span whose alternatives are shown
 let pinned = false;     // whether they stay when the pointer leaves
 let timer;
+const UNSEEN = /^(?:(?!\t)[\p{Cc}\u200b\u2028\u2029])+$/u;  // text that takes no room on the page: line breaks, control characters
 const hooks = { branch: null, pin: () => {} };
 
 // branch(span, index in the span, alternative) continues from an alternative; pin(span) is told of a token that was chosen.
@@ -42,6 +43,7 @@ export class Writer {
     const span = element("span", className, text);
     span.tokens = tokens;
     span.first = this.tokens.length - tokens.length;
+    if (UNSEEN.test(text)) span.dataset.mark = visible(tokens[0]);
     span.style.setProperty("--doubt", (1 - probability(sum(tokens.map((t) => t.logprob)))).toFixed(3));
     span.tabIndex = this.body.children.length ? -1 : 0;
     this.body.append(span);
