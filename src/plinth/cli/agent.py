@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from plinth.cli.generate import load_engine
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError
 
@@ -45,7 +46,7 @@ class AgentCommand:
 
 def main(argv: list[str]) -> int:
     """Answer and print, each step on standard error as it is made; exit code 0 also where the answer is empty."""
-    command = tyro.cli(AgentCommand, args=argv, prog="plinth agent", description=AgentCommand.__doc__)
+    command = read_options(AgentCommand, args=argv, prog="plinth agent", description=AgentCommand.__doc__)
     from plinth.inference.agent import AgentLimits, calculator_tool, run_agent, search_tool
     from plinth.inference.retrieval import SearchIndex
     from plinth.inference.sampling_params import SamplingParams

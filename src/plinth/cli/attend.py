@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.evaluation.attention_page import write_attention_page
 from plinth.evaluation.attention_view import AttentionView, view_attention
@@ -37,7 +38,7 @@ class AttendCommand:
 
 def main(argv: list[str]) -> int:
     """Write the page; exit code 0 on success."""
-    command = tyro.cli(AttendCommand, args=argv, prog="plinth attend", description=AttendCommand.__doc__)
+    command = read_options(AttendCommand, args=argv, prog="plinth attend", description=AttendCommand.__doc__)
     view = view_attention(command.run, command.text, command.target, image=command.image, max_tokens=command.max_tokens)
     page = write_attention_page(command.out, view)
     result = summary(view, page)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.inference.endpoint import EndpointConfig
 from plinth.posttraining.feedback_config import JudgeConfig, SelectionConfig
@@ -45,7 +46,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is no prompt, or nothing is kept."""
-    options = tyro.cli(Options, prog="plinth best-of", args=argv)
+    options = read_options(Options, prog="plinth best-of", args=argv)
     from plinth.inference.local_model import LocalModel
     from plinth.recipes.feedback import open_model
     from plinth.recipes.selecting import select_answers

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError
 from plinth.scaling.budget import parse_budget
@@ -48,7 +49,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth build", args=argv)
+    options = read_options(Options, prog="plinth build", args=argv)
     parse_budget(options.budget)  # a mistake here should not wait for the imports
     if options.resume and options.out is None:
         raise UserError("--resume needs --out with the directory of the build to go on with.")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from plinth.cli.generate import load_engine
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError
 
@@ -111,7 +112,7 @@ class Conversation:
 
 def main(argv: list[str]) -> int:
     """Hold a conversation; exit code 0 when the user ends it."""
-    command = tyro.cli(ChatCommand, args=argv, prog="plinth chat", description=ChatCommand.__doc__)
+    command = read_options(ChatCommand, args=argv, prog="plinth chat", description=ChatCommand.__doc__)
     from plinth.inference.sampling import SamplingParams
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")

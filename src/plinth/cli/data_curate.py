@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.data.curate import CurateConfig, curate
 from plinth.data.sources import read_documents
@@ -35,7 +36,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth data curate", args=argv)
+    options = read_options(Options, prog="plinth data curate", args=argv)
     started = time.monotonic()
     manifest = curate(read_documents(options.source, options.text_field), options.out, options.config)
     result = {"path": str(options.out), **manifest, "time_s": round(time.monotonic() - started, 3)}

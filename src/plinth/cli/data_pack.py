@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.data.shards import pack_corpus
 from plinth.tokenizer.encode import Tokenizer
@@ -33,7 +34,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth data pack", args=argv)
+    options = read_options(Options, prog="plinth data pack", args=argv)
     started = time.monotonic()
     manifest = pack_corpus(options.corpus, Tokenizer.load(options.tokenizer), options.out, backwards=options.backwards)
     result = {"path": str(options.out), **manifest, "time_s": round(time.monotonic() - started, 3)}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.posttraining.distill_config import DistillConfig
 
@@ -33,7 +34,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth distill", args=argv)
+    options = read_options(Options, prog="plinth distill", args=argv)
     from plinth.posttraining.distillation import distill
 
     run = distill(

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.posttraining.distill_config import TeacherFileConfig
 
@@ -30,7 +31,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth distill score", args=argv)
+    options = read_options(Options, prog="plinth distill score", args=argv)
     from plinth.posttraining.teacher_file import write_teacher_file
 
     found = write_teacher_file(options.out, options.run, options.data, options.config, warn=say)

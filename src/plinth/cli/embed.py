@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError, write_atomic
 from plinth.data.fasta import is_fasta
@@ -39,7 +40,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth embed", args=argv)
+    options = read_options(Options, prog="plinth embed", args=argv)
     names, texts = read_texts(options)
     if not texts:
         raise UserError("there is no text. Pass --text, or --file.")

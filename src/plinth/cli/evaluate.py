@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError, save_json
 from plinth.evaluation.problems import Problem, ProblemConfig, score_problems
@@ -70,7 +71,7 @@ class EvaluateOptions:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is no finished model or nothing to evaluate on."""
-    options = tyro.cli(EvaluateOptions, args=argv, prog="plinth evaluate")
+    options = read_options(EvaluateOptions, args=argv, prog="plinth evaluate")
     if options.problems is not None:
         result = evaluate_problems(options.model, options.problems, options.problem)
         if options.out is not None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.recipes.exporting import Exported, export_model
 from plinth.recipes.parity import describe_parity
@@ -37,7 +38,7 @@ class ExportOptions:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when the folder is taken or the format cannot hold the model."""
-    options = tyro.cli(ExportOptions, args=argv, prog="plinth export")
+    options = read_options(ExportOptions, args=argv, prog="plinth export")
     done = export_model(
         options.run, options.out, format=options.format, weights=options.quantise, check=options.check, python=options.check_python
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.recipes.extending import extend
 
@@ -33,7 +34,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth extend", args=argv)
+    options = read_options(Options, prog="plinth extend", args=argv)
     run = extend(
         options.out, options.run, options.steps, decay_fraction=options.decay_fraction, shards=options.shards,
         tokenizer_dir=options.tokenizer, argv=argv, warn=say,

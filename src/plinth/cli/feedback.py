@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.inference.endpoint import EndpointConfig
 from plinth.posttraining.feedback_config import FeedbackConfig
@@ -34,7 +35,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is nothing to judge, or the judge decides nothing."""
-    options = tyro.cli(Options, prog="plinth feedback", args=argv)
+    options = read_options(Options, prog="plinth feedback", args=argv)
     from plinth.recipes.feedback import make_feedback, open_model
 
     report = make_feedback(options.answers, open_model(options.judge, options.endpoint), options.out, options.config, say)

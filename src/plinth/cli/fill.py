@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.config import UserError
 from plinth.data.parallel import read_lines
@@ -31,7 +32,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth fill", args=argv)
+    options = read_options(Options, prog="plinth fill", args=argv)
     texts = [*options.text, *([] if options.file is None else [line for line in read_lines(options.file) if line.strip()])]
     if not texts:
         raise UserError("there is no text. Pass --text 'a [MASK] b', or --file.")

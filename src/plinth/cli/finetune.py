@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.posttraining.finetuning import FinetuneConfig, finetune
 
@@ -35,7 +36,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth finetune", args=argv)
+    options = read_options(Options, prog="plinth finetune", args=argv)
     run = finetune(options.out, options.run, options.data, options.config, resume=options.resume, argv=argv, warn=say)
     show_run(run, options.json, next_verb="predict {run} heldout.jsonl")
     return 0

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from plinth.cli.generate_search import SearchOptions, choose_best, search_beams
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError
 
@@ -83,7 +84,7 @@ class GenerateCommand:
 
 def main(argv: list[str]) -> int:
     """Generate and print; exit code 0 on success."""
-    command = tyro.cli(GenerateCommand, args=argv, prog="plinth generate", description=GenerateCommand.__doc__)
+    command = read_options(GenerateCommand, args=argv, prog="plinth generate", description=GenerateCommand.__doc__)
     if command.system is not None and not command.chat:
         raise UserError("--system needs --chat: a plain continuation has no system message.")
     prompts = command.prompt or (_read_stdin(),)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.posttraining.grpo_config import GrpoConfig
 
@@ -31,7 +32,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth grpo", args=argv)
+    options = read_options(Options, prog="plinth grpo", args=argv)
     from plinth.posttraining.grpo import train_grpo
 
     run = train_grpo(options.out, options.run, options.data, options.config, resume=options.resume, argv=argv, warn=say)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.inference.sampling_params import SamplingParams
 from plinth.recipes.asking_images import ask_images
@@ -37,7 +38,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0."""
-    options = tyro.cli(Options, args=argv, prog="plinth image ask")
+    options = read_options(Options, args=argv, prog="plinth image ask")
     params = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens, seed=options.seed)
     [answer] = ask_images(options.run, [(options.image, options.question)], params, prompt=options.prompt)
     result = {

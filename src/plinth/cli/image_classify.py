@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.evaluation.zero_shot import TEMPLATES, ImageTextModel
 
@@ -32,7 +33,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0."""
-    options = tyro.cli(Options, args=argv, prog="plinth image classify")
+    options = read_options(Options, args=argv, prog="plinth image classify")
     model = ImageTextModel.load(options.run)
     scores = model.classify(options.images, options.classes, options.templates, options.top)
     answer = {"images": [{"image": str(image), "classes": list(map(asdict, row))} for image, row in zip(options.images, scores)]}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.data.pictures import read_pictures
 from plinth.evaluation.zero_shot import ImageTextModel, find_images, measure_recall
@@ -31,7 +32,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0."""
-    options = tyro.cli(Options, args=argv, prog="plinth image retrieve")
+    options = read_options(Options, args=argv, prog="plinth image retrieve")
     pictures, rejects = read_pictures(options.images)
     if rejects.count:
         say(f"{options.images}: {rejects.describe()}")

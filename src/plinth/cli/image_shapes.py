@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.recipes.shapes_world import write_world
 
@@ -32,7 +33,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when the folder holds something already."""
-    options = tyro.cli(Options, args=argv, prog="plinth image shapes")
+    options = read_options(Options, args=argv, prog="plinth image shapes")
     folders = write_world(options.out, options.images_each, options.held_out, options.seed, options.edge)
     counts = {name: sum(1 for _ in folder.glob("*.png")) for name, folder in folders.items()}
     answer = {"path": str(options.out), "images": counts}

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.recipes.importing import Imported, import_model
 from plinth.recipes.parity import describe_parity
@@ -35,7 +36,7 @@ class ImportOptions:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError for what we cannot compute and for damaged or pickled weights."""
-    options = tyro.cli(ImportOptions, args=argv, prog="plinth import")
+    options = read_options(ImportOptions, args=argv, prog="plinth import")
     done = import_model(options.source, options.out, revision=options.revision, parity=options.check, python=options.check_python)
 
     def render(console: Console) -> None:

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.posttraining.examples import Kind
 from plinth.run import find_model
@@ -48,7 +49,7 @@ class InspectCommand:
 
 def main(argv: list[str]) -> int:
     """Print what was found; exit code 0, or 1 with --strict when something was."""
-    command = tyro.cli(InspectCommand, args=argv, prog="plinth inspect", description=InspectCommand.__doc__)
+    command = read_options(InspectCommand, args=argv, prog="plinth inspect", description=InspectCommand.__doc__)
     from plinth.models.hub import read_config
     from plinth.posttraining.inspection import inspect_data, write_inspection_page
     from plinth.tokenizer.encode import Tokenizer

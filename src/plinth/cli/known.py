@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.tasks.knowledge import KnowledgeConfig
 
@@ -31,7 +32,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is no question, or the model knows no answer."""
-    options = tyro.cli(Options, prog="plinth known", args=argv)
+    options = read_options(Options, prog="plinth known", args=argv)
     from plinth.recipes.knowledge import make_knowledge_data
 
     manifest = make_knowledge_data(options.run, options.data, options.out, options.config, warn=say)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 
 
@@ -31,7 +32,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when the folder is taken or the adapter does not fit the model."""
-    options = tyro.cli(Options, prog="plinth merge", args=argv)
+    options = read_options(Options, prog="plinth merge", args=argv)
     from plinth.models.hub import read_config
     from plinth.models.reward import RewardConfig
     from plinth.posttraining.adapted_models import merge_adapter

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.config import UserError
 from plinth.models.counts.describe import CostQuestion, describe
@@ -37,7 +38,7 @@ class ParamsCommand:
 
 def main(argv: list[str]) -> int:
     """Print the counts; exit code 0 on success."""
-    command = tyro.cli(ParamsCommand, args=argv, prog="plinth params", description=ParamsCommand.__doc__)
+    command = read_options(ParamsCommand, args=argv, prog="plinth params", description=ParamsCommand.__doc__)
     if command.list:
         result = {"models": [*PRESETS], "architectures": [*COUNTED]}
         emit(result, command.json, lambda console: console.print("\n".join(f"{name}: {', '.join(v)}" for name, v in result.items())))

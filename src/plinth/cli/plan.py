@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import to_dict
 from plinth.scaling.budget import parse_budget
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
 
     if plan_cluster.wants_cluster(argv):
         return plan_cluster.main(argv)
-    command = tyro.cli(PlanCommand, args=argv, prog="plinth plan", description=PlanCommand.__doc__)
+    command = read_options(PlanCommand, args=argv, prog="plinth plan", description=PlanCommand.__doc__)
     budget = parse_budget(command.budget)  # a mistake here should not wait for the probe
     from plinth.scaling.plan import save_plan
     from plinth.scaling.show import print_plan

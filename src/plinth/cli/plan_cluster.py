@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.config import UserError, save_json, to_dict
 from plinth.scaling.cluster_config import ClusterConfig
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
                 raise UserError(
                     f"a plan for a cluster needs {name}, for instance {example}. `plinth plan --gpus 8 --help` shows its options."
                 )
-    command = tyro.cli(ClusterCommand, args=argv, prog="plinth plan", description=ClusterCommand.__doc__)
+    command = read_options(ClusterCommand, args=argv, prog="plinth plan", description=ClusterCommand.__doc__)
     plan = make_cluster_plan(command.options)
     result = plan_record(plan)
     if command.out is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.posttraining.ppo_config import PpoConfig
 
@@ -33,7 +34,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth ppo", args=argv)
+    options = read_options(Options, prog="plinth ppo", args=argv)
     from plinth.posttraining.ppo import train_ppo
 
     run = train_ppo(options.out, options.run, options.reward, options.data, options.config, resume=options.resume, argv=argv, warn=say)

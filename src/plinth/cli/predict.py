@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError, write_atomic
 from plinth.data.labelled import OUTSIDE, from_texts, read_examples
@@ -46,7 +47,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth predict", args=argv)
+    options = read_options(Options, prog="plinth predict", args=argv)
     encoder, task = open_predictor(options.run)
     examples = examples_of(options, task)
     labels = predict(encoder, task, examples, truncate=options.truncate, answers=options.answers)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.posttraining.preference_config import DpoConfig
 
@@ -31,7 +32,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth prefer", args=argv)
+    options = read_options(Options, prog="plinth prefer", args=argv)
     from plinth.posttraining.preference import train_dpo
 
     run = train_dpo(options.out, options.run, options.pairs, options.config, resume=options.resume, argv=argv, warn=say)

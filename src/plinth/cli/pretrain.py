@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.config import UserError, nearest
 from plinth.models.config import DecoderConfig
@@ -80,7 +81,7 @@ def split_family(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def main_decoder(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth pretrain", args=argv)
+    options = read_options(Options, prog="plinth pretrain", args=argv)
     config = options.config
     if options.plan is not None and config.parametrization != "standard":
         raise UserError(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.models.recurrent import AwdLstmConfig
 from plinth.recipes.recurrent_pretraining import AwdLstmPretrainConfig, pretrain_awd_lstm
@@ -34,7 +35,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError for shards and tokenizer that do not fit."""
-    options = tyro.cli(Options, prog="plinth pretrain --family awd-lstm", args=argv)
+    options = read_options(Options, prog="plinth pretrain --family awd-lstm", args=argv)
     config = options.config
     if config.model.vocab_size == AwdLstmConfig.vocab_size:
         vocab_size = Tokenizer.load(options.tokenizer).vocab_size

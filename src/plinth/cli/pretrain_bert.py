@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.recipes.encoder_pretraining import BertConfig, pretrain_encoder
 
@@ -31,7 +32,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth pretrain --family bert", args=argv)
+    options = read_options(Options, prog="plinth pretrain --family bert", args=argv)
     run = pretrain_encoder(
         options.out, options.shards, options.tokenizer, options.config, resume=options.resume, argv=argv, warn=say
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.recipes.clip import ClipConfig, pretrain_clip
 
@@ -31,7 +32,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth pretrain --family clip", args=argv)
+    options = read_options(Options, prog="plinth pretrain --family clip", args=argv)
     run = pretrain_clip(
         options.out, options.images, options.config, tokenizer_dir=options.tokenizer, resume=options.resume, argv=argv, warn=say
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.config import UserError
 from plinth.models.recurrent_attention import Attention
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
 def train(argv: list[str], cell: Cell) -> int:
     """Train the family's model; returns 0."""
     default = RecurrentTranslationConfig(model=RecurrentSeq2SeqConfig(cell=cell))
-    options = tyro.cli(
+    options = read_options(
         Options,
         prog=f"plinth pretrain --family {cell}",
         args=argv,

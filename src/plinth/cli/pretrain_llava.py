@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.recipes.llava import LlavaConfig, train_llava
 
@@ -35,7 +36,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth pretrain --family llava", args=argv)
+    options = read_options(Options, prog="plinth pretrain --family llava", args=argv)
     run = train_llava(
         options.out, options.images, options.config, start=options.start, decoder=options.decoder, vision=options.vision,
         resume=options.resume, argv=argv, warn=say,

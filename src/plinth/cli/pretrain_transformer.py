@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.recipes.translation import TranslationConfig, pretrain_translation
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 def train(argv: list[str], family: str, default: TranslationConfig) -> int:
     """Train the family's model; returns 0."""
-    options = tyro.cli(
+    options = read_options(
         Options,
         prog=f"plinth pretrain --family {family}",
         args=argv,

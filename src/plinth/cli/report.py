@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.evaluation.report import report_card, report_data, write_report
 from plinth.evaluation.run_report import is_single_run, run_card, run_report_data, thinned, write_run_report
@@ -26,7 +27,7 @@ class ReportOptions:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when the directory holds neither a build nor a run."""
-    options = tyro.cli(ReportOptions, args=argv, prog="plinth report")
+    options = read_options(ReportOptions, args=argv, prog="plinth report")
     data: dict[str, Any]
     if is_single_run(options.run):
         data = run_report_data(options.run)

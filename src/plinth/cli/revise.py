@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.inference.endpoint import EndpointConfig
 from plinth.posttraining.feedback_config import RevisionConfig
@@ -35,7 +36,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is no prompt, or no answer is whole."""
-    options = tyro.cli(Options, prog="plinth revise", args=argv)
+    options = read_options(Options, prog="plinth revise", args=argv)
     from plinth.recipes.feedback import open_model
     from plinth.recipes.revising import make_revisions
 

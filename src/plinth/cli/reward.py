@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.posttraining.reward_config import RewardTuning
 
@@ -39,7 +40,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth reward", args=argv)
+    options = read_options(Options, prog="plinth reward", args=argv)
     from plinth.recipes.reward import make_reward_model
 
     run = make_reward_model(

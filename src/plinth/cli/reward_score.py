@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.cli.reward import show_report
 from plinth.posttraining.reward_config import TooLong
@@ -33,7 +34,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth reward score", args=argv)
+    options = read_options(Options, prog="plinth reward score", args=argv)
     from plinth.recipes.reward import score_file
 
     found = score_file(options.run, options.data, adapter=options.adapter, out=options.out, too_long=options.too_long, warn=say)

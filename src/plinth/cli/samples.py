@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from plinth.cli.evaluate import build_around
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError, save_json
 
@@ -39,7 +40,7 @@ class SamplesCommand:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there are no questions."""
-    command = tyro.cli(SamplesCommand, args=argv, prog="plinth samples", description=SamplesCommand.__doc__)
+    command = read_options(SamplesCommand, args=argv, prog="plinth samples", description=SamplesCommand.__doc__)
     result = measure(command)
     if command.out is not None:
         from plinth.evaluation.sampled_answers import picture

@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 
 
@@ -27,7 +28,7 @@ class SearchCommand:
 
 def main(argv: list[str]) -> int:
     """Search and print; exit code 0 also when nothing is found."""
-    command = tyro.cli(SearchCommand, args=argv, prog="plinth search", description=SearchCommand.__doc__)
+    command = read_options(SearchCommand, args=argv, prog="plinth search", description=SearchCommand.__doc__)
     from plinth.inference.retrieval import SearchIndex
 
     index = SearchIndex.open(command.run)

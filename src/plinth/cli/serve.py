@@ -14,6 +14,7 @@ from rich.console import Console
 
 from plinth.cli.answers import keep_answers
 from plinth.cli.generate import load_text_engine
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.cli.speculate import speculate
 from plinth.config import UserError, read_json
@@ -82,7 +83,7 @@ class ServeConfig:
 
 def main(argv: list[str]) -> int:
     """Serve until Ctrl-C; returns 0. Raises UserError when there is no model or the port is taken."""
-    config = tyro.cli(ServeConfig, args=argv, prog="plinth serve", config=(tyro.conf.OmitArgPrefixes,))
+    config = read_options(ServeConfig, args=argv, prog="plinth serve", config=(tyro.conf.OmitArgPrefixes,))
     config.check()
     keys = read_keys(config.api_key_file, os.environ.get("PLINTH_API_KEY"))
     if config.log_json:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.posttraining.sft_config import SftConfig
 
@@ -33,7 +34,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth sft", args=argv)
+    options = read_options(Options, prog="plinth sft", args=argv)
     from plinth.posttraining.sft import train_sft
 
     if options.strict and not is_clean(options):

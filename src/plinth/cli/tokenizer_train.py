@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.config import UserError, save_json
 from plinth.run import Progress, publish_dir, tree_sha256
@@ -38,7 +39,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth tokenizer train", args=argv)
+    options = read_options(Options, prog="plinth tokenizer train", args=argv)
     TokenizerConfig(options.vocab_size)
     if not options.source and options.residues is None:
         raise UserError("no text named. Pass a corpus folder, or text files and folders.")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.posttraining.transfer_config import TransferClassifyConfig
 
@@ -34,7 +35,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth transfer classify", args=argv)
+    options = read_options(Options, prog="plinth transfer classify", args=argv)
     from plinth.posttraining.text_classification import train_classifier
 
     run = train_classifier(options.out, options.run, options.data, options.config, resume=options.resume, argv=argv, warn=say)

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.recipes.coordinate_check import QUANTITIES, CoordinateConfig, coordinate_check
 
@@ -32,7 +33,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth transfer coord-check", args=argv)
+    options = read_options(Options, prog="plinth transfer coord-check", args=argv)
     result = coordinate_check(options.shards, options.out, options.config, say)
     emit(result, options.json, lambda console: show(console, result))
     return 0

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import say, show_run
 from plinth.posttraining.transfer_config import LmFinetuneConfig
 
@@ -36,7 +37,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth transfer finetune-lm", args=argv)
+    options = read_options(Options, prog="plinth transfer finetune-lm", args=argv)
     from plinth.recipes.language_model_finetuning import finetune_language_model
 
     run = finetune_language_model(

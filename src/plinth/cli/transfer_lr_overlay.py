@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.recipes.learning_rate_overlay import OverlayConfig, overlay
 
@@ -33,7 +34,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, prog="plinth transfer lr-overlay", args=argv)
+    options = read_options(Options, prog="plinth transfer lr-overlay", args=argv)
     result = overlay(options.shards, options.out, options.config, say)
     emit(result, options.json, lambda console: show(console, result))
     return 0

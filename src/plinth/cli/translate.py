@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit
 from plinth.config import UserError, write_atomic
 
@@ -56,7 +57,7 @@ class TranslateCommand:
 
 def main(argv: list[str]) -> int:
     """Translate and print; exit code 0 on success."""
-    command = tyro.cli(TranslateCommand, args=argv, prog="plinth translate", description=TranslateCommand.__doc__)
+    command = read_options(TranslateCommand, args=argv, prog="plinth translate", description=TranslateCommand.__doc__)
     result = translate(command)
     emit(result, command.json, lambda console: _show(console, result, command))
     return 0

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.live import Live
 
+from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError
 from plinth.watch.state import Watcher
@@ -49,7 +50,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns 0. Raises UserError when there is nothing to show once, or the port is taken."""
-    options = tyro.cli(Options, prog="plinth watch", args=argv)
+    options = read_options(Options, prog="plinth watch", args=argv)
     if options.serve:
         return serve(options)
     watcher = Watcher(options.run)
