@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from plinth.ops import kernels
-from plinth.ops.attention import qk_norm_rope_attention, swap_halves
+from plinth.ops.attention import kernel_attention, qk_norm_rope_attention
 from plinth.ops.linear import WeightGradient, collect_gradients, linear
 from plinth.ops.loss import linear_cross_entropy
 from plinth.ops.norm import add_rms_norm
-from plinth.ops.rope import rope_table
+from plinth.ops.rope import rope_table, swap_halves
 from plinth.ops.swiglu import swiglu
 
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels of ours here: {kernels.why_not()}")
@@ -38,22 +38,47 @@ def assert_close_to_float64(fast, exact, *inputs):
         assert error < ROUNDING, error
 
 
-@needs_kernels
-@pytest.mark.parametrize(
-    "B, T, H, K, E", [(2, 64, 2, 2, 32), (1, 50, 4, 2, 64), (3, 97, 2, 1, 128), (1, 33, 3, 1, 96), (2, 1, 2, 2, 32), (1, 256, 4, 4, 64)]
-)
-def test_attention(B, T, H, K, E):
-    cos, sin = rope_table(torch.arange(T), E, 10_000.0)
+SHAPES = [(2, 64, 2, 2, 32), (1, 50, 4, 2, 64), (3, 97, 2, 1, 128), (1, 33, 3, 1, 96), (2, 1, 2, 2, 32), (1, 256, 4, 4, 64)]
 
-    def exact(qkv):
-        q, k, v = qkv.split((H, K, K), 2)
+
+def exact_attention(qkv, H, K, rotation=None, scale=None, normed=False):
+    q, k, v = qkv.split((H, K, K), 2)
+    if normed:
         q, k = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) for x in (q, k))
-        q, k = (x * cos.double()[:, None] + swap_halves(x) * sin.double()[:, None] for x in (q, k))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+    if rotation is not None:
+        cos, sin = (x.double()[:, None] for x in rotation)
+        q, k = (x * cos + swap_halves(x) * sin for x in (q, k))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale).transpose(1, 2).flatten(2)
 
-    ours = lambda qkv: qk_norm_rope_attention(qkv, cos, sin, num_heads=H, num_kv_heads=K, eps=EPS)  # noqa: E731
-    assert_close_to_float64(ours, exact, leaf(B, T, H + 2 * K, E))
+
+@needs_kernels
+@pytest.mark.parametrize("B, T, H, K, E", SHAPES)
+def test_attention(B, T, H, K, E):
+    table = rope_table(torch.arange(T), E, 10_000.0)
+    ours = lambda qkv: qk_norm_rope_attention(qkv, *table, num_heads=H, num_kv_heads=K, eps=EPS)  # noqa: E731
+    assert_close_to_float64(ours, lambda qkv: exact_attention(qkv, H, K, table, normed=True), leaf(B, T, H + 2 * K, E))
+
+
+@needs_kernels
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("B, T, H, K, E", SHAPES)
+def test_attention_without_norm(B, T, H, K, E, rotated):
+    table = rope_table(torch.arange(T), E, 10_000.0, 1.2) if rotated else (None, None)
+    ours = lambda qkv: kernel_attention(qkv, *table, num_heads=H, num_kv_heads=K, scale=0.1)  # noqa: E731
+    assert_close_to_float64(ours, lambda qkv: exact_attention(qkv, H, K, table if rotated else None, 0.1), leaf(B, T, H + 2 * K, E))
+
+
+@needs_kernels
+def test_attention_of_scores_beyond_what_an_exponential_holds():
+    """Each query is its own key, times 60: alike rows score 200,000 nats, and only the order of scores is left."""
+    rows = torch.eye(64)[torch.arange(40) % 4] * 60.0
+    values = leaf(40, 64).detach()
+    qkv = torch.stack((rows, rows, values.float()), 1)[None].bfloat16()
+    attend = lambda x: kernel_attention(x, None, None, num_heads=1, num_kv_heads=1, scale=60.0)  # noqa: E731
+    got = attend(qkv.requires_grad_())
+    torch.testing.assert_close(got.double(), exact_attention(qkv.double(), 1, 1, scale=60.0), atol=0.02, rtol=0.02)
+    assert torch.autograd.grad(got.sum(), qkv)[0].isfinite().all()
 
 
 @needs_kernels

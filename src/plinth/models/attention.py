@@ -11,7 +11,7 @@ from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import PagedCache, View
 from plinth.models.mlp import Linear
 from plinth.models.norm import normalisation
-from plinth.ops.attention import attend, attention_probabilities, qk_norm_rope_attention
+from plinth.ops.attention import HEAD_DIMS, attend, attention_probabilities, has_kernel, kernel_attention, qk_norm_rope_attention
 from plinth.ops.linear import linear_rows
 from plinth.ops.rope import apply_rope
 from plinth.ops.segments import Runs
@@ -82,9 +82,12 @@ class Attention(nn.Module):
             return torch.cat([self._attended(*each)[0] for each in turned]).unflatten(0, qkv.shape[:2])
         config = self.config
         kv_heads = qkv.shape[-2] * config.num_kv_heads // (config.num_heads + 2 * config.num_kv_heads)
+        heads = {"num_heads": qkv.shape[-2] - 2 * kv_heads, "num_kv_heads": kv_heads}
         if self.is_fused and mask is None and qkv.device.type == "cpu":
-            shape = {"num_heads": qkv.shape[-2] - 2 * kv_heads, "num_kv_heads": kv_heads, "eps": config.norm_eps}
-            return qk_norm_rope_attention(qkv, cos_TE, sin_TE, **shape)
+            return qk_norm_rope_attention(qkv, cos_TE, sin_TE, eps=config.norm_eps, **heads)
+        if mask is None and may_take_kernel(config) and has_kernel(qkv):
+            qkv = qkv if self.q_norm is None else torch.cat(self._normed(qkv, kv_heads), -2)
+            return kernel_attention(qkv, cos_TE, sin_TE, scale=config.score_scale, **heads)
         q, k, v = (x.transpose(1, 2) for x in self._placed(qkv, kv_heads, cos_TE, sin_TE))
         y = attend(q, k, v, scale=config.score_scale, cap=config.attention_softcap, mask=mask)
         return y.transpose(1, 2).flatten(2)
@@ -107,13 +110,18 @@ class Attention(nn.Module):
 
     def _placed(self, qkv: torch.Tensor, kv_heads: int, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Split heads (..., H + 2 K, E); normalise and rotate queries and keys as the configuration says. cos and sin lack the heads."""
-        q, k, v = qkv.split((qkv.shape[-2] - 2 * kv_heads, kv_heads, kv_heads), dim=-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self._normed(qkv, kv_heads)
         if cos is not None:
             cos, sin = cos[..., None, :], sin[..., None, :]
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         return q, k, v
+
+    def _normed(self, qkv: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Split heads (..., H + 2 K, E); normalise queries and keys where the configuration asks for it."""
+        q, k, v = qkv.split((qkv.shape[-2] - 2 * kv_heads, kv_heads, kv_heads), dim=-2)
+        if self.q_norm is None or self.k_norm is None:
+            return q, k, v
+        return self.q_norm(q), self.k_norm(k), v
 
     def _with_embedded_values(self, qkv: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         """Return the heads (..., H + 2 K, E) with `added` (..., K, E) on the values, so that every way to attend takes them as they are."""
@@ -150,6 +158,11 @@ class Attention(nn.Module):
             q, keys_AKWE, values_AKWE = (x.expand(2, -1, -1, -1) for x in (q, keys_AKWE, values_AKWE))
         y = attend(q, keys_AKWE, values_AKWE, scale=config.score_scale, cap=config.attention_softcap, mask=mask)[: mask.shape[0]]
         return y.unflatten(2, (groups, R)).permute(0, 3, 1, 2, 4).reshape(-1, K * groups * E)
+
+
+def may_take_kernel(config: DecoderConfig) -> bool:
+    """Return whether our kernel of causal attention, where there is one, does what a decoder asks for; masks aside."""
+    return config.head_dim in HEAD_DIMS and config.attention_softcap is None
 
 
 def is_fused(config: DecoderConfig) -> bool:

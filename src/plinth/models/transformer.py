@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from plinth.config import UserError
-from plinth.models.attention import Attention, is_fused
+from plinth.models.attention import Attention, may_take_kernel
 from plinth.models.config import DecoderConfig
 from plinth.models.embedding import Embedding
 from plinth.models.kv_cache import PagedCache, View
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         Both fuse the products with it, so that fp32 costs nothing. `local` gives those of blocks with a sliding window.
         """
         cos, sin = rotation(self.config, positions, local=local)
-        fused = positions.device.type != "cpu" or (is_fused(self.config) and kernels.usable(self.embed.weight))
+        fused = positions.device.type != "cpu" or (may_take_kernel(self.config) and kernels.usable(self.embed.weight))
         dtype = torch.float32 if fused else self.embed.weight.dtype
         return cos.to(dtype), sin.to(dtype)
 

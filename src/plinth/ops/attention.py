@@ -1,8 +1,8 @@
-"""Causal self-attention with QK-norm and rotary positions as one differentiable operation.
+"""Causal self-attention with rotary positions, with QK-norm or without, as one differentiable operation.
 
 On a processor with the units, a kernel of ours does all of it a head at a time and keeps nothing but a number a row for the
-backward pass. Elsewhere every product is a batched matrix product of PyTorch's, and the probabilities are kept.
-benchmarks/train_throughput.py measures the whole step.
+backward pass. Elsewhere every product is, with QK-norm, a batched matrix product of PyTorch's, and the probabilities are kept;
+without it `attend` works. benchmarks/train_throughput.py measures the whole step.
 """
 
 from __future__ import annotations
@@ -12,14 +12,8 @@ import torch.nn.functional as F
 
 from plinth.ops import kernels
 from plinth.ops.norm import inverse_rms, rms_norm, rms_norm_backward
-from plinth.ops.rope import apply_rope
+from plinth.ops.rope import apply_rope, swap_halves
 from plinth.ops.softcap import softcap
-
-
-def swap_halves(x: torch.Tensor) -> torch.Tensor:
-    """Exchange the two halves of the last dimension."""
-    half = x.shape[-1] // 2
-    return torch.cat((x[..., half:], x[..., :half]), -1)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -69,15 +63,19 @@ HEAD_DIMS = (32, 64, 96, 128)
 
 
 class _KernelAttention(torch.autograd.Function):
-    """The same on our kernel: queries and keys are normed and rotated again in the backward pass, and so are the scores."""
+    """The same on our kernel: queries and keys are normed and rotated again in the backward pass, and so are the scores.
+
+    With eps None nothing is normed, with cos and sin None nothing rotated.
+    """
 
     @staticmethod
-    def forward(ctx, qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps):
+    def forward(ctx, qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps, scale):
         B, T, _, E = qkv_BTGE.shape
-        qkv, cos, sin = qkv_BTGE.contiguous(), cos_TE.float().contiguous(), sin_TE.float().contiguous()
+        qkv = qkv_BTGE.contiguous()
+        cos, sin = (None if x is None else x.float().contiguous() for x in (cos_TE, sin_TE))
         y_BTD = torch.empty((B, T, num_heads * E), dtype=qkv.dtype)
         log_sums = torch.empty((B, num_heads, -(-T // 32) * 32), dtype=torch.float32)
-        ctx.shape = (B, T, num_heads, num_kv_heads, E, eps)
+        ctx.shape = (B, T, num_heads, num_kv_heads, E, eps is not None, eps or 0.0, scale)
         kernels.call("attention_forward", qkv, cos, sin, y_BTD, log_sums, *ctx.shape)
         ctx.save_for_backward(qkv, cos, sin, y_BTD, log_sums)
         return y_BTD
@@ -87,7 +85,7 @@ class _KernelAttention(torch.autograd.Function):
         qkv, cos, sin, y_BTD, log_sums = ctx.saved_tensors
         grad_qkv = torch.empty_like(qkv)
         kernels.call("attention_backward", qkv, cos, sin, y_BTD, grad_y.contiguous(), log_sums, grad_qkv, *ctx.shape)
-        return grad_qkv, None, None, None, None, None
+        return grad_qkv, None, None, None, None, None, None
 
 
 def _repeat_heads(x_KBTE: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -132,14 +130,27 @@ def attend(q_BHTE, k_BKSE, v_BKSE, *, scale: float, cap: float | None = None, ma
     return weights @ v_BKSE.repeat_interleave(q_BHTE.shape[1] // v_BKSE.shape[1], 1)
 
 
+def has_kernel(qkv_BTGE: torch.Tensor) -> bool:
+    """Return whether our kernel attends with heads of this width, type and place."""
+    return qkv_BTGE.shape[-1] in HEAD_DIMS and kernels.usable(qkv_BTGE)
+
+
+def kernel_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, scale: float):
+    """Rotate queries and keys, attend causally, on our kernel; returns (B, T, H·E). Without rotary positions cos and sin are None.
+
+    `qkv_BTGE` is as `qk_norm_rope_attention` takes it, and `has_kernel`. The slow twin is `attend` after `apply_rope`.
+    """
+    return _KernelAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, None, scale)
+
+
 def qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, eps: float):
     """Normalise and rotate queries and keys, attend causally; returns (B, T, H·E).
 
     `qkv_BTGE` holds num_heads queries, then num_kv_heads keys, then as many values along G. The slow twin is
     `plain_qk_norm_rope_attention`.
     """
-    if qkv_BTGE.shape[-1] in HEAD_DIMS and kernels.usable(qkv_BTGE):
-        return _KernelAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
+    if has_kernel(qkv_BTGE):
+        return _KernelAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps, qkv_BTGE.shape[-1] ** -0.5)
     cos_TE, sin_TE = cos_TE.to(qkv_BTGE.dtype), sin_TE.to(qkv_BTGE.dtype)  # they come in fp32 where our kernels run for other head widths
     return _FusedAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
 

@@ -27,8 +27,8 @@ NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_
 
 P, L, I, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
-    "attention_forward": (P, P, P, P, P, I, I, I, I, I, F),
-    "attention_backward": (P, P, P, P, P, P, P, I, I, I, I, I, F),
+    "attention_forward": (P, P, P, P, P, I, I, I, I, I, I, F, F),
+    "attention_backward": (P, P, P, P, P, P, P, I, I, I, I, I, I, F, F),
     "add_rms_norm_forward": (P, P, P, P, P, L, I, F),
     "add_rms_norm_backward": (P, P, P, P, P, L, I),
     "swiglu_forward": (P, P, L, I),

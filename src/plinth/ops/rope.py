@@ -27,8 +27,36 @@ def rotation_table(positions: torch.Tensor, frequency: torch.Tensor, scale: floa
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
+class _Rotate(torch.autograd.Function):
+    """x cos + swapped x sin with as few passes over memory as that takes, forward and back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half, wide = x.shape[-1] // 2, x.to(cos.dtype)
+    y = wide * cos
+    y[..., :half].addcmul_(wide[..., half:], sin[..., :half])
+    y[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return y.to(x.dtype)
+
+
+def swap_halves(x: torch.Tensor) -> torch.Tensor:
+    """Exchange the two halves of the last dimension."""
+    half = x.shape[-1] // 2
+    return torch.cat((x[..., half:], x[..., :half]), -1)
+
+
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the last dimension of `x`; cos and sin broadcast against it and set the precision of the product."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
-    return (x * cos + swapped * sin).to(x.dtype)
+    if x.requires_grad and x.device.type == "cpu":
+        return _Rotate.apply(x, cos, sin)
+    return (x * cos + swap_halves(x) * sin).to(x.dtype)  # a GPU's compiler fuses these

@@ -1,31 +1,36 @@
-/* Causal attention with normed and rotated queries and keys on the matrix unit, forward and backward, one head at a time.
+/* Causal attention with rotated queries and keys, normed or not, on the matrix unit, forward and backward, one head at a time.
 
-Scores of normed rows are at most sqrt(head_dim), so no maximum is taken before the exponential. Scores are kept in base 2.
+Scores of normed rows are at most sqrt(head_dim), so no maximum is taken before the exponential; of others it is. Scores are kept in base 2.
 Every head's rows are padded to a multiple of 32 with zeros; causality keeps the padding out of real rows. */
 #include "lanes.h"
 
 typedef struct {
-    int T, P, G, E; /* rows, rows padded, heads in a row of qkv, head dimension */
-    float eps;
-    const float *cosines, *sines;
+    int T, P, G, E, normed; /* rows, rows padded, heads in a row of qkv, head dimension, whether queries and keys are normed */
+    float eps, scale;       /* of the norm; of the scores */
+    const float *cosines, *sines; /* NULL: nothing is rotated */
 } Shape;
 
-/* One row: n = x / rms(x), r = n cos + swapped n sin; returns 1 / rms. */
-INLINE float norm_row(const bf16 *x, __m512 n[8], int E, float eps) {
+/* One row: n = x / rms(x), or x itself; returns 1 / rms, or 1. */
+INLINE float norm_row(const bf16 *x, __m512 n[8], const Shape *s, int E) {
     __m512 sum = _mm512_setzero_ps();
     for (int i = 0; i < E / 16; i++) n[i] = load16(x + 16 * i), sum = _mm512_fmadd_ps(n[i], n[i], sum);
-    float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / E + eps);
+    if (!s->normed) return 1.0f;
+    float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / E + s->eps);
     for (int i = 0; i < E / 16; i++) n[i] = _mm512_mul_ps(n[i], _mm512_set1_ps(scale));
     return scale;
 }
 
+/* Every row to r = n cos + swapped n sin, times a factor. */
 INLINE void rotate_rows(const bf16 *x, const Shape *s, int E, float factor, bf16 *out) {
     for (int t = 0; t < s->T; t++) {
         __m512 n[8];
-        norm_row(x + (size_t)t * s->G * E, n, E, s->eps);
+        norm_row(x + (size_t)t * s->G * E, n, s, E);
         for (int i = 0; i < E / 16; i++) {
-            __m512 r = _mm512_mul_ps(n[i], _mm512_loadu_ps(s->cosines + (size_t)t * E + 16 * i));
-            r = _mm512_fmadd_ps(n[(i + E / 32) % (E / 16)], _mm512_loadu_ps(s->sines + (size_t)t * E + 16 * i), r);
+            __m512 r = n[i];
+            if (s->cosines) {
+                r = _mm512_mul_ps(n[i], _mm512_loadu_ps(s->cosines + (size_t)t * E + 16 * i));
+                r = _mm512_fmadd_ps(n[(i + E / 32) % (E / 16)], _mm512_loadu_ps(s->sines + (size_t)t * E + 16 * i), r);
+            }
             store16(out + (size_t)t * E + 16 * i, _mm512_mul_ps(r, _mm512_set1_ps(factor)));
         }
     }
@@ -40,16 +45,28 @@ INLINE void copy_rows(const bf16 *x, size_t stride, const Shape *s, int E, bf16 
 /* Takes the gradient of a rotated row back through rotation and norm. */
 INLINE void unrotate_row(const bf16 *x, const float *grad, const Shape *s, int E, int t, float factor, bf16 *out) {
     __m512 n[8], g[8], d[8], dot = _mm512_setzero_ps();
-    float scale = norm_row(x, n, E, s->eps);
+    float scale = norm_row(x, n, s, E);
     for (int i = 0; i < E / 16; i++) g[i] = _mm512_loadu_ps(grad + 16 * i);
     for (int i = 0; i < E / 16; i++) {
-        d[i] = _mm512_mul_ps(g[i], _mm512_loadu_ps(s->cosines + (size_t)t * E + 16 * i));
-        d[i] = _mm512_fnmadd_ps(g[(i + E / 32) % (E / 16)], _mm512_loadu_ps(s->sines + (size_t)t * E + 16 * i), d[i]);
+        d[i] = g[i];
+        if (s->cosines) {
+            d[i] = _mm512_mul_ps(g[i], _mm512_loadu_ps(s->cosines + (size_t)t * E + 16 * i));
+            d[i] = _mm512_fnmadd_ps(g[(i + E / 32) % (E / 16)], _mm512_loadu_ps(s->sines + (size_t)t * E + 16 * i), d[i]);
+        }
         dot = _mm512_fmadd_ps(d[i], n[i], dot);
     }
-    __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / E);
+    __m512 mean = s->normed ? _mm512_set1_ps(_mm512_reduce_add_ps(dot) / E) : _mm512_setzero_ps();
     for (int i = 0; i < E / 16; i++)
         store16(out + 16 * i, _mm512_mul_ps(_mm512_fnmadd_ps(n[i], mean, d[i]), _mm512_set1_ps(scale * factor)));
+}
+
+/* The largest of numbers 0 to `last`. */
+INLINE float largest(const float *x, int last) {
+    __m512 top = _mm512_set1_ps(x[0]);
+    int i = 0;
+    for (; i + 16 <= last + 1; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(x + i));
+    const __mmask16 rest = (__mmask16)((1u << (last + 1 - i)) - 1);
+    return _mm512_reduce_max_ps(_mm512_mask_max_ps(top, rest, top, _mm512_maskz_loadu_ps(rest, x + i)));
 }
 
 INLINE void forward_head(const bf16 *q, const uint32_t *k_tiles, const uint32_t *v_pairs, const Shape *s, int E, float *scores, bf16 *weights,
@@ -68,9 +85,10 @@ INLINE void forward_head(const bf16 *q, const uint32_t *k_tiles, const uint32_t 
         float inverse[32];
         for (int i = 0; i < 32; i++) {
             const __m512i last = _mm512_set1_epi32(row + i);
+            const float top = s->normed ? 0.0f : largest(scores + (size_t)i * W, row + i);
             __m512 sum = _mm512_setzero_ps();
             for (int key = 0; key < keys; key += 16) {
-                __m512 w = exp2_16(_mm512_loadu_ps(scores + (size_t)i * W + key));
+                __m512 w = exp2_16(_mm512_sub_ps(_mm512_loadu_ps(scores + (size_t)i * W + key), _mm512_set1_ps(top)));
                 if (key >= row) {
                     const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(key), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
                     w = _mm512_maskz_mov_ps(_mm512_cmple_epi32_mask(index, last), w);
@@ -80,7 +98,7 @@ INLINE void forward_head(const bf16 *q, const uint32_t *k_tiles, const uint32_t 
             }
             float total = _mm512_reduce_add_ps(sum);
             inverse[i] = 1.0f / total;
-            lse[row + i] = log2f(total);
+            lse[row + i] = top + log2f(total);
         }
         for (int e = 0; e < E; e += 32) {
             zero_results();
@@ -112,7 +130,7 @@ INLINE void forward_all(const bf16 *qkv, const Shape *s, int B, int H, int K, in
             copy_rows(x + (H + K + k) * E, (size_t)s->G * E, s, E, rows);
             pack_pairs(rows, E, P, E, v_pairs);
             for (int h = k * (H / K); h < (k + 1) * (H / K); h++) {
-                rotate_rows(x + h * E, s, E, LOG2E / sqrtf(E), rows);
+                rotate_rows(x + h * E, s, E, LOG2E * s->scale, rows);
                 forward_head(rows, k_tiles, v_pairs, s, E, scores, weights, y + ((size_t)b * s->T * H + h) * E, (size_t)H * E,
                              lse + ((size_t)b * H + h) * P);
             }
@@ -209,7 +227,7 @@ INLINE void query_gradient(const Work *w, const Shape *s, int E, const bf16 *x, 
             store_results(w->block + e, E);
         }
         for (int t = row; t < row + 32 && t < s->T; t++)
-            unrotate_row(x + (size_t)t * s->G * E, w->block + (size_t)(t - row) * E, s, E, t, 1.0f / sqrtf(E), out + (size_t)t * s->G * E);
+            unrotate_row(x + (size_t)t * s->G * E, w->block + (size_t)(t - row) * E, s, E, t, s->scale, out + (size_t)t * s->G * E);
     }
 }
 
@@ -239,7 +257,7 @@ INLINE void backward_all(const bf16 *qkv, const bf16 *y, const bf16 *grad_y, con
             memset(w.grad_k, 0, head * 2), memset(w.grad_v, 0, head * 2);
             for (int h = k * (H / K); h < (k + 1) * (H / K); h++) {
                 const size_t at = ((size_t)b * s->T * H + h) * E;
-                rotate_rows(x + h * E, s, E, LOG2E / sqrtf(E), w.rows);
+                rotate_rows(x + h * E, s, E, LOG2E * s->scale, w.rows);
                 pack_transposed(w.rows, E, P, E, w.q_tiles);
                 pack_pairs(w.rows, E, P, E, w.q_pairs);
                 take_output_gradient(&w, s, E, y + at, grad_y + at, (size_t)H * E);
@@ -265,19 +283,19 @@ INLINE void backward_all(const bf16 *qkv, const bf16 *y, const bf16 *grad_y, con
         case 128: { enum { N = 128 }; CALL; } break; \
     }
 
-static Shape shape_of(int T, int H, int K, int E, float eps, const float *cosines, const float *sines) {
-    return (Shape){T, (T + 31) / 32 * 32, H + 2 * K, E, eps, cosines, sines};
+static Shape shape_of(int T, int H, int K, int E, int normed, float eps, float scale, const float *cosines, const float *sines) {
+    return (Shape){T, (T + 31) / 32 * 32, H + 2 * K, E, normed, eps, scale, cosines, sines};
 }
 
 /* qkv (B, T, H + 2 K, E) to y (B, T, H, E) and the logarithms, base 2, of the sums of weights (B, H, T padded to 32). */
 EXPORT void attention_forward(const bf16 *qkv, const float *cosines, const float *sines, bf16 *y, float *lse, int B, int T, int H, int K, int E,
-                              float eps) {
-    const Shape s = shape_of(T, H, K, E, eps, cosines, sines);
+                              int normed, float eps, float scale) {
+    const Shape s = shape_of(T, H, K, E, normed, eps, scale, cosines, sines);
     FOR_HEAD_DIM(E, forward_all(qkv, &s, B, H, K, N, y, lse))
 }
 
 EXPORT void attention_backward(const bf16 *qkv, const float *cosines, const float *sines, const bf16 *y, const bf16 *grad_y, const float *lse,
-                               bf16 *grad_qkv, int B, int T, int H, int K, int E, float eps) {
-    const Shape s = shape_of(T, H, K, E, eps, cosines, sines);
+                               bf16 *grad_qkv, int B, int T, int H, int K, int E, int normed, float eps, float scale) {
+    const Shape s = shape_of(T, H, K, E, normed, eps, scale, cosines, sines);
     FOR_HEAD_DIM(E, backward_all(qkv, y, grad_y, lse, &s, B, H, K, N, grad_qkv))
 }
