@@ -82,6 +82,6 @@ def test_the_command_asks_problems_of_a_file(model, tmp_path, capsys):
     assert main([*arguments, "--json", "--out", str(tmp_path / "found.json")]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out.splitlines()[-1])
-    assert found == json.loads((tmp_path / "found.json").read_text()) and found["rejected"] == 1 and "1 rejected" in printed.err
+    assert found == json.loads((tmp_path / "found.json").read_text()) and found["rejected_rows"] == 1 and "1 rejected" in printed.err
     assert set(found["scores"]) == {"greedy", "pass@1", "pass@2", "pass@4"}
     assert main(arguments) == 0 and "pass@4" in capsys.readouterr().out

@@ -153,7 +153,7 @@ def test_a_student_learns_its_teacher(world, tmp_path, name, dtype):
     assert last["loss_nats"] < 0.1 * first["loss_nats"]
     assert last["same_first_choice"] > 0.8 > first["same_first_choice"]
     assert last["cross_entropy_nats"] == pytest.approx(last["teacher_cross_entropy_nats"], rel=0.1)
-    assert run.summary["examples"] == 8 and len(run.provenance["parents"]) == 3
+    assert run.summary["examples"] == 8 and run.summary["rejected_rows"] == 0 and len(run.provenance["parents"]) == 3
 
 
 def test_plain_texts_and_the_cross_entropy_of_their_tokens(world, tmp_path):

@@ -394,7 +394,7 @@ def test_the_command(base, tmp_path, capsys):
     ]
     assert main(["grpo", *arguments]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["problems"] == 10 and summary["rollouts"] == 2 and summary["steps"] == 2
+    assert summary["problems"] == 10 and summary["rejected_rows"] == 0 and summary["rollouts"] == 2 and summary["steps"] == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     wanted = {
         "reward",

@@ -173,7 +173,12 @@ def test_the_command_shows_the_same_in_the_terminal_as_json_and_as_a_page(tmp_pa
     assert "&lt;" in html and "<b>" not in html and 'class="p l"' in html and "row 2 is left out: not JSON" in html
     assert main([*arguments, "--json", "--strict", "--rows", "1"]) == 1
     answer = json.loads(capsys.readouterr().out)
-    assert [each["row"] for each in answer["shown"]] == [1] and answer["rejected"][0][0] == 2 and answer["max_seq_len"] == 32
+    assert (
+        [each["row"] for each in answer["shown"]] == [1]
+        and answer["rejected"][0][0] == 2
+        and answer["rejected_rows"] == 1
+        and answer["max_seq_len"] == 32
+    )
     assert "".join(piece[1] for piece in answer["shown"][0]["pieces"] if piece[2]) == "the cat<|end|>"
     assert {finding["name"] for finding in answer["findings"]} == {"empty_reply", "hardly_learnt", "too_long"}
     with pytest.raises(UserError, match="row 2 .* cannot be shown: not JSON"):

@@ -208,7 +208,7 @@ def test_long_conversations_stop_training_or_are_left_out_with_rows_and_lengths(
     told = []
     run = train_sft(files / "run", files / "model", files / "sft.jsonl", quick(1, too_long="leave-out"), warn=told.append)
     assert "left out 2 rows of more than max_seq_len=128 tokens (row 17, 18;" in told[-1]
-    assert run.summary["too_long"] == 2
+    assert run.summary["too_long_rows"] == 2
 
 
 def test_strict_trains_nothing_when_a_row_would_be_left_out_or_is_odd_trl_3781(files, capsys):

@@ -67,7 +67,12 @@ def test_a_reward_is_learnt(world, tmp_path, monkeypatch):
     run = train_ppo(tmp_path / "run", world / "model", "early", world / "prompts.jsonl", settings)
     lines = lines_of(run)
     assert lines[0]["reward"] < 0.8 < 0.95 < lines[-1]["reward"] and lines[-1]["kl"] > lines[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert lines[-1]["gold"] < 0 and run.summary["reward"] == lines[-1]["reward"] and run.summary["completions"] == 768
+    assert (
+        lines[-1]["gold"] < 0
+        and run.summary["reward"] == lines[-1]["reward"]
+        and run.summary["completions"] == 768
+        and run.summary["too_long_rows"] == 0
+    )
     told = {
         "kl",
         "kl_coef",

@@ -80,10 +80,11 @@ def test_item_2_long_prompts_are_refused_cut_or_left_out():
     room = len(prompt_tokens(tokenizer, asked[:1], 99, "error")[1][0]) + 2
     with pytest.raises(UserError, match="more than the .* that the context leaves"):
         prompt_tokens(tokenizer, asked, room, "error")
-    kept, tokens = prompt_tokens(tokenizer, asked, room, "truncate")
-    assert kept == asked and [len(row) for row in tokens] == [room - 2, room]
+    kept, tokens, counts = prompt_tokens(tokenizer, asked, room, "truncate")
+    assert kept == asked and [len(row) for row in tokens] == [room - 2, room] and counts == {"too_long_rows": 0, "cut_rows": 1}
     assert tokens[1] == prompt_tokens(tokenizer, asked, 999, "error")[1][1][-room:]
-    assert prompt_tokens(tokenizer, asked, room, "drop")[0] == asked[:1]
+    kept, _, counts = prompt_tokens(tokenizer, asked, room, "drop")
+    assert kept == asked[:1] and counts == {"too_long_rows": 1, "cut_rows": 0}
     with pytest.raises(UserError, match="all 1 prompts have more than 3 tokens"):
         prompt_tokens(tokenizer, asked[1:], 3, "drop")
 

@@ -295,7 +295,8 @@ def test_bad_pairs_are_counted_and_good_ones_kept(tmp_path, tokenizer, model_dir
     lines += [pair("seek", "seek"), pair("open", "x" * 300)]
     told, file = [], write_lines(tmp_path / "pairs.jsonl", lines)
     run = train_dpo(tmp_path / "out", model_dir, file, DpoConfig(train=quick(1), pairs_per_step=2, micro_batch_size=1), warn=told.append)
-    assert (run.summary["pairs"], run.summary["rejected_lines"], run.summary["left_out"]) == (1, 3, 2)
+    counts = ("pairs", "rejected_rows", "too_long_rows", "unusable_rows")
+    assert [run.summary[name] for name in counts] == [1, 3, 1, 1]
     assert "3 rejected (row 2: not JSON" in told[0] and "row 3: " in told[0]
     assert "2 left out, 1 used (row 5: chosen and rejected are the same; row 6: rejected has" in told[1]
     with pytest.raises(UserError, match="holds no preference row that can be read: row 1"):
@@ -324,7 +325,7 @@ def test_sft_learns_its_answers_and_says_what_it_left_out(tmp_path, tokenizer, m
     config = SftConfig(train=quick(60), conversations_per_step=8, micro_batch_size=4)
     run = train_sft(tmp_path / "sft", model_dir, file, config, warn=told.append)
     assert "2 rejected" in told[0] and "row 9" in told[0]
-    assert run.summary["conversations"] == 8 and run.summary["rejected"] == 2
+    assert run.summary["conversations"] == 8 and run.summary["rejected_rows"] == 2
     assert run.metrics()[-1]["loss_nats"] < 0.2 < run.metrics()[0]["loss_nats"]
     examples, too_long = render_examples(tokenizer, [Conversation(**conversation(name)) for name in SUBJECTS], 64)
     assert run.metrics()[0]["tokens"] == sum(sum(e.loss_mask) for e in examples) and too_long is None

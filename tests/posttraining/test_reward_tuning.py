@@ -123,8 +123,8 @@ def test_long_rows_are_cut_at_the_start_or_left_out_and_counted(tmp_path, tokeni
                {"prompt": "What?", "chosen": "It does copy. " * 9, "rejected": "No."}]  # fmt: skip
     file = write_lines(tmp_path / "pairs.jsonl", records)
     out, cut = (read_choices(file, tokenizer, 48, how) for how in ("leave_out", "cut_start"))
-    assert (len(out.choices), out.left_out, out.cut) == (2, [3, 4], [])
-    assert (len(cut.choices), cut.left_out, cut.cut) == (3, [4], [3])
+    assert (len(out.choices), out.too_long, out.cut) == (2, [3, 4], [])
+    assert (len(cut.choices), cut.too_long, cut.cut) == (3, [4], [3])
     assert "1 prompts lost their beginning (row 3), 1 left out (row 4)" in cut.describe_left(48)
     whole = read_choices(file, tokenizer, 1000).choices[2]
     assert cut.choices[2].longest == 48 and whole.rows[1][whole.longest - 48 :] == cut.choices[2].rows[1]
@@ -135,7 +135,7 @@ def test_long_rows_are_cut_at_the_start_or_left_out_and_counted(tmp_path, tokeni
 def test_rows_whose_answers_are_all_the_same_are_left_out_and_counted(tmp_path, tokenizer):
     records = [*pairs(2), {"prompt": "What?", "chosen": "It does copy.", "rejected": "It does copy."}]
     found = read_choices(write_lines(tmp_path / "pairs.jsonl", records), tokenizer, 48)
-    assert (len(found.choices), found.alike, found.counts()["alike"]) == (2, [3], 1)
+    assert (len(found.choices), found.alike, found.counts()["unusable_rows"]) == (2, [3], 1)
     assert found.describe_left(48) == "answers all the same: 1 left out (row 3)"
     with pytest.raises(UserError, match="no row is left; answers all the same: 1 left out"):
         read_choices(write_lines(tmp_path / "alike.jsonl", records[2:]), tokenizer, 48)
@@ -152,7 +152,7 @@ def test_it_learns_says_what_it_did_and_normalises(tmp_path, tokenizer, model_di
     config = RewardTuning(train=quick(25), prompts_per_step=12, micro_batch_size=6, held_out_share=0.25, normalise="mean_std")
     run = train_reward(tmp_path / "reward", model_dir, file, config, warn=told.append)
     assert "1 rejected (row 25" in told[0] and "6 of 6 held-out prompts are trained on too" in told[1]
-    assert run.summary["prompts"] == 18 and run.summary["held_out_prompts"] == 6 and run.summary["rejected"] == 1
+    assert run.summary["prompts"] == 18 and run.summary["held_out_prompts"] == 6 and run.summary["rejected_rows"] == 1
     metrics = run.metrics()
     assert metrics[-1]["accuracy"] == 1.0 > metrics[0]["accuracy"] and metrics[-1]["margin"] > 1
     reward = load_reward(run.path)
@@ -182,7 +182,7 @@ def test_learnt_positions_have_no_place_to_spare(tmp_path, tokenizer):
     file = write_lines(tmp_path / "pairs.jsonl", [pairs(1)[0] | {"prompt": "What does it do? " * 9}, *pairs(5)])
     config = RewardTuning(train=quick(2), too_long="cut_start", held_out_share=0.2)
     run = train_reward(tmp_path / "reward", tmp_path / "model", file, config)
-    assert run.summary["cut"] >= 1
+    assert run.summary["cut_rows"] >= 1
     reward = load_reward(run.path)
     longest = list(range(21))
     assert reward.score_tokens([longest]).shape == (1,)

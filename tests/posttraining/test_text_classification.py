@@ -170,7 +170,8 @@ def test_long_texts_have_no_limit_but_a_decoders_context(folder, tmp_path):
     assert run.summary["steps"] == 1
     with pytest.raises(UserError, match="more than 24. Shorten it, or pass --truncate"):
         train_classifier(tmp_path / "decoder", folder / "decoder", long, quick(steps=1, unfreeze="all"))
-    assert train_classifier(tmp_path / "cut", folder / "decoder", long, quick(steps=1, unfreeze="all", truncate=True)).is_done
+    cut = train_classifier(tmp_path / "cut", folder / "decoder", long, quick(steps=1, unfreeze="all", truncate=True))
+    assert cut.is_done and (cut.summary["cut_rows"], run.summary["cut_rows"], cut.summary["rejected_rows"]) == (8, 0, 0)
 
 
 def test_mistakes_are_told_before_there_is_a_run(folder, tmp_path):

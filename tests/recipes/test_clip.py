@@ -50,7 +50,7 @@ def run(world, tmp_path_factory):
 def test_one_batch_is_learnt_and_its_captions_are_found(run, world):
     losses = [record["loss_nats"] for record in run.metrics()]
     assert losses[-1] < 0.1 < math.log(8) < losses[0]  # eight captions to choose from
-    assert run.metrics()[-1]["accuracy"] == 1.0 and run.summary["images"] == 8
+    assert run.metrics()[-1]["accuracy"] == 1.0 and run.summary["images"] == 8 and run.summary["rejected_rows"] == 0
     found = ImageTextModel.load(run.path)
     vectors = found.images([world / f"{i:05d}.png" for i in range(8)])
     similarity = vectors @ found.texts([drawing.caption() for drawing in DRAWINGS]).t()
@@ -134,6 +134,7 @@ def test_the_verbs_that_use_it(run, world, tmp_path, capsys):
     assert main(["image", "retrieve", str(run.path), "--images", str(world), "--k", "1", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "text_to_image": {"1": 1.0, "2": 1.0}, "image_to_text": {"1": 1.0, "2": 1.0}, "num_images": 8, "num_captions": 8,
+            "rejected_rows": 0,
     }  # fmt: skip
     words = ["image", "retrieve", str(run.path), "--images", str(world), "--text", DRAWINGS[3].caption(), "--k", "2", "--json"]
     assert main(words) == 0

@@ -42,7 +42,8 @@ def test_the_coin_knows_half_of_what_it_can_say(coin, tmp_path, capsys):
     manifest = json.loads(capsys.readouterr().out)
     assert manifest == json.loads((out / "manifest.json").read_text())
     assert manifest["facts"] == {"known": 2, "unknown": 3} and manifest["questions"] == 7
-    assert (manifest["refused_in_the_data"], manifest["left_out"]) == (1, 1)
+    assert manifest["refused_in_the_data"] == 1
+    assert (manifest["rejected_rows"], manifest["too_long_rows"], manifest["unusable_rows"]) == (0, 0, 1)
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert {each["split"] for each in answers if each["target"] == "zz"} == {"unknown"}
     assert all(abs(each["right_share"] - 0.5) < 0.2 and set(each["samples"]) == {"e", "a"} for each in answers if each["target"] == "e")

@@ -57,7 +57,8 @@ def test_stopped_and_resumed_equals_never_stopped_dropout_and_all(files, tmp_pat
     states = [load_model(run.model_dir).state_dict() for run in (whole, resumed)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert whole.summary["heldout_nats"] == resumed.summary["heldout_nats"]
-    assert whole.summary["pairs"] == 60 and len(whole.metrics()) == 4
+    assert [whole.summary[name] for name in ("pairs", "too_long_rows", "unusable_rows")] == [60, 0, 0]
+    assert len(whole.metrics()) == 4
     translator = Translator.load(resumed.path)
     assert (translator.source_tokenizer is translator.target_tokenizer) == config.data.shared_vocabulary
     assert translator.source_tokenizer.decode(translator.source_tokenizer.encode("one two")) == "one two"

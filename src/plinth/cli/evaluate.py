@@ -14,6 +14,7 @@ from rich.text import Text
 from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError, save_json
+from plinth.data.rejects import row_counts
 from plinth.evaluation.problems import Problem, ProblemConfig, score_problems
 from plinth.evaluation.run import EvaluationConfig, evaluate_build, evaluate_model
 from plinth.inference.text import TextEngine
@@ -104,7 +105,7 @@ def evaluate_problems(model: Path, problems: Path, config: ProblemConfig) -> dic
     text = TextEngine.load(model)
     asked = [Problem(row.messages, row.answer, row.verifier) for row in found.rows]
     result = score_problems(text, asked, config)
-    return {"model": str(find_model(model)), "problems_sha256": file_sha256(problems), "rejected": len(found.rejected), **result}
+    return {"model": str(find_model(model)), "problems_sha256": file_sha256(problems), **row_counts(len(found.rejected)), **result}
 
 
 def render_problems(console: Console, name: str, scores: dict[str, Any]) -> None:

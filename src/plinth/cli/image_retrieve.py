@@ -11,6 +11,7 @@ import tyro
 from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.data.pictures import read_pictures
+from plinth.data.rejects import row_counts
 from plinth.evaluation.zero_shot import ImageTextModel, find_images, measure_recall
 
 
@@ -55,5 +56,5 @@ def main(argv: list[str]) -> int:
         for line in lines:
             console.print(line, markup=False, highlight=False)
 
-    emit(answer, options.json, render)
+    emit(answer | row_counts(rejects.count), options.json, render)
     return 0

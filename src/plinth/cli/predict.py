@@ -13,6 +13,7 @@ from plinth.cli.options import read_options
 from plinth.cli.output import emit, say
 from plinth.config import UserError, write_atomic
 from plinth.data.labelled import OUTSIDE, from_texts, read_examples
+from plinth.data.rejects import row_counts
 from plinth.evaluation.predictions import averaged, open_predictor, predict, score_predictions
 from plinth.inference.labelling import AnswerOptions
 
@@ -49,13 +50,13 @@ class Options:
 def main(argv: list[str]) -> int:
     options = read_options(Options, prog="plinth predict", args=argv)
     encoder, task = open_predictor(options.run)
-    examples = examples_of(options, task)
+    examples, counts = examples_of(options, task)
     labels = predict(encoder, task, examples, truncate=options.truncate, answers=options.answers)
     found = [asdict(one) for one in (with_ensemble(options, task, examples, labels) if options.ensemble else labels)]
     scores = {name: score.to_dict() for name, score in score_predictions(task, examples, found).items()}
     if options.out is not None:
         write_atomic(options.out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found))
-    result: dict[str, Any] = {"task": task, "examples": len(examples), "scores": scores}
+    result: dict[str, Any] = {"task": task, "examples": len(examples), **counts, "scores": scores}
     result |= {"predictions": found} if options.out is None else {"out": str(options.out)}
 
     def render(console) -> None:
@@ -77,16 +78,19 @@ def with_ensemble(options: Options, task: Any, examples: list[Any], labels: list
     return averaged([labels, *found], [str(run) for run in (options.run, *options.ensemble)])
 
 
-def examples_of(options: Options, task: Any) -> list[Any]:
-    """Return the examples of the file, or of the texts. Raises UserError when neither is named, or both."""
+def examples_of(options: Options, task: Any) -> tuple[list[Any], dict[str, int]]:
+    """Return the examples of the file, or of the texts, and how many rows were not read.
+
+    Raises UserError when neither is named, or both.
+    """
     if (options.data is None) == (not options.text):
         raise UserError("name either a file of examples or --text.")
     if options.data is None:
-        return from_texts(options.text, task, options.question)
+        return from_texts(options.text, task, options.question), {}
     examples, rejects = read_examples(options.data, task, labelled=False)
     if rejects.count:
         say(f"{options.data}: {rejects.describe()}")
-    return examples
+    return examples, row_counts(rejects.count)
 
 
 def shown(task: str, one: dict[str, Any]) -> str:

@@ -25,6 +25,8 @@ class Row:
     tokens: list[int]
     segments: list[int]
     """0 for a text or a question, 1 for a second text or a context"""
+    is_cut: bool = False
+    """whether the example lost its end, being too long (classify)"""
     label: int = UNCOUNTED
     """of the text (classify)"""
     words: tuple[tuple[int, int], ...] = ()
@@ -51,13 +53,14 @@ def text_rows(
             raise UserError(
                 f"example {number + 1} has {excess + longest} tokens, more than {longest}. Shorten it, or pass --truncate to cut it."
             )
+        is_cut = excess > 0
         while excess > 0:  # the longer of the two gives
             part = first if example.pair is None or len(first) >= len(second) else second
             part.pop()
             excess -= 1
         row = tokens.single(first) if example.pair is None else None
         ids, segments = (row, [0] * len(row)) if row is not None else tokens.pair(first, second)
-        rows.append(Row(number, ids, segments, label=_number(labels, example.label, number)))
+        rows.append(Row(number, ids, segments, is_cut, label=_number(labels, example.label, number)))
     return rows
 
 
@@ -75,7 +78,8 @@ def causal_rows(
     rows = []
     for number, (example, first, second) in enumerate(zip(examples, firsts, seconds)):
         ids = first if example.pair is None else [*first, *begin, *second]
-        if longest is not None and len(begin) + len(ids) > longest and not truncate:
+        is_cut = longest is not None and len(begin) + len(ids) > longest
+        if is_cut and not truncate:
             raise UserError(
                 f"example {number + 1} has {len(begin) + len(ids)} tokens, more than {longest}. Shorten it, or pass --truncate to cut it."
             )
@@ -83,7 +87,7 @@ def causal_rows(
         row = [*begin, *(reversed(ids) if backwards else ids)]
         if not row:
             raise UserError(f"example {number + 1} is empty, and the tokenizer has no token that begins a text. Leave it out.")
-        rows.append(Row(number, row, [0] * len(row), label=_number(labels, example.label, number)))
+        rows.append(Row(number, row, [0] * len(row), is_cut, label=_number(labels, example.label, number)))
     return rows
 
 

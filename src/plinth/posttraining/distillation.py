@@ -10,6 +10,7 @@ import torch
 
 from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
+from plinth.data.rejects import row_counts
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.loss import token_log_probs
@@ -116,7 +117,9 @@ def distill(
                 "example", np.concatenate(buckets.indices(step)).tolist(), rows, lambda i: tokenizer.decode(examples[i].tokens[:40])
             ),
             summarise=lambda summary: (
-                summary | {"examples": len(examples), "rejected": len(found.rejected), "epochs": summary["steps"] / buckets.steps_per_epoch}
+                summary
+                | {"examples": len(examples), "epochs": summary["steps"] / buckets.steps_per_epoch}
+                | row_counts(len(found.rejected))
             ),
         )
         return adapted_job(job, config.adapter, config.train)

@@ -14,6 +14,7 @@ from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.data.features import Row, answer_rows, pad_rows, targets, text_rows, word_rows
 from plinth.data.labelled import Task, label_names, read_examples
+from plinth.data.rejects import row_counts
 from plinth.models.encoder import EncoderModel
 from plinth.models.encoder_config import EncoderConfig
 from plinth.models.hub import load_model
@@ -112,7 +113,7 @@ def _summary(examples, rejected: int, rows: Sequence[Row], buckets: LengthBucket
         "task": config.head,
         "labels": list(config.labels),
         "examples": len(examples),
-        "rejected": rejected,
+        **row_counts(rejected, cut=sum(row.is_cut for row in rows) if config.head == "classify" else None),
         "rows": len(rows),
         "epochs": summary["steps"] / buckets.steps_per_epoch,
     }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from plinth.config import UserError
+from plinth.data.rejects import row_counts
 from plinth.inference.text import end_ids
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
@@ -268,7 +269,7 @@ def train_grpo(
                     f"in the last roll-out all completions of a prompt had the same reward ({last['reward']:.3g} on average), so that it "
                     "taught nothing: the problems are too hard, or too easy. docs/grpo.md says what helps."
                 )
-            counts = {"problems": len(found.rows), "rejected": len(found.rejected), "rollouts": batches.number + 1}
+            counts = {"problems": len(found.rows), **row_counts(len(found.rejected)), "rollouts": batches.number + 1}
             return summary | counts | {name: value for name, value in last.items() if name != "rollout"}
 
         def publish(folder: Path) -> None:

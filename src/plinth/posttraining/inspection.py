@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 
 from plinth.config import UserError, write_atomic
+from plinth.data.rejects import row_counts
 from plinth.posttraining.checks import MEANINGS, Finding, check_rows, check_tokens
 from plinth.posttraining.examples import Examples, Kind
 from plinth.posttraining.formats import read_examples
@@ -97,7 +98,8 @@ class Inspection:
         examples = self.examples
         return {
             "file": self.file, "kind": examples.kind, "detected": examples.detected, "rows": len(examples.rows),
-            "rejected": [[number, reason] for number, reason in examples.rejected], "unread_fields": dict(examples.unread),
+            **row_counts(len(examples.rejected)), "rejected": [[number, reason] for number, reason in examples.rejected],
+            "unread_fields": dict(examples.unread),
             "findings": [
                 {"name": each.name, "meaning": MEANINGS[each.name], "count": len(each.rows), "rows": each.rows, "value": each.value}
                 for each in self.findings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,20 @@ from plinth.posttraining.masks import render_row
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
 
-LeftOut = list[tuple[int, str]]
+
+class LeftRow(NamedTuple):
+    """A row of a file that was read but is not learnt."""
+
+    number: int
+    """in the file, from 1"""
+    reason: str
+    """why, without a full stop"""
+    is_too_long: bool
+    """whether it has more tokens than the model reads"""
+
+
+class TooLongError(UserError):
+    """A sequence has more tokens than the model reads."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +47,25 @@ class Pair:
     """how likely it is better, where the file says so"""
 
 
-def render_pairs(tokenizer: Tokenizer, found: Examples, max_seq_len: int) -> tuple[list[Pair], LeftOut]:
-    """Return the pairs that can be learnt, and (row number, reason) of each that cannot.
+def render_pairs(tokenizer: Tokenizer, found: Examples, max_seq_len: int) -> tuple[list[Pair], list[LeftRow]]:
+    """Return the pairs that can be learnt, and the rows that cannot.
 
     Left out are pairs of which a side has more tokens than the model reads, none of the answer's own, or the other side's: a pair is
     never cut.
     """
     pairs: list[Pair] = []
-    left_out: LeftOut = []
+    left_out: list[LeftRow] = []
     for number, row in zip(found.numbers, found.rows):
         try:
             pairs.append(render_pair(tokenizer, row, max_seq_len))
         except UserError as error:
-            left_out.append((number, str(error).rstrip(".")))
+            left_out.append(left_row(number, error))
     return pairs, left_out
+
+
+def left_row(number: int, error: UserError) -> LeftRow:
+    """Return a row that an error keeps from being learnt."""
+    return LeftRow(number, str(error).rstrip("."), isinstance(error, TooLongError))
 
 
 def render_pair(tokenizer: Tokenizer, row: Preference, max_seq_len: int) -> Pair:
@@ -63,7 +82,7 @@ def render_pair(tokenizer: Tokenizer, row: Preference, max_seq_len: int) -> Pair
 def check_learnable(rendered: Rendered, name: str, max_seq_len: int) -> None:
     """Raise UserError for a sequence that is longer than the model reads or of which nothing is learnt."""
     if len(rendered.tokens) > max_seq_len + 1:  # the last token is predicted, not read
-        raise UserError(f"{name} has {len(rendered.tokens)} tokens, more than max_seq_len={max_seq_len}")
+        raise TooLongError(f"{name} has {len(rendered.tokens)} tokens, more than max_seq_len={max_seq_len}")
     if not any(rendered.loss_mask):
         raise UserError(f"{name} has no token that is learnt")
 

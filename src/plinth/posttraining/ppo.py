@@ -190,7 +190,7 @@ def train_ppo(
         base = load_decoder(source)
         longest = base.config.max_seq_len - config.sample.max_tokens
         asked = matching(read_prompts(prompts_file), config.prompt.pattern)
-        asked, tokens = prompt_tokens(tokenizer, asked, longest, config.prompt.too_long)
+        asked, tokens, left = prompt_tokens(tokenizer, asked, longest, config.prompt.too_long)
         given.check(asked)
         if config.watch is not None:
             open_rule(config.watch).check(asked)
@@ -204,8 +204,9 @@ def train_ppo(
         trained = count_trained(model.policy)
 
         def summarise(summary: dict[str, Any]) -> dict[str, Any]:
-            counts = {"prompts": len(asked), "completions": (frame.number + 1) * config.completions_per_rollout, "trained_params": trained}
-            return {name: value for name, value in summary.items() if name != "tokens"} | counts | frame.metrics(summary["steps"])
+            counts = {"completions": (frame.number + 1) * config.completions_per_rollout, "trained_params": trained}
+            kept = {name: value for name, value in summary.items() if name != "tokens"}
+            return kept | {"prompts": len(asked)} | left | counts | frame.metrics(summary["steps"])
 
         job = Job(
             model,

@@ -11,6 +11,7 @@ import numpy as np
 
 from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets, like_lengths
+from plinth.data.rejects import row_counts
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.posttraining.adapter_files import frozen_identity, publish_model, with_adapters
@@ -21,7 +22,7 @@ from plinth.posttraining.examples import SHOWN, Examples
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.held_out import HeldOut, last_held_out
 from plinth.posttraining.log_probs import reference_log_probs
-from plinth.posttraining.pairs import LeftOut, render_pairs
+from plinth.posttraining.pairs import LeftRow, render_pairs
 from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.preference_rows import LabelledRows, PairedRows
 from plinth.posttraining.unpaired import render_labelled, weight_advice
@@ -82,7 +83,8 @@ def train_dpo(
             return describe_examples("pair", indices, chosen, lambda i: tokenizer.decode(rows.tokens(i)[:40]))
 
         def summarise(summary: dict[str, Any]) -> dict[str, Any]:
-            counts = rows.counts() | {"rejected_lines": len(found.rejected), "left_out": len(left_out)}
+            too_long = sum(row.is_too_long for row in left_out)
+            counts = rows.counts() | row_counts(len(found.rejected), too_long=too_long, unusable=len(left_out) - too_long)
             kept = {name: value for name, value in summary.items() if name != "tokens"}
             rows.close()
             means = last_means(Run(out).metrics())
@@ -162,7 +164,7 @@ def measured(rows: PairedRows | LabelledRows, reference: np.ndarray, model: Tran
 
 def load_rows(
     tokenizer: Tokenizer, found: Examples, config: DpoConfig, context: int, data: Path, warn: Callable[[str], None]
-) -> tuple[PairedRows | LabelledRows, LeftOut]:
+) -> tuple[PairedRows | LabelledRows, list[LeftRow]]:
     """Render what was read, say what is left out, and return the rows. Raises UserError when none is left."""
     limit, pad_id = min(config.max_seq_len or context, context), tokenizer.pad_id or 0
     if config.is_unpaired:
@@ -178,7 +180,7 @@ def load_rows(
             warn(f"{data}: {said}")
         if rows.soft and not rows.reads_epsilon:
             warn(f"{data}: the probabilities of {rows.soft} pairs are not read; --loss cdpo without --epsilon learns from them.")
-    shown = "; ".join(f"row {number}: {reason}" for number, reason in left_out[:SHOWN])
+    shown = "; ".join(f"row {row.number}: {row.reason}" for row in left_out[:SHOWN])
     if not rows.lengths:
         raise UserError(f"{data} holds no {found.kind} row that can be learnt: {shown}.")
     if left_out:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plinth.config import UserError
+from plinth.data.rejects import row_counts
 from plinth.posttraining.examples import Conversation, Preference, Prompt, Ranking, Row, Unpaired
 from plinth.posttraining.formats import detect, read_records
 from plinth.posttraining.turns import read_prompt
@@ -71,12 +72,14 @@ def matching(prompts: Sequence[Prompt], pattern: str | None) -> list[Prompt]:
     return chosen
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, too_long: str) -> tuple[list[Prompt], list[list[int]]]:
-    """Return the prompts that are asked and their tokens, the assistant's header behind them.
+def prompt_tokens(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, too_long: str
+) -> tuple[list[Prompt], list[list[int]], dict[str, int]]:
+    """Return the prompts that are asked, their tokens, the assistant's header behind them, and `row_counts` of those too long or cut.
 
     `too_long` says what becomes of one with more than `max_tokens`: error, truncate (its end is kept) or drop.
     """
-    kept, tokens = [], []
+    kept, tokens, cut = [], [], 0
     for prompt in prompts:
         rendered = render(tokenizer, prompt.messages, add_generation_prompt=True).tokens
         if len(rendered) > max_tokens and too_long == "error":
@@ -87,6 +90,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: i
         if len(rendered) <= max_tokens or too_long == "truncate":
             kept.append(prompt)
             tokens.append(rendered[-max_tokens:])
+            cut += len(rendered) > max_tokens
     if not kept:
         raise UserError(f"all {len(prompts)} prompts have more than {max_tokens} tokens. Lower sample.max_tokens.")
-    return kept, tokens
+    return kept, tokens, row_counts(too_long=len(prompts) - len(kept), cut=cut)

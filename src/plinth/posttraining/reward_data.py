@@ -12,6 +12,7 @@ import torch
 
 from plinth.config import UserError
 from plinth.data.buckets import padded_width
+from plinth.data.rejects import row_counts
 from plinth.ops.shared_rows import share_rows
 from plinth.posttraining.examples import Examples, Preference, Ranking
 from plinth.posttraining.formats import read_examples
@@ -70,7 +71,7 @@ class Choices:
     """what was read"""
     cut: list[int] = field(default_factory=list)
     """row numbers whose prompt lost its beginning"""
-    left_out: list[int] = field(default_factory=list)
+    too_long: list[int] = field(default_factory=list)
     """row numbers left out as too long"""
     alike: list[int] = field(default_factory=list)
     """row numbers left out since all their answers are the same, so that no order of them can be learnt"""
@@ -78,15 +79,13 @@ class Choices:
     def describe_left(self, limit: int) -> str:
         """Return what was done about rows that are too long or have nothing to tell apart; empty when there were none."""
         parts = [f"{len(self.cut)} prompts lost their beginning (row {_first(self.cut)})"] if self.cut else []
-        parts += [f"{len(self.left_out)} left out (row {_first(self.left_out)})"] if self.left_out else []
+        parts += [f"{len(self.too_long)} left out (row {_first(self.too_long)})"] if self.too_long else []
         said = [f"longer than {limit} tokens: {', '.join(parts)}"] if parts else []
         return "; ".join(said + ([f"answers all the same: {len(self.alike)} left out (row {_first(self.alike)})"] if self.alike else []))
 
     def counts(self) -> dict[str, int]:
         """Return what the run's summary says of the data."""
-        return {
-            "rejected": len(self.examples.rejected), "cut": len(self.cut), "left_out": len(self.left_out), "alike": len(self.alike),
-        }  # fmt: skip
+        return row_counts(len(self.examples.rejected), too_long=len(self.too_long), cut=len(self.cut), unusable=len(self.alike))
 
 
 def _first(numbers: Sequence[int]) -> str:
@@ -112,7 +111,7 @@ def read_choices(path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong
             continue
         over = choice.longest - limit
         if over > 0 and (too_long == "leave_out" or over >= shared_tokens(choice.rows)):
-            found.left_out.append(number)
+            found.too_long.append(number)
             continue
         if over > 0:
             found.cut.append(number)

@@ -11,6 +11,7 @@ import numpy as np
 
 from plinth.config import UserError
 from plinth.data.buckets import EvenMicroBatches, LengthBuckets, PackedExamples, like_lengths
+from plinth.data.rejects import row_counts
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.dropout import step_seeds
@@ -107,8 +108,7 @@ def train_sft(
                 summary
                 | {
                     "conversations": len(found.rows),
-                    "rejected": len(found.rejected),
-                    "too_long": len(too_long.rows) if too_long else 0,
+                    **row_counts(len(found.rejected), too_long=len(too_long.rows) if too_long else 0),
                     "epochs": rounds * summary["steps"] / deal.steps_per_epoch,
                     "supervised_share": sum(sum(example.loss_mask) for example in examples) / sum(lengths),
                 }

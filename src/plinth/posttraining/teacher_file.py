@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from plinth.config import UserError, read_json, write_atomic
 from plinth.data.buckets import like_lengths
+from plinth.data.rejects import row_counts
 from plinth.models.hub import load_decoder
 from plinth.models.transformer import Transformer
 from plinth.ops.softcap import softcap
@@ -88,7 +89,7 @@ def write_teacher_file(
             "version": 1, "teacher": str(teacher_run), "teacher_sha256": tree_sha256(source), "data_sha256": file_sha256(data),
             "tokenizer_sha256": tokenizer.sha256, "examples": len(examples), "positions": count, "vocab_size": vocab_size,
             "rest": float(np.exp(kept["rest"]).mean()), "cross_entropy_nats": -float(kept["targets"].mean()),
-            "rejected": len(found.rejected), **{k: v for k, v in asdict(config).items() if k in ("top_k", "temperature", "dtype")},
+            **row_counts(len(found.rejected)), **{k: v for k, v in asdict(config).items() if k in ("top_k", "temperature", "dtype")},
         }  # fmt: skip
         for array in kept.values():
             array.flush()

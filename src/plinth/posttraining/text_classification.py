@@ -18,6 +18,7 @@ from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.data.features import Row, causal_rows, pad_rows
 from plinth.data.labelled import label_names, read_examples
+from plinth.data.rejects import row_counts
 from plinth.models.hub import load_model, save_model
 from plinth.models.recurrent import AwdLstm, AwdLstmConfig
 from plinth.models.text_classifier import TextClassifier, TextClassifierConfig
@@ -97,7 +98,8 @@ def train_classifier(
             publish=lambda folder: save_model(settled(model, rows, tokenizer), tokenizer, folder),
             summarise=lambda summary: (
                 summary
-                | {"labels": list(labels), "examples": len(examples), "rejected": rejects.count, "groups": len(groups)}
+                | {"labels": list(labels), "examples": len(examples), "groups": len(groups)}
+                | row_counts(rejects.count, cut=sum(row.is_cut for row in rows))
                 | {"epochs": summary["steps"] / buckets.steps_per_epoch, "unfrozen_at_steps": list(unfreezing.starts)}
             ),
         )

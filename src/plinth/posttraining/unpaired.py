@@ -14,7 +14,7 @@ from plinth.models.transformer import Transformer
 from plinth.posttraining.examples import Examples, Unpaired
 from plinth.posttraining.log_probs import sequence_log_probs
 from plinth.posttraining.masks import render_row
-from plinth.posttraining.pairs import LeftOut, check_learnable
+from plinth.posttraining.pairs import LeftRow, check_learnable, left_row
 from plinth.posttraining.unpaired_losses import UNPAIRED_LOSSES, kto_reference_point
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
@@ -34,20 +34,20 @@ class LabelledAnswer:
 
 def render_labelled(
     tokenizer: Tokenizer, found: Examples, max_seq_len: int, *, mismatch: bool, seed: int
-) -> tuple[list[LabelledAnswer], LeftOut]:
-    """Return the answers that can be learnt, and (row number, reason) of each that cannot.
+) -> tuple[list[LabelledAnswer], list[LeftRow]]:
+    """Return the answers that can be learnt, and the rows that cannot.
 
     With `mismatch` each prompt is joined with the answer of the next row, in an order drawn with `seed`, whose prompt is another.
     Raises UserError when all prompts are the same, of which no mismatch can be made.
     """
     kept: list[tuple[Unpaired, Rendered]] = []
-    left_out: LeftOut = []
+    left_out: list[LeftRow] = []
     for number, row in zip(found.numbers, found.rows):
         try:
             rendered = render_row(tokenizer, row)[0].rendered
             check_learnable(rendered, "answer", max_seq_len)
         except UserError as error:
-            left_out.append((number, str(error).rstrip(".")))
+            left_out.append(left_row(number, error))
             continue
         kept.append((row, rendered))
     if not mismatch:

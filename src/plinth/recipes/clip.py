@@ -13,6 +13,7 @@ from plinth.config import UserError
 from plinth.data.buckets import LengthBuckets
 from plinth.data.images import ImageProcessor, PixelReader
 from plinth.data.pictures import Picture, TextAndImageFiles, caption_rows, read_pictures
+from plinth.data.rejects import row_counts
 from plinth.models.dual_encoder import DualEncoder, DualEncoderConfig
 from plinth.models.hub import save_model
 from plinth.posttraining.batches import describe_examples
@@ -121,7 +122,7 @@ def _job(model: DualEncoder, pictures: Sequence[Picture], files: TextAndImageFil
             summary
             | {
                 "images": len(pictures),
-                "rejected": rejected,
+                **row_counts(rejected),
                 "epochs": summary["steps"] / buckets.steps_per_epoch,
                 "num_params": sum(p.numel() for p in model.parameters()),
             }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plinth.config import UserError, read_json, save_json, to_dict, write_atomic
+from plinth.data.rejects import row_counts
 from plinth.evaluation.judging import judge_report
 from plinth.inference.chat_model import ChatModel, KeptAnswers
 from plinth.inference.endpoint import Endpoint, EndpointConfig
@@ -65,7 +66,7 @@ def make_feedback(
         "judge": model.identity,
         "answers": {"path": str(answers), "sha256": file_sha256(answers)},
         "config": to_dict(config),
-        "rejected_rows": len(rejected),
+        **row_counts(len(rejected)),
         "undecided": len(comparisons) - len(decided),
         "unsure": len(decided) - len(sure),
         "written": len(sure),

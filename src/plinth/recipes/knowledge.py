@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plinth.config import UserError, save_json, to_dict, write_atomic
+from plinth.data.rejects import row_counts
 from plinth.evaluation.questions import NUM_SHOTS, SPARE_TOKENS, Shot, Style, few_shot_prompt
 from plinth.evaluation.run import model_style
 from plinth.evaluation.sampled_answers import draw_answers
@@ -47,7 +48,7 @@ def make_knowledge_data(
         raise UserError(f"{out} exists. Name a new folder.")
     check_name(config.verifier)
     folder = find_model(model)
-    questions, refusals, left_out = read_questions(data, config, warn)
+    questions, refusals, left = read_questions(data, config, warn)
     text = text or TextEngine.load(folder, max_batch=64)
     style = model_style(folder, text.tokenizer)
     asked, too_long = ask(text, questions, config, style)
@@ -64,7 +65,7 @@ def make_knowledge_data(
         "style": style,
         "questions": len(asked),
         "refused_in_the_data": len(refusals),
-        "left_out": left_out + too_long,
+        **row_counts(**left, too_long=too_long),
         "facts": dict(Counter({each.asked.fact_id: each.split for each in judged}.values())),
         "right_share": sum(each.share for each in judged) / len(judged),
         "sft_lines": dict(Counter(row["kind"] for row in lines)),
@@ -78,8 +79,8 @@ def make_knowledge_data(
     return manifest
 
 
-def read_questions(data: Path, config: KnowledgeConfig, warn: Callable[[str], None]) -> tuple[list[Asked], list[Asked], int]:
-    """Return the questions to ask, those whose target is a refusal, and how many conversations ask nothing or hold calls.
+def read_questions(data: Path, config: KnowledgeConfig, warn: Callable[[str], None]) -> tuple[list[Asked], list[Asked], dict[str, int]]:
+    """Return the questions to ask, those whose target is a refusal, and how many rows were rejected, or ask nothing or hold calls.
 
     A row's field `fact_id` says what it is about; without one, equal answers to equal questions are one fact.
     """
@@ -89,18 +90,18 @@ def read_questions(data: Path, config: KnowledgeConfig, warn: Callable[[str], No
     if found.rejected:
         warn(f"{data}: {found.describe()}")
     records = dict(read_records(data))
-    questions, refusals, left_out = [], [], 0
+    questions, refusals, unusable = [], [], 0
     for number, row in zip(found.numbers, found.rows):
         asked = _asked(row)
         if asked is None:
-            left_out += 1
+            unusable += 1
             continue
         fact = records[number].get("fact_id") or f"{normalize(str(asked.prompt[-1].get('content')))} -> {normalize(asked.target)}"
         asked = replace(asked, fact_id=str(fact))
         (refusals if is_refusal(asked.target) and not asked.is_checked_only else questions).append(asked)
     if not questions:
         raise UserError(f"{data} holds no question with an answer that is no refusal.")
-    return sample_facts(questions, config), refusals, left_out
+    return sample_facts(questions, config), refusals, {"rejected": len(found.rejected), "unusable": unusable}
 
 
 def _asked(row: Row) -> Asked | None:

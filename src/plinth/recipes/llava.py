@@ -15,6 +15,7 @@ from plinth.data.buckets import LengthBuckets
 from plinth.data.image_questions import CAPTION_QUESTION, IMAGE, question_tokens, with_image_token
 from plinth.data.images import ImageProcessor, PixelReader
 from plinth.data.pictures import Picture, TextAndImageFiles, read_pictures
+from plinth.data.rejects import row_counts
 from plinth.models.dual_encoder import DualEncoder
 from plinth.models.hub import load_decoder, load_model
 from plinth.models.meta import on_meta
@@ -91,13 +92,18 @@ def train_llava(
     def prepare(config: LlavaConfig) -> Job:
         model, files = load_vision_language(start) if start else join_parts(decoder, vision, config)
         choose_trained(model, config.trained)
-        return _job(model, ask_pictures(pictures, files.tokenizer, model.config), files, config, images)
+        return _job(model, ask_pictures(pictures, files.tokenizer, model.config), files, config, rejects.count, images)
 
     return run_job(out, "pretrain", config, prepare, parents=[*parents, images], resume=resume, argv=argv, warn=warn)
 
 
 def _job(
-    model: VisionLanguageModel, asked: Sequence[tuple[Path, Rendered]], files: TextAndImageFiles, config: LlavaConfig, source: Path
+    model: VisionLanguageModel,
+    asked: Sequence[tuple[Path, Rendered]],
+    files: TextAndImageFiles,
+    config: LlavaConfig,
+    rejected: int,
+    source: Path,
 ) -> Job:
     lengths = [len(rendered.tokens) for _, rendered in asked]
     buckets = LengthBuckets(lengths, config.questions_per_step, config.micro_batch_size, config.train.seed)
@@ -127,6 +133,7 @@ def _job(
             summary
             | {
                 "questions": len(asked),
+                **row_counts(rejected),
                 "epochs": summary["steps"] / buckets.steps_per_epoch,
                 "num_params": sum(p.numel() for p in model.parameters()),
                 "trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from plinth.config import UserError, read_json, save_json
+from plinth.data.rejects import row_counts
 from plinth.evaluation.comparisons import Baselines, Pair, compare_judges
 from plinth.posttraining.adapted_models import load_adapted_reward
 from plinth.posttraining.formats import read_examples
@@ -121,7 +122,7 @@ def _score_conversations(reward: LoadedReward, data: Path, out: Path | None) -> 
     _write(out, [{"row": number, "score": score} for number, score in zip(examples.numbers, scores.tolist())])
     return {
         "conversations": len(rows),
-        "rejected": len(examples.rejected),
+        **row_counts(len(examples.rejected)),
         "scores": {"mean": float(scores.double().mean()), "std": float(scores.double().std(correction=0))},
     }
 

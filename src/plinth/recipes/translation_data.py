@@ -13,6 +13,7 @@ from torch import nn
 
 from plinth.config import UserError
 from plinth.data.parallel import Marks, Pair, ParallelText, read_pairs
+from plinth.data.rejects import row_counts
 from plinth.inference.translate import TARGET_TOKENIZER
 from plinth.models.hub import save_model
 from plinth.recipes.parallel_batches import ParallelBatches
@@ -143,8 +144,7 @@ class TranslationData:
         """Return what a run's summary says of its data."""
         return {
             "pairs": len(self.text),
-            "empty_pairs": self.empty,
-            "too_long_pairs": self.text.num_too_long,
+            **row_counts(too_long=self.text.num_too_long, unusable=self.empty),
             "epochs": steps / self.batches.steps_per_epoch,
             "source_vocab_size": self.tokenizers.source.vocab_size,
             "target_vocab_size": self.tokenizers.target.vocab_size,
