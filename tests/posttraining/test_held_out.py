@@ -65,6 +65,21 @@ def test_sft_measures_the_plain_loss_and_learns_what_it_would_without(folder, tm
     assert found[5] == pytest.approx(float(total.detach()) / count, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_threads_measure_what_one_measures(folder, tmp_path, loss):
+    """Each batch is one thread's, and sums are taken in the batches' order: equal to the bit before anything is learnt."""
+    folder, _ = folder
+    kind = "labels" if loss == "kto" else "pairs"
+    words = ["prefer", str(folder / "model"), "--data", str(folder / f"{kind}_train.jsonl"), "--loss", loss, *TRAIN]
+    words += ["--held-out", str(folder / f"{kind}_held.jsonl"), "--train.optimizer.lr", "1e-30", "--train.optimizer.muon-lr", "1e-30"]
+    found = []
+    for threads in ("1", "3"):
+        assert main([*words, "--train.num-threads", threads, "--micro-batch-size", "1", "--out", str(tmp_path / threads)]) == 0
+        lines = Run.open(tmp_path / threads).metrics()
+        found.append([{name: value for name, value in line.items() if name.startswith("held_out_")} for line in lines])
+    assert found[0] == found[1] and found[0][-1]["held_out_loss_nats"] > 0
+
+
 def test_prefer_measures_held_out_pairs_against_the_same_reference(folder, tmp_path):
     folder, tokenizer = folder
     words = ["prefer", str(folder / "model"), "--data", str(folder / "pairs_train.jsonl"), "--pairs-per-step", "4", *TRAIN]

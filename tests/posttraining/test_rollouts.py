@@ -7,14 +7,21 @@ import pytest
 import torch
 
 from plinth.config import UserError
+from plinth.posttraining.actor_critic import new_actor_critic
 from plinth.posttraining.completion_scores import completion_log_probs, joined_tokens, shared_prompts, sharing_pays
+from plinth.posttraining.grpo import completion_loss
 from plinth.posttraining.lora import LoraConfig, adapted_modules, add_adapters
+from plinth.posttraining.policy_config import POLICY_LOSSES
+from plinth.posttraining.ppo import ppo_loss
+from plinth.posttraining.ppo_config import PpoConfig
 from plinth.posttraining.rollout_batches import RolloutBatches, choose_prompts
-from plinth.posttraining.rollouts import SampleConfig, Sampler, take_rows
+from plinth.posttraining.rollouts import Rollouts, SampleConfig, Sampler, take_rows
 from plinth.training.checkpoint import list_checkpoints
 from plinth.training.job import Job, run_job
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
+from plinth.training.precision import MasterWeights
+from plinth.training.step import open_workers, share_out, split_gradients
 from plinth.training.stopping import Stopped
 from sampled import roll_out
 from small_models import GROUPED, noisy_decoder
@@ -192,6 +199,34 @@ def test_each_pass_of_a_rollout_deals_every_group_once():
     assert orders[0] != orders[1] and batches.metrics(4) == {"rollout": 0, "reward": 0.5}
     with pytest.raises(ValueError, match="within roll-out 2"):
         batches.batches_at(14)
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_threads_share_an_updates_completions_by_tokens_and_learn_the_same(stage):
+    """Short completions come before long ones in an update: halves of as many rows left one thread waiting for the other."""
+    lengths = torch.randint(1, 22, (32,), generator=torch.Generator().manual_seed(0)).sort().values.tolist()
+    tokens = [list(range(2, 2 + length)) for length in lengths]
+    rows = Rollouts([[5, 6, 7]] * 32, 1, tokens, [[-3.7] * length for length in lengths], [True] * 32).rows()
+    noise = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    rows |= {"advantages": noise, "trained": torch.ones(32, dtype=torch.bool)}
+    model, loss = noisy_decoder(), lambda policy, batch: completion_loss(policy, batch, POLICY_LOSSES["grpo"])
+    if stage == "ppo":
+        wide = rows["mask"] * noise[:, None]
+        rows |= {"advantages": wide, "values": wide + 0.3, "returns": wide.abs(), "reference": rows["log_probs"] - 0.1}
+        model = new_actor_critic(model, model, trunk="separate", start=None, head="normal", generator=torch.Generator().manual_seed(0))
+        loss = lambda policy, batch: ppo_loss(policy, batch, PpoConfig())  # noqa: E731
+    batches = RolloutBatches(lambda number: (rows, {}), micro_batch_size=4).batches_at(0)
+    work = [sum(int((batch["prompt_tokens"] + batch["mask"].sum(1)).sum()) for batch in share) for share in share_out(batches, 2)]
+    assert max(work) < 1.1 * min(work)
+    masters, found = MasterWeights(model, torch.float32), []
+    for threads in (1, 2):
+        with open_workers(threads) as workers:
+            found.append(split_gradients(masters, loss, batches, workers))
+    (alone, count, measured, grads), (shared, shared_count, shared_measured, shared_grads) = found
+    assert float(shared) == pytest.approx(float(alone), rel=1e-5) and shared_count == count
+    assert shared_measured == pytest.approx(measured, rel=1e-4, abs=1e-5)
+    for one, other in zip(grads, shared_grads):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)

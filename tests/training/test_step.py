@@ -9,7 +9,7 @@ from plinth.ops.linear import collect_gradients, embedding
 from plinth.training.objectives import causal_lm_loss
 from plinth.training.optim import OptimizerConfig, build_optimizer
 from plinth.training.precision import MasterWeights
-from plinth.training.step import NonFiniteError, open_workers, share_out, split_gradients, train_step
+from plinth.training.step import NonFiniteError, batch_tokens, open_workers, share_out, split_gradients, train_step
 
 CONFIG = DecoderConfig(
     vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48, max_seq_len=16
@@ -182,6 +182,9 @@ def test_threads_get_about_as_many_tokens_each():
     alike = [(torch.zeros(4, 2), i) for i in range(5)]
     assert [[i for _, i in share] for share in share_out(alike, 2)] == [[0, 1], [2, 3, 4]]  # in their order
     assert share_out([1, 2, 3], 3) == [[1], [2], [3]]  # of a size that is not known
+    named = [{"mask": torch.ones(2, n), "prompts": torch.ones(2, 3), "completions": torch.ones(2, n)} for n in (1, 2, 5, 8)]
+    texts = [{"inputs": torch.ones(3, 2), "targets": torch.ones(3, 2), "weight": torch.ones(())}]
+    assert [[batch_tokens(batch) for batch in share] for share in share_out(named + texts, 2)] == [[8, 22], [10, 16, 6]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

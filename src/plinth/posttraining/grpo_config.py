@@ -114,7 +114,7 @@ class GrpoConfig:
     """passes over a roll-out"""
     minibatches: int = 1
     """updates a pass"""
-    micro_batch_size: int = 64
+    micro_batch_size: int = 32
     """completions a forward pass, whole groups"""
     resample_rounds: int | None = None
     """further rounds of sampling in place of groups whose rewards are all equal: dynamic sampling (default: the loss's own, DAPO's 3)"""

@@ -149,7 +149,7 @@ class PpoConfig:
     """passes over a roll-out"""
     minibatches: int = 1
     """updates a pass"""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 16
     """completions a forward pass"""
     reshuffle: bool = True
     """item 16: deal each pass anew"""

@@ -13,7 +13,7 @@ from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.preference_objective import pairs_loss, reference_pairs_log_probs, sides_log_probs
 from plinth.posttraining.unpaired import LabelledAnswer, reference_point, unpaired_loss
 from plinth.training.device import choose_device, move_batch
-from plinth.training.step import Batch, InlineWorker, Workers
+from plinth.training.step import Batch, InlineWorker, Workers, start_workers
 
 
 class PairedRows:
@@ -83,12 +83,11 @@ class LabelledRows:
 
     def open(self, num_threads: int) -> None:
         """Let so many threads of a CPU measure the reference point."""
-        self._workers = Workers(num_threads) if self.device == "cpu" else InlineWorker()
+        self._workers = start_workers(num_threads, self.device)
 
     def close(self) -> None:
         """End the threads."""
-        if isinstance(self._workers, Workers):
-            self._workers.close()
+        self._workers.close()
 
     def reference_batch(self, part: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Return the sequences whose log-probabilities under the reference the loss reads: the answers, and kto's mismatched ones."""

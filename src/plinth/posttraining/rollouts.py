@@ -22,7 +22,7 @@ from plinth.models.transformer import Transformer
 from plinth.posttraining.completion_scores import completion_log_probs
 from plinth.posttraining.rollout_config import SampleConfig
 from plinth.training.device import move_batch
-from plinth.training.step import InlineWorker, Workers
+from plinth.training.step import InlineWorker, Workers, start_workers
 
 Rows = dict[str, torch.Tensor]
 SCORED_ROWS = 64
@@ -189,12 +189,12 @@ class Sampler:
     def workers(self) -> Workers | InlineWorker:
         """The threads that sample, for what else there is to do between updates."""
         if self._workers is None:
-            self._workers = Workers(self.num_threads) if self.model.embed.weight.device.type == "cpu" else InlineWorker()
+            self._workers = start_workers(self.num_threads, self.model.embed.weight.device)
         return self._workers
 
     def close(self) -> None:
         """End the threads and free the engines' memory."""
-        if isinstance(self._workers, Workers):
+        if self._workers is not None:
             self._workers.close()
         self._workers, self._engines = None, []
 

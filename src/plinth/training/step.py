@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +24,7 @@ LossFunction = Callable[[nn.Module, Batch], tuple[torch.Tensor, Sum, dict[str, S
 """(model, batch) -> loss sum in nats (a scalar with gradient), count, and sums of further metrics.
 
 On a GPU count and metrics should be scalars there, so that nothing waits for the GPU before the step's one look."""
+READ_TENSORS = ("inputs", "prompts", "completions")  # of a batch by names, those whose every number is a token that is read
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class InlineWorker:
         """Apply `function` to each item in turn."""
         return [function(item) for item in items]
 
+    def close(self) -> None:
+        """Do nothing."""
+
 
 class Workers:
     """Threads that share the weights and split the micro-batches of a step.
@@ -73,6 +77,11 @@ class Workers:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def start_workers(num_threads: int, device: str | torch.device) -> Workers | InlineWorker:
+    """Return worker threads for a CPU, else the calling thread, for work beside training; close them when it is done."""
+    return Workers(num_threads) if torch.device(device).type == "cpu" else InlineWorker()
 
 
 def _start_worker() -> None:
@@ -163,10 +172,9 @@ def split_gradients(
 def share_out(batches: Sequence[Batch], n: int) -> list[list[Batch]]:
     """Return n shares of the micro-batches with about as many tokens each, for threads that are to end together.
 
-    A batch's tokens are the numbers in its first tensor, padding included; the largest is dealt first, each to the share that has least.
-    Batches of one size stay in their order, as many to each share.
+    The largest is dealt first, each to the share that has least. Batches of one size stay in their order, as many to each share.
     """
-    sizes = [batch[0].numel() if isinstance(batch, Sequence) and isinstance(batch[0], torch.Tensor) else 1 for batch in batches]
+    sizes = [batch_tokens(batch) for batch in batches]
     if len(set(sizes)) == 1:
         bounds = [len(batches) * i // n for i in range(n + 1)]
         return [list(batches[a:b]) for a, b in zip(bounds, bounds[1:])]
@@ -177,6 +185,17 @@ def share_out(batches: Sequence[Batch], n: int) -> list[list[Batch]]:
         shares[least].append(i)
         loads[least] += sizes[i]
     return [[batches[i] for i in sorted(share)] for share in shares]
+
+
+def batch_tokens(batch: Batch) -> int:
+    """Return how many tokens a micro-batch makes a model read, padding included; 1 where that is not known.
+
+    They are the numbers in the first tensor of a sequence, and in those of a mapping that READ_TENSORS names.
+    """
+    parts = batch[:1] if isinstance(batch, Sequence) else []
+    if isinstance(batch, Mapping):
+        parts = [batch[name] for name in READ_TENSORS if name in batch]
+    return sum(part.numel() for part in parts if isinstance(part, torch.Tensor)) or 1
 
 
 def read_scalars(values: Sequence[Sum]) -> list[float]:
