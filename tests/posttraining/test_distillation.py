@@ -218,7 +218,8 @@ def test_a_teachers_file_teaches_what_the_teacher_does(world, tmp_path):
 
 def opened(world):
     """What a teacher's file is opened with."""
-    tokenizer, found = Tokenizer.load(world / "student"), read_texts(world / "data.jsonl")
+    tokenizer = Tokenizer.load(world / "student")
+    found = read_texts(world / "data.jsonl", tokenizer)
     return world / "data.jsonl", tokenizer, render_texts(tokenizer, found, 64)
 
 

@@ -85,11 +85,17 @@ def test_of_answers_to_a_prompt_the_answer_alone_is_learnt(tokenizer):
     assert found[TextRow][0][0].endswith("<|endoftext|>")
 
 
-def test_a_published_template_that_rewrites_earlier_turns_is_refused(tmp_path):
+def test_answers_that_a_published_template_rewrites_are_learnt_one_by_one(tmp_path):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last or m.role == 'user' else '' }}<|im_end|>{% endfor %}"
     tokenizer = Tokenizer.load(write_folder(byte_level(["<|im_end|>"]), tmp_path / "t", chat_template=template, eos_token="<|im_end|>"))
+    talk = [user("a"), reply("one"), user("b"), reply("two")]
     with pytest.raises(UserError, match="in another way"):
-        render_weighted(tokenizer, [user("a"), reply("one", weight=0), user("b"), reply("two")])
+        render_weighted(tokenizer, talk)
+    assert learnt(tokenizer, render_weighted(tokenizer, [talk[0], reply("one", weight=0), *talk[2:]])) == ["<assistant>two<|im_end|>"]
+    seen = inspect_data(write(tmp_path / "data.jsonl", [{"messages": talk}, {"messages": talk[:2]}]), tokenizer)
+    assert [("answers_apart", [1])] == [(finding.name, finding.rows) for finding in seen.findings if finding.name != "near_duplicate"]
+    stretches = [[piece.text for piece in shown.pieces if piece.learnt] for shown in seen.shown]
+    assert ["".join(texts) for texts in stretches] == ["<assistant>one<|im_end|>", "<assistant>two<|im_end|>", "<assistant>one<|im_end|>"]
 
 
 def test_an_answer_whose_end_is_not_learnt_is_found(tmp_path):

@@ -34,10 +34,12 @@ MEANINGS = {
     "hardly_learnt": "less than 1 % of a sequence's tokens are learnt",
     "all_learnt": "every token of a conversation is learnt, the user's too",
     "end_not_learnt": "an answer that is learnt stops before a token that ends it, so the model would not learn to stop",
+    "answers_apart": "learnt answer by answer, as the chat template writes earlier answers in another way once more turns follow",
     "bos_doubled": "a sequence begins with its first token twice",
     "too_long": "more tokens than the model's context",
     "pad_is_end": "the tokenizer pads with the token that ends a text; masks here go by position, so that token stays learnt",
 }
+REMARKS = ("answers_apart", "pad_is_end")  # what the tokenizer brings along, and is taken care of
 LENGTH_SHARE, LABEL_SHARE, HARDLY = 0.6, 0.8, 0.01
 FEWEST = 20  # pairs or labels below which a share says nothing
 
@@ -87,7 +89,8 @@ def check_tokens(parts: Sequence[tuple[int, Part]], tokenizer: Tokenizer, max_se
 
     A sequence is too long when it has more than max_seq_len + 1 tokens, as the last is predicted but not read.
     """
-    found: dict[str, list[int]] = {}
+    numbers = [number for number, part in parts if part.name == "conversation"]
+    found = {"answers_apart": [a for a, b in pairwise(numbers) if a == b]}
     for number, part in parts:
         for name in _token_issues(part, tokenizer, max_seq_len):
             if not found.setdefault(name, []) or found[name][-1] != number:

@@ -57,7 +57,7 @@ def distill(
     tokenizer = Tokenizer.load(sources[0])
     if not stored:
         check_same_tokenizer(tokenizer, Tokenizer.load(sources[1]), sources)
-    found = read_texts(data)
+    found = read_texts(data, tokenizer)
     if found.rejected:
         warn(f"{data}: {found.describe()}")
 

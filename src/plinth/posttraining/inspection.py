@@ -12,10 +12,10 @@ import numpy as np
 
 from plinth.config import UserError, write_atomic
 from plinth.data.rejects import row_counts
-from plinth.posttraining.checks import MEANINGS, Finding, check_rows, check_tokens
+from plinth.posttraining.checks import MEANINGS, REMARKS, Finding, check_rows, check_tokens
 from plinth.posttraining.examples import Examples, Kind
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.masks import Part, render_row
+from plinth.posttraining.masks import Part, answers_apart, render_row
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
 
@@ -79,8 +79,8 @@ class Inspection:
 
     @property
     def is_clean(self) -> bool:
-        """Whether no row was left out and nothing is odd."""
-        return not self.examples.rejected and not self.findings
+        """Whether no row was left out and nothing is odd; remarks, which no change of the rows would mend, do not count."""
+        return not self.examples.rejected and all(finding.name in REMARKS for finding in self.findings)
 
     def lines(self) -> list[str]:
         """Return what was read and what is odd, a line each, without the rows' tokens."""
@@ -132,7 +132,7 @@ def inspect_data(
     Raises UserError when the file cannot be read, or a row that is to be shown was left out or does not exist.
     """
     examples = read_examples(path, kind)
-    parts, refused = render_all(examples, tokenizer)
+    parts, refused = render_all(answers_apart(tokenizer, examples), tokenizer)
     if refused:
         left = [i for i, number in enumerate(examples.numbers) if number not in dict(refused)]
         examples = Examples(

@@ -8,7 +8,7 @@ from pathlib import Path
 from plinth.config import UserError
 from plinth.posttraining.examples import Examples
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.masks import render_row
+from plinth.posttraining.masks import answers_apart, render_row
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
 
@@ -22,10 +22,10 @@ def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer, where: Sequence
         )
 
 
-def read_texts(path: Path) -> Examples:
-    """Read a file as plain texts where most of its rows are, else as conversations."""
+def read_texts(path: Path, tokenizer: Tokenizer) -> Examples:
+    """Read a file as plain texts where most of its rows are, else as conversations, apart where the chat template asks for that."""
     found = read_examples(path)
-    return found if found.kind in ("text", "messages") else read_examples(path, "messages")
+    return answers_apart(tokenizer, found if found.kind in ("text", "messages") else read_examples(path, "messages"))
 
 
 def render_texts(tokenizer: Tokenizer, found: Examples, max_seq_len: int) -> list[Rendered]:

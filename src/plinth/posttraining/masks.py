@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plinth.config import UserError
-from plinth.posttraining.examples import Conversation, Preference, Prompt, Ranking, Row, TextRow, Unpaired, unweighted
-from plinth.tokenizer.chat import Message, Rendered, render
+from plinth.posttraining.examples import Conversation, Examples, Preference, Prompt, Ranking, Row, TextRow, Unpaired, unweighted
+from plinth.tokenizer.chat import Message, Rendered, answers_of, is_rewritten, render
 from plinth.tokenizer.encode import Tokenizer
 
 
@@ -52,37 +52,43 @@ def render_row(tokenizer: Tokenizer, row: Row) -> list[Part]:
 def render_weighted(tokenizer: Tokenizer, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> Rendered:
     """Return a conversation's tokens and mask, in which the assistant's messages of weight 0 are not learnt.
 
-    Raises UserError when the tokenizer's chat template writes the earlier turns in another way once later ones follow: then it is not
-    clear which tokens are whose.
+    Raises UserError as `render` does, RewrittenAnswer among them where the chat template writes a learnt answer in another way once later
+    turns follow; `answers_apart` divides conversations into such as it can render.
     """
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    rendered = render(tokenizer, plain, tools=tools)
-    mask = list(rendered.loss_mask)
-    for first, last in unlearnt_stretches(messages):
-        start, end = (_prefix_length(tokenizer, plain, stop, tools, rendered) for stop in (first, last))
-        mask[start:end] = [False] * (end - start)
-    return Rendered(rendered.tokens, mask)
+    return render(tokenizer, plain, tools=tools, learnt=learnt_answers(messages))
 
 
-def unlearnt_stretches(messages: list[Message]) -> list[tuple[int, int]]:
-    """Return (first, one past the last) of the longest stretches of messages with an unlearnt answer and without a learnt one."""
-    stretches, start = [], 0
-    learnt = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]
-    for stop in [*learnt, len(messages)]:
-        if any(message["role"] == "assistant" for message in messages[start:stop]):
-            stretches.append((start, stop))
-        start = stop + 1
-    return stretches
+def learnt_answers(messages: list[Message]) -> list[int]:
+    """Return the places of the assistant's messages that are learnt."""
+    return [i for i in answers_of(messages) if messages[i].get("weight", 1)]
 
 
-def _prefix_length(tokenizer: Tokenizer, messages: list[Message], count: int, tools: Any, whole: Rendered) -> int:
-    """Return how many tokens the first `count` messages have within the whole conversation."""
-    if count in (0, len(messages)):
-        return 0 if count == 0 else len(whole.tokens)
-    tokens = render(tokenizer, messages[:count], tools=tools).tokens
-    if whole.tokens[: len(tokens)] != tokens:
-        raise UserError(
-            f"the tokenizer's chat template writes messages[:{count}] in another way when more turns follow, "
-            "so weight=0 and answers within a prompt cannot be told apart. Leave the earlier answers out."
-        )
-    return len(tokens)
+def scored_tokens(tokenizer: Tokenizer, row: Conversation) -> list[int]:
+    """Return the tokens of a conversation as a reward model reads it: to the end of its last answer, the earlier ones as its prompt."""
+    return render_weighted(tokenizer, [*unweighted(row.messages[:-1]), row.messages[-1]], row.tools).tokens
+
+
+def answers_apart(tokenizer: Tokenizer, found: Examples) -> Examples:
+    """Return rows in which each conversation that the chat template would write in another way is as many as it has learnt answers.
+
+    Reasoning models' templates leave reasoning out of earlier answers. Each of the new conversations ends with the answer that is learnt
+    in it, and has before it what the model will be given before it when it serves.
+    """
+    rows: list[Row] = []
+    numbers: list[int] = []
+    for number, row in zip(found.numbers, found.rows):
+        parts = _apart(tokenizer, row) if isinstance(row, Conversation) else [row]
+        rows += parts
+        numbers += [number] * len(parts)
+    return found if len(rows) == len(found.rows) else replace(found, rows=rows, numbers=numbers)
+
+
+def _apart(tokenizer: Tokenizer, row: Conversation) -> list[Conversation]:
+    learnt = learnt_answers(row.messages)
+    try:
+        if not is_rewritten(tokenizer, row.messages, row.tools, learnt=learnt):
+            return [row]
+    except UserError:
+        return [row]  # rendering it says why
+    return [replace(row, messages=[*unweighted(row.messages[:i]), row.messages[i]]) for i in learnt]

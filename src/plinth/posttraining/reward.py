@@ -13,6 +13,7 @@ from plinth.config import UserError
 from plinth.data.buckets import padded_width
 from plinth.models.hub import load_decoder, load_model, read_config
 from plinth.models.reward import RewardConfig, RewardModel
+from plinth.posttraining.examples import unweighted
 from plinth.posttraining.masks import render_weighted
 from plinth.run import find_model
 from plinth.tokenizer.chat import Message
@@ -44,7 +45,7 @@ class LoadedReward:
         """Return the tokens that are scored: the conversation with the answer and what ends it."""
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        return render_weighted(self.tokenizer, [*before, *after]).tokens
+        return render_weighted(self.tokenizer, [*unweighted(before), *after]).tokens
 
     @torch.no_grad()
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from plinth.posttraining.adapter_files import frozen_identity, publish_model, wi
 from plinth.posttraining.adapter_training import adapted_job
 from plinth.posttraining.batches import describe_examples
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.masks import render_row
+from plinth.posttraining.masks import scored_tokens
 from plinth.posttraining.reward import LoadedReward, start_model
 from plinth.posttraining.reward_config import RewardTuning
 from plinth.posttraining.reward_data import Batch, Choice, Choices, batch_of, read_choices, repeated_prompts, split_tail
@@ -60,7 +60,7 @@ def reference_rows(tokenizer: Tokenizer, choices: Sequence[Choice], path: Path |
     """
     if path is None:
         return [choice.rows[choice.ranks.index(min(choice.ranks))] for choice in choices[:REFERENCES]]
-    rows = [part.rendered.tokens for row in read_examples(path, "messages").rows for part in render_row(tokenizer, row)]
+    rows = [scored_tokens(tokenizer, row) for row in read_examples(path, "messages").rows]
     if (longest := max(map(len, rows))) > limit:
         raise UserError(f"{path} has a conversation of {longest} tokens, more than max_seq_len={limit}. Shorten it.")
     return rows

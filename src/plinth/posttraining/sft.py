@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from plinth.posttraining.embedding_noise import noise_scales, noisy_lm_loss
 from plinth.posttraining.examples import SHOWN, Conversation, rows_text
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.held_out import HeldOut, held_out_hooks, last_held_out
-from plinth.posttraining.masks import render_weighted
+from plinth.posttraining.masks import answers_apart, render_weighted
 from plinth.posttraining.sft_config import SftConfig
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.chat import Rendered
@@ -56,11 +57,17 @@ def train_sft(
     found = read_examples(messages, "messages")
     if found.rejected or set(found.detected) != {"messages"}:
         warn(f"{messages}: {found.describe()}")
+    apart = answers_apart(tokenizer, found)
+    if divided := sum(count > 1 for count in Counter(apart.numbers).values()):
+        warn(
+            f"{messages}: {rows_text(divided)} learnt answer by answer, each in a conversation of its own: the model's chat template "
+            "writes earlier answers in another way once more turns follow"
+        )
 
     def prepare(config: SftConfig) -> Job:
         model = with_adapters(load_decoder(source), config.adapter, config.train.seed)
         limit = config.max_seq_len or model.config.max_seq_len
-        examples, too_long = render_examples(tokenizer, found.rows, limit, found.numbers, leave_out=config.too_long == "leave-out")
+        examples, too_long = render_examples(tokenizer, apart.rows, limit, apart.numbers, leave_out=config.too_long == "leave-out")
         if too_long:
             warn(f"{messages}: left out {too_long}")
         rounds = 1 if config.join_turns == 1 else JOIN_ROUNDS
@@ -135,7 +142,8 @@ def held_out_conversations(tokenizer: Tokenizer, model: Transformer, config: Sft
     found = read_examples(config.held_out, "messages")
     if found.rejected:
         warn(f"{config.held_out}: {found.describe()}")
-    rows, too_long = render_examples(tokenizer, found.rows, limit, found.numbers, leave_out=True)
+    apart = answers_apart(tokenizer, found)
+    rows, too_long = render_examples(tokenizer, apart.rows, limit, apart.numbers, leave_out=True)
     if too_long:
         warn(f"{config.held_out}: left out {too_long}")
     pad_id = tokenizer.pad_id or 0

@@ -55,7 +55,8 @@ def write_teacher_file(
     if Path(out).exists():
         raise UserError(f"{out} exists already. Remove it, or pass another --out.")
     source = find_model(teacher_run)
-    tokenizer, found = Tokenizer.load(source), read_texts(data)
+    tokenizer = Tokenizer.load(source)
+    found = read_texts(data, tokenizer)
     if found.rejected:
         warn(f"{data}: {found.describe()}")
     device = choose_device(config.device)

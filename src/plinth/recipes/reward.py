@@ -15,7 +15,7 @@ from plinth.data.rejects import row_counts
 from plinth.evaluation.comparisons import Baselines, Pair, compare_judges
 from plinth.posttraining.adapted_models import load_adapted_reward
 from plinth.posttraining.formats import read_examples
-from plinth.posttraining.masks import render_row
+from plinth.posttraining.masks import scored_tokens
 from plinth.posttraining.reward import LoadedReward, load_reward
 from plinth.posttraining.reward_data import Choice, TooLong, read_choices
 from plinth.posttraining.reward_tuning import RewardTuning, train_reward
@@ -117,7 +117,7 @@ def score_file(
 
 def _score_conversations(reward: LoadedReward, data: Path, out: Path | None) -> dict[str, Any]:
     examples = read_examples(data, "messages")
-    rows = [part.rendered.tokens for row in examples.rows for part in render_row(reward.tokenizer, row)]
+    rows = [scored_tokens(reward.tokenizer, row) for row in examples.rows]
     scores = reward.score_tokens(rows)
     _write(out, [{"row": number, "score": score} for number, score in zip(examples.numbers, scores.tolist())])
     return {

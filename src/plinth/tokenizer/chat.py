@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from plinth.config import UserError, nearest
 from plinth.tokenizer.encode import ASSISTANT, END, SYSTEM, USER, Tokenizer
-from plinth.tokenizer.published_template import render_published
+from plinth.tokenizer.published_template import RewrittenAnswer, check_answers_stay, render_published
 from plinth.tokenizer.tool_format import (
     RESPONSE_END,
     RESPONSE_START,
@@ -34,32 +35,63 @@ class Rendered:
     """Of each token, whether the model is taught to predict it: the assistant's text and the <|end|> behind it."""
 
 
-def render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool = False, tools: list[Tool] | None = None) -> Rendered:
+def render(
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    add_generation_prompt: bool = False,
+    tools: list[Tool] | None = None,
+    *,
+    learnt: Collection[int] | None = None,
+) -> Rendered:
     """Return the tokens of a conversation: a header token, the text, <|end|>, turn by turn.
 
     With `add_generation_prompt` the assistant's header follows, ready for its answer. `tools` are described in the system's turn.
     A special token written in a text stays text. A tokenizer that another project published is rendered by its own chat template.
-    Raises UserError for an empty list, an unknown role, malformed tools or calls, a conversation that such a template refuses, or a
-    tokenizer that has neither header tokens nor a template.
+    `learnt` are the places of the assistant's messages that are taught, by default all. Raises UserError for an empty list, an unknown
+    role, malformed tools or calls, a conversation that such a template refuses, or a tokenizer that has neither header tokens nor a
+    template; RewrittenAnswer where a template writes a learnt message in another way than at the end of a conversation.
     """
     if not tokenizer.is_ours and tokenizer.chat_template() is not None:
         check_messages(messages)
         if tools:
             check_tools(tools)
-        masked = not add_generation_prompt and any(message["role"] == "assistant" for message in messages)
-        return Rendered(*render_published(tokenizer, for_template(messages), add_generation_prompt, tools, masked=masked))
+        taught = [] if add_generation_prompt else sorted(answers_of(messages) if learnt is None else learnt)
+        return Rendered(*render_published(tokenizer, for_template(messages), add_generation_prompt, tools, learnt=taught))
     turns = to_turns(messages, tools)
+    unlearnt = {i for i, place in enumerate(answers_of(messages)) if learnt is not None and place not in learnt}
+    answer = -1
     end_id = _required_id(tokenizer, END)
     tokens: list[int] = []
     loss_mask: list[bool] = []
     contents = tokenizer.encode_batch([text for _, text in turns])
     for (role, _), content in zip(turns, contents):
+        answer += role == "assistant"
         tokens += [_required_id(tokenizer, HEADERS[role]), *content, end_id]
-        loss_mask += [False] + [role == "assistant"] * (len(content) + 1)
+        loss_mask += [False] + [role == "assistant" and answer not in unlearnt] * (len(content) + 1)
     if add_generation_prompt:
         tokens.append(_required_id(tokenizer, ASSISTANT))
         loss_mask.append(False)
     return Rendered(tokens, loss_mask)
+
+
+def answers_of(messages: list[Message]) -> list[int]:
+    """Return the places of the assistant's messages."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def is_rewritten(tokenizer: Tokenizer, messages: list[Message], tools: list[Tool] | None = None, *, learnt: Collection[int]) -> bool:
+    """Return whether the chat template writes a learnt message in another way once later turns follow, so that `render` raises that.
+
+    Raises UserError as `render` does for other reasons.
+    """
+    if tokenizer.is_ours or tokenizer.chat_template() is None:
+        return False
+    check_messages(messages)
+    try:
+        check_answers_stay(tokenizer, for_template(messages), tools, sorted(learnt))
+    except RewrittenAnswer:
+        return True
+    return False
 
 
 def to_turns(messages: list[Message], tools: list[Tool] | None = None) -> list[tuple[str, str]]:

@@ -159,6 +159,11 @@ class Tokenizer:
         return self.assistant_id is not None or self.chat_template() is not None
 
     @cached_property
+    def special_names(self) -> tuple[str, ...]:
+        """The special tokens as they are spelled."""
+        return tuple(token.content for token in self._backend.get_added_tokens_decoder().values() if token.special)
+
+    @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
         """What finds the special tokens in a text, the longest first, with the blanks that some take along; None without any."""
         spelled = []

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from plinth.config import UserError
 from plinth.tokenizer.encode import Tokenizer
 
 PRIVATE = range(0xE000, 0xF900)  # code points that no text should have; those of the marks are in none of the texts rendered
+THINK = "<think>"
 Span = tuple[int, int]
 
 
@@ -62,22 +64,41 @@ def _refuse(reason: str) -> None:
     raise jinja2.TemplateError(reason)
 
 
-def render_published(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: list[dict[str, Any]] | None, *, masked: bool
-) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a conversation, and of each whether it is an answer's, or of the end of one.
+class RewrittenAnswer(UserError):
+    """An answer stands otherwise among later turns than where it ends the conversation: what to learn depends on which is meant."""
 
-    Without `masked` the second list is all False. Raises UserError when the template refuses the conversation, with its words, and when
-    it is not clear which text is an answer's.
+
+def render_published(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool,
+    tools: list[dict[str, Any]] | None,
+    *,
+    learnt: Sequence[int] = (),
+) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a conversation, and of each whether it is what the messages `learnt`, or their ends, are made of.
+
+    Raises UserError when the template refuses the conversation, with its words, and RewrittenAnswer when it writes one of the learnt
+    messages in another way than where that is the last.
     """
+    form = _form(tokenizer, messages, tools)
+    text, _ = form.render(messages, add_generation_prompt, tools)
+    text, spans = form.answers(messages, learnt, tools, text) if learnt else (text, [])
+    return tokenize_rendered(tokenizer, text, form.guard, spans)
+
+
+def check_answers_stay(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, learnt: Sequence[int]
+) -> None:
+    """Raise what `render_published` would raise for these learnt messages, without making tokens."""
+    form = _form(tokenizer, messages, tools)
+    form.answers(messages, learnt, tools, form.render(messages, False, tools)[0])
+
+
+def _form(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> _Form:
     template = tokenizer.chat_template(with_tools=bool(tools))
     assert template is not None
-    marks = _marks(template, messages, tools)
-    form = _Form(tokenizer, _compiled(template), marks)
-    text, spans = form.render(messages, add_generation_prompt, tools)
-    if masked and not spans:
-        spans = form.answers(messages, tools, text)
-    return tokenize_rendered(tokenizer, text, marks[0], spans if masked else [])
+    return _Form(tokenizer, _compiled(template), _marks(template, messages, tools))
 
 
 def _marks(template: str, *values: Any) -> tuple[str, str, str]:
@@ -91,7 +112,8 @@ class _Form:
     """One compiled template with its marks, and the names of its tokenizer's special tokens."""
 
     def __init__(self, tokenizer: Tokenizer, template: jinja2.Template, marks: tuple[str, str, str]):
-        self.template, self.special, self.names = template, tokenizer.special_pattern, tokenizer.named_tokens
+        self.tokenizer, self.template = tokenizer, template
+        self.special, self.names = tokenizer.special_pattern, tokenizer.named_tokens
         self.guard, self.begin, self.end = marks
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Any) -> tuple[str, list[Span]]:
@@ -133,41 +155,111 @@ class _Form:
                 length += len(piece)
         return "".join(parts), spans
 
-    def answers(self, messages: list[dict[str, Any]], tools: Any, text: str) -> list[Span]:
-        """Return the spans of the answers in a text: what the assistant's messages say, with the special token that ends each.
+    def answers(self, messages: list[dict[str, Any]], learnt: Sequence[int], tools: Any, text: str) -> tuple[str, list[Span]]:
+        """Return the text to learn from, and the spans of the answers in it: all that follows an answer's prompt, to its end.
 
-        First by marks around each answer, where they leave the text as it is; else by what rendering one message more adds.
+        The text is that of the conversation, but for the end of the last message, where that is learnt: see `_alone`.
         """
-        said = [message for message in messages if message["role"] == "assistant" and not message.get("tool_calls")]
-        for strip in (False, True):  # templates often strip what a message says, which marks would hinder
-            marked = [
-                {**m, "content": self.begin + ((m["content"] or "").strip() if strip else m["content"] or "") + self.end}
-                if m in said
-                else m
-                for m in messages
-            ]
-            found, spans = self.render(marked, False, tools)
-            if found == text and len(spans) == sum(message["role"] == "assistant" for message in messages):
-                return [(start, self._with_end(text, end)) for start, end in spans]
-        return [self._added(messages, i, tools, text) for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans: list[Span] = []
+        for i in sorted(learnt, reverse=True):
+            alone, found = self._alone(messages[: i + 1], tools)
+            if i + 1 == len(messages):
+                text = alone
+            elif not text.startswith(alone[: found[-1][1]]):
+                raise RewrittenAnswer(
+                    f"the model's chat template writes messages[{i}] in another way when more turns follow, so it is not clear what to "
+                    "learn. End the conversation with that answer, or give the earlier answers weight 0."
+                )
+            spans = found + spans
+        return text, spans
+
+    def _alone(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[Span]]:
+        """Return the text of a conversation that ends with an answer, and the answer's spans.
+
+        What the model is given, the prompt, is not learnt; all that it has to say then is, to the token that ends it. Where the template
+        writes no such token, one is added; where it leaves out a part of what is said, the answer follows its prompt as it was said.
+        """
+        i = len(messages) - 1
+        text, tagged = self.render(messages, False, tools)
+        prompt, before = (self.render(messages[:-1], given, tools)[0] if i else "" for given in (True, False))
+        start = len(prompt) if text.startswith(prompt) else len(os.path.commonprefix([prompt, text]))
+        if start < len(before.rstrip()):
+            raise UserError(
+                f"the model's chat template writes what stands before messages[{i}] in another way with that answer than when it asks for "
+                "it, so it would be learnt behind other words than it is asked for with. Put the system's text into the first message of "
+                "the user, if there is one; else leave that row out."
+            )
+        if tagged:
+            spans = [(max(first, start), self._trimmed(text, last)) for first, last in tagged if last > start]
+            return text, spans or [(start, start)]
+        answer = self._marked(messages, tools, text)
+        if answer is not None:
+            start = start if start == len(prompt) and i else answer[0]
+            end = self._with_end(text, answer[1])
+        elif self._leaves_out(messages[-1], text[start:]):
+            text, start = self._said(messages, i, tools, prompt)
+            end = len(text)
+        else:
+            end = len(text.rstrip())
+        return self._ended(messages, tools, text[:end], start) if not self._ends(text[start:end]) else (text, [(start, end)])
+
+    def _marked(self, messages: list[dict[str, Any]], tools: Any, text: str) -> Span | None:
+        """Return where the last message's words stand in the text, found by marks around them; None where marks change the text."""
+        message = messages[-1]
+        if message.get("tool_calls"):
+            return None
+        said = message["content"] or ""
+        for words in (said, said.strip()):  # templates often strip what a message says, which marks would hinder
+            found, spans = self.render([*messages[:-1], {**message, "content": self.begin + words + self.end}], False, tools)
+            if found == text and len(spans) == 1:
+                return spans[0]
+        return None
 
     def _with_end(self, text: str, end: int) -> int:
-        """Return where the special token behind an answer, and blanks before it, end."""
+        """Return where the special token behind an answer, and blanks before it, end; the end of the text where there is no such token."""
         after = len(text) - len(text[end:].lstrip())
         match = self.special.match(text, after) if self.special else None
-        return match.end() if match else end
+        return match.end() if match else max(end, len(text.rstrip()))
 
-    def _added(self, messages: list[dict[str, Any]], i: int, tools: Any, text: str) -> Span:
-        """Return the span of message i: what the text up to it has more than the prompt for it."""
-        before, _ = self.render(messages[:i], True, tools)
-        after, _ = self.render(messages[: i + 1], False, tools)
-        if not (after.startswith(before) and text.startswith(after)):
+    def _trimmed(self, text: str, end: int) -> int:
+        """Return where a text up to `end` ends without the blanks behind a token that ends an answer: the model is stopped before them."""
+        return len(text[:end].rstrip()) if self._ends(text[:end]) else end
+
+    def _leaves_out(self, message: dict[str, Any], written: str) -> bool:
+        said = self._guarded(message.get("content") or "")
+        return not message.get("tool_calls") and "".join(said.split()) not in "".join(written.split())
+
+    def _said(self, messages: list[dict[str, Any]], i: int, tools: Any, prompt: str) -> tuple[str, int]:
+        """Return a prompt with the answer as it was said, whole, and where that begins; its end is that of another answer."""
+        plain = [*messages[:-1], {**messages[-1], "content": "x"}]
+        text, _ = self.render(plain, False, tools)
+        answer = self._marked(plain, tools, text)
+        if answer is None:
             raise UserError(
-                f"the model's chat template writes messages[{i}] in another way when more turns follow, so it is not clear what to learn. "
-                "End the conversation with that answer, or leave its reasoning out."
+                f"the model's chat template leaves out a part of what messages[{i}] says, such as reasoning before </think>, so it cannot "
+                "be learnt. Leave that part out of the row, or change the template."
             )
-        blanks = len(after) - len(after.rstrip())
-        return len(before), len(after) - blanks
+        said = self._guarded(messages[-1]["content"]).strip()
+        if prompt.rstrip().endswith(THINK):  # the prompt has begun the reasoning
+            said = said.removeprefix(THINK).lstrip("\n")
+        return prompt + said + text[answer[1] : self._with_end(text, answer[1])], len(prompt)
+
+    def _ends(self, written: str) -> bool:
+        """Return whether a text ends with a token that ends an answer."""
+        names = [*([self.names["eos_token"]] if "eos_token" in self.names else []), *self.tokenizer.special_names]
+        return written.rstrip().endswith(tuple(names))
+
+    def _ended(self, messages: list[dict[str, Any]], tools: Any, text: str, start: int) -> tuple[str, list[Span]]:
+        """Return a text with a token that ends its answer: the one that a next turn begins with where it ends answers, else eos_token."""
+        try:
+            more, _ = self.render([*messages, {"role": "user", "content": "x"}], False, tools)
+        except UserError:
+            more = ""
+        match = self.special.match(more, len(text)) if self.special and more.startswith(text) else None
+        end = match[0] if match else self.names.get("eos_token", "")
+        known = self.tokenizer.token_id(end.strip()) in self.tokenizer.end_ids
+        text += end if known else ""
+        return text, [(start, len(text))]
 
 
 def _way_out(reason: str, messages: list[dict[str, Any]]) -> str:
@@ -191,9 +283,10 @@ def tokenize_rendered(tokenizer: Tokenizer, text: str, guard: str, spans: list[S
     tokens, mask = [], []
     for piece, start, special in pieces:
         parts = [(special, 0, len(piece))] if special is not None else next(encoded)
-        places = [i for i, character in enumerate(piece) if character != guard] + [len(piece)]
-        for token, first, last in parts:
-            begin, end = (start + places[min(at, len(places) - 1)] if special is None else start + at for at in (first, last))
-            tokens.append(token)
-            mask.append(any(begin < stop and end > at for at, stop in spans))
+        tokens += [token for token, _, _ in parts]
+        within = [(at - start, stop - start) for at, stop in spans if at < start + len(piece) and stop > start]
+        if within and special is None and guard in piece:  # places among the characters that are no guards, as places in the piece
+            places = [i for i, character in enumerate(piece) if character != guard] + [len(piece)]
+            parts = [(token, places[min(first, len(places) - 1)], places[min(last, len(places) - 1)]) for token, first, last in parts]
+        mask += [any(first < stop and last > at for at, stop in within) for _, first, last in parts]
     return tokens, mask
