@@ -43,6 +43,7 @@ SCALAR = {
     "apo_zero": lambda c, r, a, b, m, n: sig(-0.1 * a) + sig(0.1 * b),
     "apo_down": lambda c, r, a, b, m, n: sig(0.1 * a) + sig(-0.1 * (a - b)),
     "discopop": lambda c, r, a, b, m, n: -logsig(0.1 * (a - b)) * sig(-2 * (a - b)) + math.exp(-0.1 * (a - b)) * sig(2 * (a - b)),
+    "ropo": lambda c, r, a, b, m, n: (-logsig(0.1 * (a - b)) + 14 * sig(-0.1 * (a - b))) * 56 / 225,
     "sft": lambda c, r, a, b, m, n: -c / m,
     "odds_ratio": lambda c, r, a, b, m, n: -0.1 * logsig(log_odds(c / m) - log_odds(r / n)),
     "orpo": lambda c, r, a, b, m, n: -c / m - 0.1 * logsig(log_odds(c / m) - log_odds(r / n)),
@@ -124,7 +125,7 @@ def test_limits():
 
 
 def test_the_table_of_options_is_what_the_losses_read():
-    tie = {"divergence", "divergence_alpha"}
+    tie = {"divergence", "divergence_alpha", "length_penalty"}
     for table, losses in ((PAIR_OPTIONS, PREFERENCE_LOSSES), (SINGLE_OPTIONS, UNPAIRED_LOSSES)):
         for name, function in losses.items():
             read = {key for key, argument in inspect.signature(function).parameters.items() if argument.kind is argument.KEYWORD_ONLY}
@@ -140,6 +141,41 @@ def test_another_divergence_is_offered_where_the_difference_alone_counts(name):
     shifted = loss_rows(name, (c, r, p - 0.7, q - 0.7), lengths)
     invariant = torch.allclose(shifted, loss_rows(name, (c, r, p, q), lengths), rtol=1e-9)
     assert invariant == ("divergence" in PAIR_OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", [name for name, options in PAIR_OPTIONS.items() if "length_penalty" in options])
+def test_a_length_penalty_shifts_the_margin_by_the_difference_of_lengths(name):
+    """R-DPO's βΔ + α(|chosen| − |rejected|), with any β, and beside another divergence."""
+    values, lengths = sums()
+    c, r, p, q = values
+    moved = 0.07 * (lengths[0] - lengths[1]).double()  # of βΔ, so that of c it is as much over β
+    for beta in (0.1, 0.7):
+        options = {"beta": beta, "length_penalty": 0.07}
+        expected = preference_loss(name, Pairs(c + moved / beta, r, p, q, *lengths), beta=beta)[0]
+        torch.testing.assert_close(preference_loss(name, Pairs(*values, *lengths), **options)[0], expected, rtol=1e-11, atol=1e-11)
+    columns = [column.tolist() for column in (*values, *lengths)]
+    plain = [-logsig(0.1 * (c - p - r + q) + 0.07 * (m - n)) for c, r, p, q, m, n in zip(*columns)]
+    found = preference_loss("sigmoid", Pairs(*values, *lengths), length_penalty=0.07)[0]
+    assert float(found) == pytest.approx(sum(plain), abs=1e-9)
+    scores = [divergence_score(ratio, "js") for ratio in (c - p, r - q)]
+    both = preference_loss(name, Pairs(*values, *lengths), divergence="js", length_penalty=0.07)[0]
+    zeros = torch.zeros_like(c)
+    torch.testing.assert_close(
+        both, preference_loss(name, Pairs(scores[0] + moved / 0.1, scores[1], zeros, zeros))[0], rtol=1e-11, atol=1e-11
+    )
+
+
+def test_ropo_gives_most_weight_to_the_undecided_and_none_more_than_one():
+    for noise_weight in (1.0, 6.0, 14.0):
+        margin = torch.linspace(-60, 60, 2001, dtype=torch.float64).div(0.1).requires_grad_()
+        zero = torch.zeros(2001, dtype=torch.float64)
+        loss = PREFERENCE_LOSSES["ropo"](Pairs(margin, zero, zero, zero), noise_weight=noise_weight)
+        slope = -torch.autograd.grad(loss.sum(), margin)[0] / 0.1
+        share = torch.sigmoid(-0.1 * margin.detach())
+        closed = 4 * noise_weight / (1 + noise_weight) ** 2 * share * (1 + noise_weight * (1 - share))
+        torch.testing.assert_close(slope, closed, rtol=1e-9, atol=1e-9)
+        assert 0.99 < float(slope.max()) <= 1 + 1e-9
+    assert float(slope[0]) == pytest.approx(4 * 14 / 15**2)  # what the policy holds to be the wrong way round
 
 
 def test_a_divergence_survives_an_answer_that_has_all_but_vanished():
@@ -178,7 +214,11 @@ def test_odds_survive_both_ends():
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("sigmoid", {"epsilon": 0.1}, "epsilon=0.1 is not read by the loss sigmoid, which takes beta, divergence, divergence_alpha"),
+        (
+            "sigmoid",
+            {"epsilon": 0.1},
+            "epsilon=0.1 is not read by the loss sigmoid, which takes beta, divergence, divergence_alpha, length_penalty",
+        ),
         ("dpo", {}, "loss='dpo' is not one of sigmoid, cdpo"),
         ("cdpo", {"epsilon": 0.5}, r"epsilon=0.5 is not in \[0, 0.5\)"),
         ("exo_pair", {"epsilon": 0.0}, "the loss is infinite at 0"),

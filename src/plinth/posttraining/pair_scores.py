@@ -73,6 +73,12 @@ class Pairs:
             reference_chosen_B=torch.zeros_like(chosen_B), reference_rejected_B=torch.zeros_like(rejected_B),
         )  # fmt: skip
 
+    def lengthened(self, nats: float) -> Pairs:
+        """The same pairs with so many nats more in each ratio for each counted token of its answer."""
+        chosen, rejected = given(self.chosen_tokens_B, "chosen_tokens_B"), given(self.rejected_tokens_B, "rejected_tokens_B")
+        dtype = self.chosen_B.dtype
+        return replace(self, chosen_B=self.chosen_B + nats * chosen.to(dtype), rejected_B=self.rejected_B + nats * rejected.to(dtype))
+
 
 def given(value: Tensor | None, name: str) -> Tensor:
     """Return the value; raise ValueError where there is none."""

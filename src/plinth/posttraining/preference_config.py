@@ -14,19 +14,20 @@ from plinth.training.config import OptimizerConfig, TrainConfig
 
 # What each loss reads beside the answers. The functions are in preference_losses and unpaired_losses; this table needs no PyTorch.
 PAIR_OPTIONS: dict[str, tuple[str, ...]] = {
-    "sigmoid": ("beta", "divergence", "divergence_alpha"),
-    "cdpo": ("beta", "epsilon", "divergence", "divergence_alpha"),
-    "robust": ("beta", "epsilon", "divergence", "divergence_alpha"),
-    "hinge": ("beta", "divergence", "divergence_alpha"),
+    "sigmoid": ("beta", "divergence", "divergence_alpha", "length_penalty"),
+    "cdpo": ("beta", "epsilon", "divergence", "divergence_alpha", "length_penalty"),
+    "robust": ("beta", "epsilon", "divergence", "divergence_alpha", "length_penalty"),
+    "hinge": ("beta", "divergence", "divergence_alpha", "length_penalty"),
     "ipo": ("beta", "per_token", "divergence", "divergence_alpha"),
     "sigmoid_norm": ("beta", "divergence", "divergence_alpha"),
-    "exo_pair": ("beta", "epsilon", "divergence", "divergence_alpha"),
+    "exo_pair": ("beta", "epsilon", "divergence", "divergence_alpha", "length_penalty"),
     "nca_pair": ("beta",),
     "bco_pair": ("beta",),
     "sppo_hard": ("beta",),
     "apo_zero": ("beta",),
     "apo_down": ("beta",),
-    "discopop": ("beta", "temperature", "divergence", "divergence_alpha"),
+    "discopop": ("beta", "temperature", "divergence", "divergence_alpha", "length_penalty"),
+    "ropo": ("beta", "noise_weight", "divergence", "divergence_alpha", "length_penalty"),
     "aot": ("beta", "epsilon"),
     "aot_unpaired": ("beta", "epsilon"),
     "sft": (),
@@ -73,6 +74,9 @@ class DpoConfig:
     """what ties the policy to the reference in the losses of the difference alone (f-DPO); None takes reverse_kl, which is DPO"""
     divergence_alpha: float | None = None
     """alpha of the alpha divergence: towards 1 the reverse KL, towards 0 the forward; None takes 0.5"""
+    length_penalty: float | None = None
+    """reward in nats that a token costs, in the losses of the difference alone: what of a preference the length explains is not learnt
+    (R-DPO); None takes 0, which is DPO"""
     tail_weight: float | None = None
     """weight, 0 to 1, of the tokens of the longer answer beyond the length of the shorter (LD-DPO); None takes 1, which is DPO"""
     weigh_by_policy: bool = False
@@ -81,6 +85,8 @@ class DpoConfig:
     """whether ipo compares means over tokens; None takes true, false is the paper's equation"""
     temperature: float | None = None
     """width of discopop's passage from one loss to the other, in margins; None takes 0.05"""
+    noise_weight: float | None = None
+    """weight of ropo's bounded term against its DPO; None takes 14"""
     desirable_weight: float | None = None
     """weight of wanted answers in kto; None takes 1"""
     undesirable_weight: float | None = None
@@ -102,8 +108,8 @@ class DpoConfig:
     """train adapters in place of the weights; the reference is the model without them"""
 
     def __post_init__(self) -> None:
-        check_positive(self, "beta", "epochs")
-        check_least(self, "chosen_nll_coef", "desirable_weight", "undesirable_weight", least=0)
+        check_positive(self, "beta", "epochs", "noise_weight")
+        check_least(self, "chosen_nll_coef", "length_penalty", "desirable_weight", "undesirable_weight", least=0)
         check_least(self, "tokens", "pairs_per_step", "micro_batch_size", "max_seq_len", "held_out_every")
         if self.tail_weight is not None and not 0 <= self.tail_weight <= 1:
             raise UserError(f"tail_weight={self.tail_weight} must lie between 0 (no token beyond the shorter answer's length) and 1 (all).")

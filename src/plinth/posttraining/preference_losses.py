@@ -102,6 +102,18 @@ def discopop(pairs: Pairs, *, beta: float = 0.1, temperature: float = 0.05) -> T
     return -F.logsigmoid(margin_B) * (1 - share_B) + torch.exp(-margin_B) * share_B
 
 
+def ropo(pairs: Pairs, *, beta: float = 0.1, noise_weight: float = 14.0) -> Tensor:
+    """4α/(1+α)² (−log σ(βΔ) + α σ(−βΔ)), α the noise_weight: a pair that the policy orders the other way round, perhaps wrongly labelled,
+    weighs less than one that it is undecided about.
+
+    The factor makes the largest slope in βΔ 1 where α ≥ 1. Small α is DPO, but for the factor.
+    Source: Liang et al. 2024 (ROPO), arXiv:2404.04102.  Differs: the loss alone; the paper also leaves out the pairs of the largest loss
+    and samples new ones, over and over.
+    """
+    margin_B = beta * pairs.difference_B
+    return 4 * noise_weight / (1 + noise_weight) ** 2 * (-F.logsigmoid(margin_B) + noise_weight * torch.sigmoid(-margin_B))
+
+
 def aot(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.0) -> Tensor:
     """cDPO of sorted differences: the i-th smallest log π(c)/π(r) minus the i-th smallest log π_ref(c)/π_ref(r).
 
@@ -190,6 +202,7 @@ PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "apo_zero": apo_zero,
     "apo_down": apo_down,
     "discopop": discopop,
+    "ropo": ropo,
     "aot": aot,
     "aot_unpaired": aot_unpaired,
     "sft": sft,
@@ -242,15 +255,25 @@ def default_beta(name: str) -> float:
     return arguments["beta"].default if "beta" in arguments else 1.0
 
 
-def loss_rows(name: str, pairs: Pairs, *, divergence: str | None = None, divergence_alpha: float | None = None, **options: Any) -> Tensor:
+def loss_rows(
+    name: str,
+    pairs: Pairs,
+    *,
+    divergence: str | None = None,
+    divergence_alpha: float | None = None,
+    length_penalty: float | None = None,
+    **options: Any,
+) -> Tensor:
     """Return one loss a pair, (B,). Raises UserError for an unknown loss and for an option that it does not read.
 
-    The losses of the difference alone are given another divergence's scores in place of the ratios, where one is named.
+    The losses of the difference alone are given another divergence's scores in place of the ratios, where one is named, and with a
+    length_penalty α the difference βΔ + α(|chosen| − |rejected|) in place of βΔ, lengths in tokens.
+    Source of the latter: Park et al. 2024 (R-DPO), arXiv:2403.19159.
     """
     if name not in PREFERENCE_LOSSES:
         raise UserError(f"loss={name!r} is not one of {', '.join(PREFERENCE_LOSSES)}.")
     function = PREFERENCE_LOSSES[name]
-    tie = {"divergence": divergence, "divergence_alpha": divergence_alpha}
+    tie = {"divergence": divergence, "divergence_alpha": divergence_alpha, "length_penalty": length_penalty}
     given_options = options | {option: value for option, value in tie.items() if value is not None}
     known = [*PAIR_OPTIONS[name], *(("tokens_per_pair",) if name == "sft" else ())]
     if unread := [option for option in given_options if option not in known]:
@@ -258,4 +281,6 @@ def loss_rows(name: str, pairs: Pairs, *, divergence: str | None = None, diverge
         raise UserError(f"{unread[0]}={value} is not read by the loss {name}, which takes {', '.join(known)}. Leave it out.")
     if divergence is not None:
         pairs = pairs.under(divergence, 0.5 if divergence_alpha is None else divergence_alpha)
+    if length_penalty is not None:
+        pairs = pairs.lengthened(length_penalty / options.get("beta", default_beta(name)))
     return function(pairs, **options)
