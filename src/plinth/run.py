@@ -136,7 +136,7 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training this run meanwhile; the system lifts the lock when a process dies.
+        """Keep other processes from writing this folder meanwhile; the system lifts the lock when a process dies.
 
         Raises UserError when another process holds it. Where the file system knows no locks there is none.
         """
@@ -147,7 +147,7 @@ class Run:
                     if descriptor is not None:
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UserError(f"{self.path} is being trained by another process. Wait until it ends, or stop it first.") from None
+                    raise UserError(f"{self.path} is being written by another process. Wait until it ends, or stop it first.") from None
             yield
         finally:
             if descriptor is not None:

@@ -230,7 +230,7 @@ def test_what_a_killed_process_left_half_done_is_cleared_away(tmp_path):
 
 def test_two_processes_do_not_train_one_run(tmp_path):
     def batches(step):
-        with pytest.raises(UserError, match="is being trained by another process"):
+        with pytest.raises(UserError, match="is being written by another process"):
             run_training(tmp_path / "run", resume=True)
         return batches_at(step)
 

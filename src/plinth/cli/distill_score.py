@@ -26,6 +26,8 @@ class Options:
     """folder to write; 8 bytes a kept token"""
     config: Annotated[TeacherFileConfig, tyro.conf.arg(name="")] = field(default_factory=TeacherFileConfig)
     """what is kept, and how it is computed"""
+    resume: bool = False
+    """go on with the unfinished file in --out, by the configuration saved there"""
     json: bool = False
     """answer with one JSON object on standard output"""
 
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> int:
     options = read_options(Options, prog="plinth distill score", args=argv)
     from plinth.posttraining.teacher_file import write_teacher_file
 
-    found = write_teacher_file(options.out, options.run, options.data, options.config, warn=say)
+    found = write_teacher_file(options.out, options.run, options.data, options.config, resume=options.resume, warn=say)
 
     def render(console: Console) -> None:
         console.print(

@@ -23,7 +23,8 @@ from plinth.posttraining.distill_losses import Head, TopTokens, chunked_distilla
 from plinth.posttraining.examples import Conversation, Examples
 from plinth.posttraining.learnt_texts import check_same_tokenizer, read_texts, render_texts
 from plinth.posttraining.rollouts import SampleConfig, Sampler
-from plinth.posttraining.teacher_file import TeacherFile, is_teacher_file
+from plinth.posttraining.teacher_file import TeacherFile
+from plinth.posttraining.teacher_parts import is_teacher_file
 from plinth.run import Run, file_sha256, find_model, tree_sha256, usable_cores
 from plinth.tokenizer.chat import Message, Rendered, render
 from plinth.tokenizer.encode import Tokenizer

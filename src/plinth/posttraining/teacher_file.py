@@ -8,9 +8,8 @@ and targets.npy float32 (N,), that of the data's own token at temperature 1. The
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from plinth.config import UserError, read_json, write_atomic
+from plinth.config import UserError, from_dict, read_json, to_dict
 from plinth.data.buckets import like_lengths
 from plinth.data.rejects import row_counts
 from plinth.models.hub import load_decoder
@@ -27,75 +26,120 @@ from plinth.ops.softcap import softcap
 from plinth.posttraining.batches import pad_rows
 from plinth.posttraining.distill_config import TeacherFileConfig
 from plinth.posttraining.learnt_texts import read_texts, render_texts
-from plinth.run import file_sha256, find_model, publish_dir, tree_sha256, usable_cores
+from plinth.posttraining.teacher_parts import MANIFEST, PROGRESS, Parts, begin_parts, check_free, read_begun
+from plinth.run import Run, file_sha256, find_model, tree_sha256, usable_cores
 from plinth.tokenizer.chat import Rendered
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device
 from plinth.training.precision import DTYPES
 from plinth.training.step import open_workers
 
-MANIFEST = "teacher.json"
 ARRAYS = {"ids": np.int32, "log_probs": np.float32, "rest": np.float32, "targets": np.float32}
 CHUNK_ELEMENTS = 1 << 21  # logits in flight, per thread
 
 
-def is_teacher_file(path: Path) -> bool:
-    """Return whether a path is what `write_teacher_file` writes."""
-    return (Path(path) / MANIFEST).is_file()
-
-
 def write_teacher_file(
-    out: Path, teacher_run: Path, data: Path, config: TeacherFileConfig, *, warn: Callable[[str], None] = lambda text: None
+    out: Path,
+    teacher_run: Path,
+    data: Path,
+    config: TeacherFileConfig,
+    *,
+    resume: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Write what a run's model says at every learnt token of `data`, and return the manifest.
 
-    `data` is anything that is read as messages or text; its learnt tokens are those that `plinth inspect` shows. The folder appears by one
-    rename when all is there. Raises UserError when it exists.
+    `data` is anything that is read as messages or text; its learnt tokens are those that `plinth inspect` shows. The file is whole with
+    teacher.json, which is written last. `resume` goes on with what an interrupted call left, by the configuration saved there; the result
+    has the same bits. Raises UserError when `out` exists and is not to be resumed, and for one that was made of other things.
     """
-    if Path(out).exists():
-        raise UserError(f"{out} exists already. Remove it, or pass another --out.")
-    source = find_model(teacher_run)
-    tokenizer = Tokenizer.load(source)
+    out, source, tokenizer = Path(out), find_model(teacher_run), Tokenizer.load(find_model(teacher_run))
+    begun = read_begun(out) if resume else None
+    if not resume:
+        check_free(out)
+    made_of = {"teacher_sha256": tree_sha256(source), "data_sha256": file_sha256(data), "tokenizer_sha256": tokenizer.sha256}
+    if begun is not None:
+        check_same(out, begun, made_of)
+        if (out / MANIFEST).is_file():
+            return begun
+        config = from_dict(TeacherFileConfig, begun["config"], f"{out}/{PROGRESS}: ")
     found = read_texts(data, tokenizer)
     if found.rejected:
         warn(f"{data}: {found.describe()}")
-    device = choose_device(config.device)
-    model = load_decoder(source).to(device, DTYPES[config.dtype]).eval().requires_grad_(False)
-    vocab_size = min(config.vocab_size or len(model.output_weight), len(model.output_weight))
-    if vocab_size < tokenizer.vocab_size:
-        raise UserError(f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size}. Use that, or leave it out.")
-    if config.top_k >= vocab_size:
-        raise UserError(f"top_k={config.top_k} must be below the {vocab_size} tokens that there are. Lower it.")
-    examples = render_texts(tokenizer, found, config.max_seq_len or model.config.max_seq_len)
-    starts = first_positions(examples)
-    with publish_dir(out) as folder:
-        count = int(starts[-1])
-        shapes = {name: (count, config.top_k) if name in ("ids", "log_probs") else (count,) for name in ARRAYS}
-        kept = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name]) for name, dtype in ARRAYS.items()}
-        parts = like_lengths([len(example.tokens) for example in examples], config.micro_batch_size)
-
-        def keep(part: np.ndarray) -> None:
-            rows = [examples[i] for i in part]
-            values = iter(top_tokens(model, rows, config, vocab_size, tokenizer.pad_id or 0))
-            for name in kept:
-                column, place = next(values), 0
-                for i in part:
-                    count = starts[i + 1] - starts[i]
-                    kept[name][starts[i] : starts[i + 1]] = column[place : place + count]
-                    place += count
-
-        with open_workers(config.num_threads or usable_cores(), device) as workers:
-            workers.map(keep, parts)
+    teacher = Teacher.load(source, tokenizer, config)
+    examples = render_texts(tokenizer, found, config.max_seq_len or teacher.model.config.max_seq_len)
+    numbers = {"examples": len(examples), "positions": int(first_positions(examples)[-1]), "vocab_size": teacher.vocab_size}
+    if begun is None:
+        begin_parts(out, made_of | numbers | {"config": to_dict(replace(config, device=teacher.device))})
+    else:
+        check_same(out, begun, numbers)
+    with Run(out).lock():
+        parts = fill_arrays(out, teacher, examples, warn)
         manifest = {
-            "version": 1, "teacher": str(teacher_run), "teacher_sha256": tree_sha256(source), "data_sha256": file_sha256(data),
-            "tokenizer_sha256": tokenizer.sha256, "examples": len(examples), "positions": count, "vocab_size": vocab_size,
-            "rest": float(np.exp(kept["rest"]).mean()), "cross_entropy_nats": -float(kept["targets"].mean()),
+            "version": 1, "teacher": str(teacher_run), **made_of, **numbers,
+            "rest": float(np.exp(parts.arrays["rest"]).mean()), "cross_entropy_nats": -float(parts.arrays["targets"].mean()),
             **row_counts(len(found.rejected)), **{k: v for k, v in asdict(config).items() if k in ("top_k", "temperature", "dtype")},
         }  # fmt: skip
-        for array in kept.values():
-            array.flush()
-        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
+        parts.finish(manifest)
     return manifest
+
+
+def check_same(out: Path, begun: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise UserError where a file was begun with other things than it is to be made of now."""
+    for name, value in ours.items():
+        if begun.get(name) != value:
+            what, was, now = name.removesuffix("_sha256"), str(begun.get(name))[:8], str(value)[:8]
+            raise UserError(
+                f"{out} was begun with {what} {was}, and now it is {now}. Name the same as then, or another --out without --resume."
+            )
+
+
+def fill_arrays(out: Path, teacher: Teacher, examples: Sequence[Rendered], warn: Callable[[str], None]) -> Parts:
+    """Compute the micro-batches that are not whole in the folder `out`, and return all."""
+    config, starts = teacher.config, first_positions(examples)
+    batches = like_lengths([len(example.tokens) for example in examples], config.micro_batch_size)
+    count = int(starts[-1])
+    shapes = {name: ((count, config.top_k) if name in ("ids", "log_probs") else (count,), dtype) for name, dtype in ARRAYS.items()}
+    parts = Parts(out, shapes, [places_of(starts, batch) for batch in batches], warn)
+    missing = [number for number in range(len(batches)) if number not in parts.whole]
+    if parts.whole:
+        warn(f"{out}: {len(parts.whole)} of {len(batches)} micro-batches are there; going on with the others.")
+    with open_workers(config.num_threads or usable_cores(), teacher.device) as workers:
+        workers.map(lambda number: parts.keep(number, top_tokens(teacher, [examples[i] for i in batches[number]])), missing)
+    return parts
+
+
+def places_of(starts: np.ndarray, examples: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the rows of the arrays that belong to some examples, one example after the other."""
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in examples])
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that is asked, and how."""
+
+    model: Transformer
+    """on its device, in its dtype"""
+    config: TeacherFileConfig
+    """what is kept of it"""
+    vocab_size: int
+    """tokens that its distributions are over"""
+    pad_id: int
+    """what rows are filled with"""
+    device: str
+    """where it computes"""
+
+    @classmethod
+    def load(cls, source: Path, tokenizer: Tokenizer, config: TeacherFileConfig) -> Teacher:
+        """Open a model folder. Raises UserError for a vocab_size or a top_k that its vocabulary does not allow."""
+        device = choose_device(config.device)
+        model = load_decoder(source).to(device, DTYPES[config.dtype]).eval().requires_grad_(False)
+        vocab_size = min(config.vocab_size or len(model.output_weight), len(model.output_weight))
+        if vocab_size < tokenizer.vocab_size:
+            raise UserError(f"vocab_size={vocab_size} is below the tokenizer's {tokenizer.vocab_size}. Use that, or leave it out.")
+        if config.top_k >= vocab_size:
+            raise UserError(f"top_k={config.top_k} must be below the {vocab_size} tokens that there are. Lower it.")
+        return cls(model, config, vocab_size, tokenizer.pad_id or 0, device)
 
 
 def first_positions(examples: Sequence[Rendered]) -> np.ndarray:
@@ -104,11 +148,10 @@ def first_positions(examples: Sequence[Rendered]) -> np.ndarray:
 
 
 @torch.no_grad()
-def top_tokens(
-    model: Transformer, rows: Sequence[Rendered], config: TeacherFileConfig, vocab_size: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def top_tokens(teacher: Teacher, rows: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the columns of ARRAYS at the learnt tokens of some rows, one row after the other."""
-    padded = pad_rows([row.tokens for row in rows], [row.loss_mask for row in rows], pad_id)
+    model, config, vocab_size = teacher.model, teacher.config, teacher.vocab_size
+    padded = pad_rows([row.tokens for row in rows], [row.loss_mask for row in rows], teacher.pad_id)
     inputs_BT, targets_BT = (each.to(model.embed.weight.device) for each in padded)
     places = (targets_BT.flatten() >= 0).nonzero()[:, 0]
     hidden_ND, targets_N = model(inputs_BT).flatten(0, 1)[places], targets_BT.flatten()[places]
@@ -176,7 +219,7 @@ class TeacherFile:
     def columns(self, part: Sequence[int], targets_BT: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return ids (B, T, K), log-probabilities (B, T, K), rest (B, T) and targets (B, T) at the counted targets of some examples."""
         places = (targets_BT >= 0).nonzero(as_tuple=True)
-        rows = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in part])
+        rows = places_of(self.starts, part)
         found = []
         for name in ARRAYS:
             values = torch.from_numpy(self.arrays[name][rows])
