@@ -1,10 +1,11 @@
 """How much of what the best of n answers gains does a student keep that was finetuned on them?
 
-    python benchmarks/best_of_n.py --data runs/reviews     # the world's models (about two minutes, once), then about two minutes
+    python benchmarks/best_of_n.py --data runs/reviews     # the world's models (about two minutes, once), then two minutes a seed
 
 In the world of reviews the gold reward is known. For each n, the best of n answers of the finetuned model to the training prompts, scored
 by the gold reward, are finetuned on; the student's single answers to held-out prompts are compared with the best of n answers of the model
-that it began with. A control is finetuned on as many answers that nobody chose. Writes benchmarks/records/best_of_n.json.
+that it began with. A control is finetuned on as many answers that nobody chose. Every student is made with several seeds, of the answers
+that are drawn and of the finetuning; intervals are over prompts, of the seeds' mean. Writes benchmarks/records/best_of_n.json.
 """
 
 from __future__ import annotations
@@ -59,21 +60,28 @@ def kl_to(student: Path, base: Path, rows: list[tuple[list[int], list[int]]]) ->
     return float((values[0] - values[1]).mean())
 
 
-def teach(base: Path, data: Path, name: str, n: int, by: str) -> tuple[Path, float]:
+def teach(base: Path, data: Path, name: str, n: int, by: str, seed: int) -> tuple[Path, float]:
     """Draw, choose and finetune; return the student and the seconds that it took."""
     out, start = data / f"student_{name}", time.perf_counter()
     folder = data / f"drawn_{name}"
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     model, lines = LocalModel.load(base), []
-    for seed in range(ROUNDS):
-        select_answers(model, data / "world/prompts.jsonl", folder, SelectionConfig(n=n, by=by, max_tokens=MAX_TOKENS, seed=seed))
+    for draw in range(ROUNDS * seed, ROUNDS * (seed + 1)):
+        select_answers(model, data / "world/prompts.jsonl", folder, SelectionConfig(n=n, by=by, max_tokens=MAX_TOKENS, seed=draw))
         lines.append((folder / "sft.jsonl").read_text())
     (folder / "all.jsonl").write_text("".join(lines))
-    speed = ["--train.num-threads", 1, "--train.optimizer.lr", 0.0005, "--train.optimizer.muon-lr", 0.0015]
+    speed = ["--train.seed", seed, "--train.num-threads", 1, "--train.optimizer.lr", 0.0005, "--train.optimizer.muon-lr", 0.0015]
     size = ["--epochs", EPOCHS, "--conversations-per-step", 64, "--micro-batch-size", 32]
     plinth("sft", base, "--messages", folder / "all.jsonl", "--out", out, *size, *speed)
     return out, time.perf_counter() - start
+
+
+def student_of(base: Path, data: Path, name: str, n: int, by: str, seed: int) -> tuple[np.ndarray, float, float]:
+    """Return of one student its mean gold reward a held-out prompt, its nats from the start, and the seconds that it took."""
+    student, seconds = teach(base, data, name, n, by, seed)
+    rewards, answers = held_out_answers(student, data / "world")
+    return rewards.mean(1), kl_to(student, base, answers), seconds
 
 
 def share_interval(base: np.ndarray, best: np.ndarray, student: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
@@ -90,28 +98,35 @@ def share_interval(base: np.ndarray, best: np.ndarray, student: np.ndarray, resa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/reviews"), help="folder of the world and its models")
-    data = ready(parser.parse_args().data)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    data = ready(options.data)
     torch.set_num_threads(1)
     base = data / "sft"
     base_rewards, _ = held_out_answers(base, data / "world")
     rows = [{"name": "the model as it was", "n": 1, "reward": float(base_rewards.mean())}]
     for name, n, by in [("control", 4, "first"), *((f"best_of_{n}", n, "reviews") for n in SIZES)]:
-        student, seconds = teach(base, data, name, n, by)
-        rewards, answers = held_out_answers(student, data / "world")
-        row = {"name": name, "n": n, "by": by, "reward": float(rewards.mean()), "kl_nats": kl_to(student, base, answers), "time_s": seconds}
+        made = [student_of(base, data, name, n, by, seed) for seed in range(options.seeds)]
+        rewards = np.stack([rewards_N for rewards_N, _, _ in made])
+        row = {
+            "name": name, "n": n, "by": by, "reward": float(rewards.mean()), "rewards_by_seed": rewards.mean(1).tolist(),
+            "kl_nats": float(np.mean([kl for _, kl, _ in made])), "time_s": sum(seconds for _, _, seconds in made),
+        }  # fmt: skip
         if by != "first":
             best = np.array([best_of_mean(each.tolist(), n) for each in base_rewards])
-            share, low, high = share_interval(base_rewards.mean(1), best, rewards.mean(1))
+            share, low, high = share_interval(base_rewards.mean(1), best, rewards.mean(0))
+            gain = best.mean() - base_rewards.mean()
             row |= {
                 "best_of_n_reward": float(best.mean()),
                 "best_of_n_kl_nats": best_of_kl(n),
                 "share_kept": {"value": share, "ci95": [low, high]},
+                "shares_by_seed": ((rewards.mean(1) - base_rewards.mean()) / gain).tolist(),
             }
         rows.append(row)
         print(json.dumps(row), flush=True)
     path = write_record(
         "best_of_n", "how much of the gain of the best of n does a student keep?", rows,
-        rounds=ROUNDS, draws=DRAWS, epochs=EPOCHS, max_tokens=MAX_TOKENS,
+        rounds=ROUNDS, seeds=options.seeds, draws=DRAWS, epochs=EPOCHS, max_tokens=MAX_TOKENS,
     )  # fmt: skip
     print(path)
     return 0

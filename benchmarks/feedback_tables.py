@@ -6,17 +6,18 @@ from __future__ import annotations
 def best_of_table(record: dict) -> str:
     """Return what each student keeps of the gain of the best of n."""
     lines = [
-        "| finetuned on | gold reward | best of n before | share of the gain kept | nats from the start (best of n) |",
-        "|---|---:|---:|---:|---:|",
+        "| finetuned on | gold reward | best of n before | share of the gain kept | each seed | nats from the start (best of n) |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
         name = {"control": "as many answers that nobody chose"}.get(row["name"], row["name"].replace("_", " "))
         share = row.get("share_kept")
         kept = "" if share is None else "{:.0%} ({:.0%}–{:.0%})".format(share["value"], *share["ci95"])
+        seeds = ", ".join(f"{value:.0%}" for value in row.get("shares_by_seed", []))
         best = f"{row['best_of_n_reward']:.3f}" if "best_of_n_reward" in row else ""
         nats = f"{row['kl_nats']:.2f}" if "kl_nats" in row else ""
         nats += f" ({row['best_of_n_kl_nats']:.2f})" if "best_of_n_kl_nats" in row else ""
-        lines.append(f"| {name} | {row['reward']:.3f} | {best} | {kept} | {nats} |")
+        lines.append(f"| {name} | {row['reward']:.3f} | {best} | {kept} | {seeds} | {nats} |")
     return "\n".join(lines)
 
 
