@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,12 +18,13 @@ from plinth.posttraining import preference_rows
 from plinth.posttraining.examples import Conversation
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.inspection import inspect_data
-from plinth.posttraining.pair_scores import Pairs
+from plinth.posttraining.pair_scores import Pairs, down_sampled
 from plinth.posttraining.pairs import render_pairs, share_sides
 from plinth.posttraining.preference import train_dpo
 from plinth.posttraining.preference_config import REFERENCE_FREE, DpoConfig
 from plinth.posttraining.preference_losses import cdpo, preference_loss
-from plinth.posttraining.preference_objective import pairs_log_probs, pairs_loss, reference_pairs_log_probs
+from plinth.posttraining.preference_objective import in_answer_order, pairs_log_probs, pairs_loss, reference_pairs_log_probs
+from plinth.posttraining.preference_rows import PairedRows
 from plinth.posttraining.sft import render_examples, train_sft
 from plinth.posttraining.sft_config import SftConfig
 from plinth.run import Run
@@ -212,6 +214,67 @@ def test_the_tail_and_the_policy_weigh_as_the_equations_say(tmp_path, tokenizer,
         torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5)
 
 
+def test_of_the_longer_answer_as_many_tokens_are_read_as_the_shorter_has(tmp_path, tokenizer, model_dir):
+    """SamPO on the shared rows against a loop over separate ones, the reference cached as training keeps it."""
+    records = [pair("copy", "seek and tell"), pair("open and close it all", "move"), pair("read", "write")]
+    pairs = rendered_pairs(tokenizer, tmp_path / "pairs.jsonl", records)
+    model, other, config = load_model(model_dir), noisy(load_model(model_dir)), DpoConfig(beta=0.4, down_sample=True)
+    rows, part = PairedRows(pairs, config, 0), np.arange(3)
+    with torch.no_grad():
+        reference = rows.score(other, rows.reference_batch(part)).numpy()
+    assert reference.shape == (3, rows.sides)
+    policy_tokens, reference_tokens = ([found[0].detach() for found in separate_rows(each, pairs)] for each in (model, other))
+    drawn = set()
+    for step in range(3):
+        batch = rows.batches([part], reference, model, step)[0]
+        total, count, metrics = pairs_loss(model, batch, config)
+        expected = 0.0
+        for b, lengths in enumerate(rows.answers):
+            shorter, ratios = min(lengths), []
+            for r, length in enumerate(lengths):
+                kept = batch[-1][b, r].nonzero()[:, 0]
+                assert len(kept) == shorter and int(kept.max()) < length
+                ratios.append((policy_tokens[2 * b + r] - reference_tokens[2 * b + r])[kept].sum())
+            expected += float(-torch.nn.functional.logsigmoid(0.4 * (ratios[0] - ratios[1])) - 0.2 * policy_tokens[2 * b].sum())
+        assert count == 3 and float(total.detach()) == pytest.approx(expected, rel=1e-6)
+        assert metrics["chosen_tokens"] == sum(chosen for chosen, _ in rows.answers)
+        again = rows.batches([part[::-1], part[:1]], reference, model, step)  # of a pair, whatever stands beside it
+        assert torch.equal(again[0][-1].flip(0), batch[-1]) and torch.equal(again[1][-1][0, 1], batch[-1][0, 1, : again[1][-1].shape[2]])
+        drawn.add(tuple(batch[-1].flatten().tolist()))
+    assert len(drawn) == 3
+
+
+def test_the_down_sampled_loss_in_closed_form():
+    """−log σ(β Σ_(t in K) (ρ(chosen, t) − ρ(rejected, t))), in float64, answers standing anywhere in rows of other tokens."""
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = -torch.rand(2, 4, 2, 30, generator=generator, dtype=torch.float64) * 5
+    counted = torch.rand(4, 2, 30, generator=generator) < 0.5
+    lengths = counted.sum(2).tolist()
+    kept = down_sampled(lengths, [(7, 3, i) for i in range(4)])
+    assert torch.equal(kept, down_sampled(lengths, [(7, 3, i) for i in range(4)])) and not torch.equal(
+        kept, down_sampled(lengths, [(7, 4, i) for i in range(4)])
+    )
+    read = [(in_answer_order(each * counted, counted.double(), kept.shape[2]) * kept).sum(2).unbind(1) for each in (policy, reference)]
+    found = preference_loss("sigmoid", Pairs(*read[0], *read[1]), beta=0.3)[0]
+    expected = 0.0
+    for b in range(4):
+        margin = 0.0
+        for r, sign in ((0, 1), (1, -1)):
+            places = [t for t in range(30) if counted[b, r, t]]
+            chosen = [t for rank, t in enumerate(places) if kept[b, r, rank]]
+            assert len(chosen) == min(lengths[b])
+            margin += sign * sum(float(policy[b, r, t] - reference[b, r, t]) for t in chosen)
+        expected += math.log1p(math.exp(-0.3 * margin))
+    assert float(found) == pytest.approx(expected, abs=1e-9)
+
+
+def noisy(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3), dtype=parameter.dtype))
+    return model
+
+
 def test_a_mix_logs_each_of_its_losses(tmp_path, tokenizer, model_dir):
     pairs = rendered_pairs(tokenizer, tmp_path / "pairs.jsonl", [pair("copy", "seek and tell"), pair("open", "move")])
     model, batch = load_model(model_dir), (*sides(pairs), torch.tensor([[-50.0, -60.0], [-55.0, -52.0]]))
@@ -239,6 +302,10 @@ WRONG_OPTIONS = [
     ({"tail_weight": 1.5}, "tail_weight=1.5 must lie between 0"),
     ({"loss": "kto", "tail_weight": 0.5}, "tail_weight=0.5 is for losses of pairs"),
     ({"loss": "aot", "weigh_by_policy": True}, "aot sorts them apart"),
+    ({"loss": "bco", "down_sample": True}, "down_sample=True is for losses of pairs"),
+    ({"down_sample": True, "length_penalty": 0.1}, "length_penalty=0.1 is about answers of unequal length"),
+    ({"length_penalty": -0.1}, "length_penalty=-0.1 must be 0 or more"),
+    ({"loss": "ipo", "length_penalty": 0.1}, "length_penalty=0.1 is not read by the loss ipo"),
 ]
 
 
@@ -253,30 +320,25 @@ def test_cpo_reads_the_weight_of_its_own_likelihood():
     assert (config.nll_coef, config.options_of("cpo")) == (0.0, {"nll_coef": 0.25})
 
 
-def test_a_resumed_run_of_a_weighed_mix_equals_an_uninterrupted_one(tmp_path, tokenizer, model_dir):
+RESUMED = {
+    "a weighed mix": ["--loss", "sigmoid=0.8,bco_pair=0.2,sft", "--divergence", "js", "--tail-weight", "0.5", "--weigh-by-policy"],
+    "down-sampled": ["--down-sample", "--loss", "sigmoid=0.8,bco_pair=0.2,sft", "--weigh-by-policy"],
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tokenizer, model_dir, name):
     """From the command line, and stopped in its midst: the metrics of every step and the weights are the same to the bit."""
     file = write_lines(tmp_path / "pairs.jsonl", [pair(a, b + " too" * (i % 3)) for i, (a, b) in enumerate(zip(SUBJECTS, SUBJECTS[1:]))])
-    words = ["prefer", str(tmp_path), "--data", str(file), "--loss", "sigmoid=0.8,bco_pair=0.2,sft", "--divergence", "js", "--tail-weight"]
-    words += [
-        "0.5",
-        "--weigh-by-policy",
-        "--pairs-per-step",
-        "4",
-        "--micro-batch-size",
-        "2",
-        "--train.steps",
-        "6",
-        "--train.num-threads",
-        "2",
-    ]
-    words += ["--train.checkpoint-every-s", "0"]
+    words = f"prefer {tmp_path} --data {file} --pairs-per-step 4 --micro-batch-size 2 --train.steps 6 --train.num-threads 2".split()
+    words += ["--held-out", str(file), "--held-out-every", "1", "--train.checkpoint-every-s", "0", *RESUMED[name]]
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-
-    with killed_at(12, preference_rows, "share_sides"):
+    with killed_at(27, preference_rows, "share_sides"):  # behind the reference's 7 or so, and 6 an update
         main([*words, "--out", str(tmp_path / "cut")])
     assert main([*words, "--out", str(tmp_path / "cut"), "--resume"]) == 0
     names = ("step", "loss_nats", "loss_sigmoid", "loss_bco_pair", "loss_sft", "weight", "margin", "chosen_ratio", "grad_norm")
-    found = [[[line[name] for name in names] for line in Run.open(tmp_path / run).metrics()] for run in ("whole", "cut")]
+    names = (*names, "held_out_loss_nats", "held_out_margin")
+    found = [[[line.get(name) for name in names] for line in Run.open(tmp_path / run).metrics()] for run in ("whole", "cut")]
     assert len(found[0]) == 6 and found[0] == found[1]
     models = [load_model(tmp_path / run / "model") for run in ("whole", "cut")]
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plinth.config import UserError
+from plinth.data.order import permutation
 
 LARGEST = 80.0  # nats by which an exponential's answer may have fallen: beyond, its gradient is cut before fp32 overflows
 
@@ -125,6 +127,19 @@ def shared_length_log_probs(log_probs_BT: Tensor, mask_BT: Tensor, shared_tokens
     counted_BT = mask_BT != 0
     shared_BT = counted_BT.cumsum(1) <= shared_tokens_B[:, None]
     return (torch.where(shared_BT, log_probs_BT, alpha * log_probs_BT) * counted_BT).sum(1)
+
+
+def down_sampled(tokens: Sequence[tuple[int, int]], keys: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return which tokens of both answers are read, bool (B, 2, W): as many of the longer as the shorter has, W the longest answer's.
+
+    `tokens` are each pair's two lengths; what is drawn, without putting back, depends on the integers of the pair's key alone.
+    Source: Lu et al. 2024 (SamPO), arXiv:2406.10957.
+    """
+    kept = torch.zeros(len(tokens), 2, max(map(max, tokens)), dtype=torch.bool)
+    for row_2W, lengths, key in zip(kept, tokens, keys):
+        for row_W, length in zip(row_2W, lengths):
+            row_W[torch.from_numpy(permutation(length, *key)[: min(lengths)])] = True
+    return kept
 
 
 def wpo_weights(chosen_BT: Tensor, chosen_mask_BT: Tensor, rejected_BT: Tensor, rejected_mask_BT: Tensor) -> Tensor:

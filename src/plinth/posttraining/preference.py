@@ -64,7 +64,7 @@ def train_dpo(
         epochs = config.epochs if config.tokens is None else config.tokens / rows.total_tokens
         held = None if config.held_out is None else read_held_out(tokenizer, config, model.config.max_seq_len, warn)
         everything = rows if held is None else rows.joined(held)
-        reference = np.zeros((len(everything.lengths), rows.sides), dtype=np.float32)
+        reference = np.zeros((len(everything.lengths), everything.sides), dtype=np.float32)
         own, others = reference[: len(rows.lengths)], reference[len(rows.lengths) :]
         held_out = None if held is None else measured(held, others, model, config)
 
@@ -74,7 +74,7 @@ def train_dpo(
                 held_out.begin(config.train)
             if rows.needs_reference:
                 reference[:] = reference_log_probs(
-                    run, lambda: fresh(config), rows.score, everything.reference_batch,
+                    run, lambda: fresh(config), everything.score, everything.reference_batch,
                     everything.lengths, config.micro_batch_size, config.train,
                 )  # fmt: skip
 
@@ -96,7 +96,7 @@ def train_dpo(
         job = Job(
             model,
             rows.loss,
-            lambda step: rows.batches(buckets.indices(step), own, model),
+            lambda step: rows.batches(buckets.indices(step), own, model, step),
             steps=buckets.steps_for(epochs, None),
             tokenizer=tokenizer,
             description="preference tuning",

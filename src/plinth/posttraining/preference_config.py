@@ -79,6 +79,8 @@ class DpoConfig:
     (R-DPO); None takes 0, which is DPO"""
     tail_weight: float | None = None
     """weight, 0 to 1, of the tokens of the longer answer beyond the length of the shorter (LD-DPO); None takes 1, which is DPO"""
+    down_sample: bool = False
+    """read as many tokens of the longer answer as the shorter one has, drawn anew for each update (SamPO)"""
     weigh_by_policy: bool = False
     """weigh each pair by how likely the policy is to write both answers, 1 at most (WPO)"""
     per_token: bool | None = None
@@ -115,7 +117,12 @@ class DpoConfig:
             raise UserError(f"tail_weight={self.tail_weight} must lie between 0 (no token beyond the shorter answer's length) and 1 (all).")
         if self.divergence_alpha is not None and (self.divergence != "alpha" or self.divergence_alpha == 1):
             raise UserError(f"divergence_alpha={self.divergence_alpha} is for --divergence alpha; at 1 that is reverse_kl.")
-        for name in ("chosen_nll_coef", "tail_weight", "weigh_by_policy"):
+        for name in ("tail_weight", "length_penalty"):
+            if self.down_sample and getattr(self, name) is not None:
+                raise UserError(
+                    f"{name}={getattr(self, name)} is about answers of unequal length, and down_sample=true makes all equal. Give one."
+                )
+        for name in ("chosen_nll_coef", "tail_weight", "down_sample", "weigh_by_policy"):
             if self.is_unpaired and getattr(self, name):
                 raise UserError(f"{name}={getattr(self, name)} is for losses of pairs, and {self.loss} is none. Leave it out.")
         if self.weigh_by_policy and (sorting := SORTING & set(self.parts)):

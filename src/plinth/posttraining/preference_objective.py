@@ -52,24 +52,38 @@ def desensitised_log_probs(log_probs_B2T: torch.Tensor, counted_B2T: torch.Tenso
     return found.view(shorter_B2.shape)
 
 
-def reference_pairs_log_probs(model: Transformer, batch: SharedBatch, config: DpoConfig) -> torch.Tensor:
-    """Return what the loss reads of the reference, shape (B, 2)."""
-    if config.tail_weight is None:
+def in_answer_order(log_probs_B2T: torch.Tensor, counted_B2T: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the counted tokens' log-probabilities, each answer's one after the other from the left, (B, 2, width), 0 behind its end."""
+    places_B2T = torch.where(counted_B2T != 0, counted_B2T.long().cumsum(2) - 1, width)
+    return log_probs_B2T.new_zeros(*log_probs_B2T.shape[:2], width + 1).scatter(2, places_B2T, log_probs_B2T)[:, :, :width]
+
+
+def reference_pairs_log_probs(model: Transformer, batch: SharedBatch, config: DpoConfig, width: int = 1) -> torch.Tensor:
+    """Return what the loss reads of the reference, (B, 2); with config.down_sample it is every token's of answers of `width`, (B, 2 width)."""
+    if config.tail_weight is None and not config.down_sample:
         return pairs_log_probs(model, batch)
     log_probs_B2T, counted_B2T = answers_token_log_probs(model, batch)
+    if config.tail_weight is None:
+        return in_answer_order(log_probs_B2T, counted_B2T, width).flatten(1)
     return desensitised_log_probs(log_probs_B2T, counted_B2T, config.tail_weight)
 
 
 def policy_pairs_log_probs(
-    model: Transformer, batch: SharedBatch, config: DpoConfig
+    model: Transformer, batch: SharedBatch, config: DpoConfig, kept_B2W: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return both answers' summed log-probabilities, the same as the loss reads them, both (B, 2), and the pairs' weights (B,) if any."""
-    if config.tail_weight is None and not config.weigh_by_policy:
+    """Return both answers' summed log-probabilities, the same as the loss reads them, both (B, 2), and the pairs' weights (B,) if any.
+
+    `kept_B2W` is true for each token of the answers that the loss reads, where it does not read all.
+    """
+    if config.tail_weight is None and kept_B2W is None and not config.weigh_by_policy:
         sums_B2 = pairs_log_probs(model, batch)
         return sums_B2, sums_B2, None
     log_probs_B2T, counted_B2T, *squares = answers_token_log_probs(model, batch, squares=config.weigh_by_policy)
-    sums_B2 = log_probs_B2T.sum(2)
-    read_B2 = sums_B2 if config.tail_weight is None else desensitised_log_probs(log_probs_B2T, counted_B2T, config.tail_weight)
+    read_B2 = sums_B2 = log_probs_B2T.sum(2)
+    if config.tail_weight is not None:
+        read_B2 = desensitised_log_probs(log_probs_B2T, counted_B2T, config.tail_weight)
+    elif kept_B2W is not None:
+        read_B2 = (in_answer_order(log_probs_B2T, counted_B2T, kept_B2W.shape[2]) * kept_B2W).sum(2)
     if not squares:
         return sums_B2, read_B2, None
     aligned = (log_probs_B2T.detach() - squares[0]).unbind(1)
@@ -80,17 +94,18 @@ def policy_pairs_log_probs(
 def pairs_loss(policy: Transformer, batch: tuple[torch.Tensor, ...], config: DpoConfig) -> tuple[torch.Tensor, int, Metrics]:
     """Return (loss_sum, num_pairs, metrics) of a SharedBatch and reference log-probabilities (B, 2), chosen before rejected.
 
-    One tensor more (B,) holds each pair's own epsilon.
+    One tensor more (B,) holds each pair's own epsilon; with config.down_sample the last (B, 2, W) is true at the tokens that are read.
 
     Beside accuracy and margin: both answers' log-probabilities in nats and tokens; with a reference, their log-ratios to it and
     chosen_fell, the pairs whose chosen answer has become less likely than it was, all as the loss reads them; of a mix each loss by its
     name; with weigh_by_policy the weights. All are sums over pairs.
     """
     shared, (reference_B2, *epsilon) = batch[:SHARED_PARTS], batch[SHARED_PARTS:]
-    sums_B2, read_B2, weights_B = policy_pairs_log_probs(policy, shared, config)
+    kept_B2W = epsilon.pop() if config.down_sample else None
+    sums_B2, read_B2, weights_B = policy_pairs_log_probs(policy, shared, config, kept_B2W)
     tokens_B2 = counted_tokens(shared[1], shared_rows_of(shared))
     references = reference_B2.unbind(1) if config.needs_reference else (None, None)
-    pairs = Pairs(*read_B2.unbind(1), *references, *tokens_B2.unbind(1))
+    pairs = Pairs(*read_B2.unbind(1), *references, *(tokens_B2 if kept_B2W is None else kept_B2W.sum(2)).unbind(1))
     options = {name: config.options_of(name) for name in config.parts}
     if epsilon:
         options["cdpo"]["epsilon"] = epsilon[0]

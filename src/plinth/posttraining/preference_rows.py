@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from plinth.models.transformer import Transformer
+from plinth.posttraining.pair_scores import down_sampled
 from plinth.posttraining.pairs import Pair, pad_sides, row_tokens, share_sides
 from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.preference_objective import pairs_loss, reference_pairs_log_probs, sides_log_probs
@@ -24,7 +25,9 @@ class PairedRows:
         self.lengths = [row_tokens((pair.chosen, pair.rejected)) + 1 for pair in pairs]
         self.total_tokens = sum(len(pair.chosen.tokens) + len(pair.rejected.tokens) for pair in pairs)
         self.needs_reference = config.needs_reference
-        self.sides = 2
+        self.answers = [(sum(pair.chosen.loss_mask), sum(pair.rejected.loss_mask)) for pair in pairs]
+        self.width = max(map(max, self.answers), default=1)
+        self.sides = 2 * self.width if config.down_sample else 2
         self.soft = sum(pair.probability is not None for pair in pairs)
         self.epsilon = torch.tensor([0.0 if pair.probability is None else 1 - pair.probability for pair in pairs])
         self.reads_epsilon = "cdpo" in config.parts and config.epsilon is None and self.soft > 0
@@ -45,12 +48,19 @@ class PairedRows:
 
     def score(self, model: Transformer, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the log-probabilities of a reference batch, (B, sides)."""
-        return reference_pairs_log_probs(model, batch, self.config)
+        return reference_pairs_log_probs(model, batch, self.config, self.width)
 
-    def batches(self, parts: Sequence[np.ndarray], reference: np.ndarray, policy: Transformer) -> list[Batch]:
+    def batches(self, parts: Sequence[np.ndarray], reference: np.ndarray, policy: Transformer, step: int = 0) -> list[Batch]:
         """Return a step's micro-batches."""
-        own = [(self.epsilon[torch.from_numpy(part)],) if self.reads_epsilon else () for part in parts]
-        return [(*self.reference_batch(part), torch.from_numpy(reference[part]), *more) for part, more in zip(parts, own)]
+        return [self._batch(part, torch.from_numpy(reference[part]), step) for part in parts]
+
+    def _batch(self, part: np.ndarray, reference: torch.Tensor, step: int) -> Batch:
+        more = (self.epsilon[torch.from_numpy(part)],) if self.reads_epsilon else ()
+        if self.config.down_sample:
+            kept_B2W = down_sampled([self.answers[i] for i in part], [(self.config.train.seed, step, int(i)) for i in part])
+            reference = (reference.unflatten(1, (2, -1))[:, :, : kept_B2W.shape[2]] * kept_B2W).sum(2)
+            more = (*more, kept_B2W)
+        return (*self.reference_batch(part), reference, *more)
 
     def loss(self, policy: Transformer, batch: Batch) -> tuple[torch.Tensor, int, dict[str, float]]:
         return pairs_loss(policy, batch, self.config)
@@ -98,7 +108,7 @@ class LabelledRows:
         """Return the log-probabilities of a reference batch, (B, sides)."""
         return sides_log_probs(model, *batch)
 
-    def batches(self, parts: Sequence[np.ndarray], reference: np.ndarray, policy: Transformer) -> list[Batch]:
+    def batches(self, parts: Sequence[np.ndarray], reference: np.ndarray, policy: Transformer, step: int = 0) -> list[Batch]:
         """Return a step's micro-batches, with the step's reference point under the policy as it is."""
         answers = [pad_sides(([self.answers[i].answer] for i in part), self.pad_id) for part in parts]
         wanted = [torch.from_numpy(self.wanted[part]) for part in parts]
