@@ -59,7 +59,7 @@ def in_answer_order(log_probs_B2T: torch.Tensor, counted_B2T: torch.Tensor, widt
 
 
 def reference_pairs_log_probs(model: Transformer, batch: SharedBatch, config: DpoConfig, width: int = 1) -> torch.Tensor:
-    """Return what the loss reads of the reference, (B, 2); with config.down_sample it is every token's of answers of `width`, (B, 2 width)."""
+    """Return what the loss reads of the reference, (B, 2); with config.down_sample of each token of answers of `width`, (B, 2 width)."""
     if config.tail_weight is None and not config.down_sample:
         return pairs_log_probs(model, batch)
     log_probs_B2T, counted_B2T = answers_token_log_probs(model, batch)
