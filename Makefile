@@ -27,6 +27,8 @@ demo: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+# Test processes share the cores: a thread that spins while it waits for the others would take theirs.
+test: export OMP_WAIT_POLICY ?= passive
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -9,6 +9,13 @@ from plinth.ops import kernels
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+LONGEST = ("test_docs.py", "test_lifecycle.py")  # they begin first, so that no process is left alone with one of them
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
