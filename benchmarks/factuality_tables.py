@@ -26,7 +26,7 @@ def factuality_table(record: dict) -> str:
     widest = max(score["ci95"][1] - score["ci95"][0] for row in record["rows"] for key, score in row["scores"].items() if key in COLUMNS)
     lines += [
         "",
-        f"{record['num_params'] / 1e6:.2f} M parameters; {len(seeds)} seeds of what is taught, drawn and tuned: their mean (lowest–highest);"
+        f"{record['num_params'] / 1e6:.2f} M parameters; {len(seeds)} seeds of what is taught, drawn, tuned: their mean (lowest–highest);"
         f" the 95 % interval of one seed over whole facts is up to {100 * widest:.0f} points wide. {sum(facts.values()):,} facts asked, of "
         f"which, with seed 0, {facts.get('unknown', 0):,} are unknown by the model's own answers. The last row never sees a right answer "
         "of the pool.",
