@@ -18,7 +18,7 @@ from plinth.training.device import choose_device, move_batch
 from plinth.training.loop import TrainConfig
 from plinth.training.objectives import select_rows
 from plinth.training.precision import DTYPES
-from plinth.training.step import open_workers
+from plinth.training.step import InlineWorker, Workers, open_workers
 
 REFERENCE_FILE = "reference_log_probs.npy"
 
@@ -74,20 +74,34 @@ def reference_log_probs(
     path = run.path / REFERENCE_FILE
     if path.exists():
         return np.load(path)
-    parts = like_lengths(lengths, micro_batch_size)[::-1]  # the longest first, so that threads end together
     device = choose_device(config.device)
     reference = load().to(device, DTYPES[config.dtype or "float32"])
-
-    def scores(part: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return score(reference, move_batch(batch_of(part), device)).float().cpu().numpy()
-
     with open_workers(config.num_threads or 1, device) as workers:
-        found = workers.map(scores, parts)
-    result = np.empty((len(lengths), found[0].shape[1]), dtype=np.float32)
-    for part, values in zip(parts, found):
-        result[part] = values
+        result = score_examples(reference, score, batch_of, lengths, micro_batch_size, workers)
     buffer = io.BytesIO()
     np.save(buffer, result)
     write_atomic(path, buffer.getvalue())
+    return result
+
+
+def score_examples(
+    model: Transformer,
+    score: Score,
+    batch_of: Callable[[np.ndarray], tuple[torch.Tensor, ...]],
+    lengths: Sequence[int],
+    micro_batch_size: int,
+    workers: Workers | InlineWorker,
+) -> np.ndarray:
+    """Return a model's log-probabilities of the sides of as many examples as there are lengths, fp32 (examples, sides)."""
+    parts = like_lengths(lengths, micro_batch_size)[::-1]  # the longest first, so that threads end together
+    device = model.embed.weight.device
+
+    def scores(part: np.ndarray) -> np.ndarray:
+        with torch.no_grad():  # which each thread has for itself
+            return score(model, move_batch(batch_of(part), device)).float().cpu().numpy()
+
+    found = workers.map(scores, parts)
+    result = np.empty((len(lengths), found[0].shape[1]), dtype=np.float32)
+    for part, values in zip(parts, found):
+        result[part] = values
     return result

@@ -22,6 +22,7 @@ from plinth.posttraining.examples import SHOWN, Examples
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.held_out import HeldOut, last_held_out
 from plinth.posttraining.log_probs import reference_log_probs
+from plinth.posttraining.moving_reference import MovingReference
 from plinth.posttraining.pairs import LeftRow, render_pairs
 from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.preference_rows import LabelledRows, PairedRows
@@ -29,6 +30,7 @@ from plinth.posttraining.unpaired import render_labelled, weight_advice
 from plinth.run import Run, file_sha256, find_model
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.job import Job, run_job
+from plinth.training.step import Batch
 
 
 def train_dpo(
@@ -44,9 +46,9 @@ def train_dpo(
     """Tune a run's model on preferences, in any format of formats.FORMATS, and publish it as out/model.
 
     Rankings become pairs, and pairs two labelled answers for a loss of single answers. The reference is the model as it comes in; its
-    log-probabilities are computed once and kept in the run. With adapters these are published as out/adapter, in PEFT's format, and
-    out/model has them merged. What is read and left out is told through `warn`, with row numbers, and at the end if the chosen answers
-    have become less likely.
+    log-probabilities are computed once and kept in the run, unless it moves (MovingReference). With adapters these are published as
+    out/adapter, in PEFT's format, and out/model has them merged. What is read and left out is told through `warn`, with row numbers, and
+    at the end if the chosen answers have become less likely.
     """
     source = find_model(model_run)
     tokenizer = Tokenizer.load(source)
@@ -67,16 +69,27 @@ def train_dpo(
         reference = np.zeros((len(everything.lengths), everything.sides), dtype=np.float32)
         own, others = reference[: len(rows.lengths)], reference[len(rows.lengths) :]
         held_out = None if held is None else measured(held, others, model, config)
+        moving = None if config.move_reference_every is None else MovingReference(model, lambda: fresh(config), everything, reference)
 
         def begin(run: Run, config: DpoConfig) -> None:
             rows.open(config.train.num_threads or 1)
             if held_out is not None:
                 held_out.begin(config.train)
-            if rows.needs_reference:
+            if moving is not None:
+                moving.begin(config, lambda step: np.concatenate(buckets.indices(step)), np.arange(len(own), len(reference)))
+            elif rows.needs_reference:
                 reference[:] = reference_log_probs(
                     run, lambda: fresh(config), everything.score, everything.reference_batch,
                     everything.lengths, config.micro_batch_size, config.train,
                 )  # fmt: skip
+
+        def batches_at(step: int) -> list[Batch]:
+            if moving is not None:
+                moving.at(step)
+            return rows.batches(buckets.indices(step), own, model, step)
+
+        def step_metrics(steps: int) -> dict[str, float]:
+            return ({} if held_out is None else held_out(steps)) | ({} if moving is None else {"reference_moves": moving.number})
 
         def describe_batch(step: int, chosen: Sequence[int] | None) -> str:
             indices = np.concatenate(buckets.indices(step)).tolist()
@@ -87,6 +100,8 @@ def train_dpo(
             counts = rows.counts() | row_counts(len(found.rejected), too_long=too_long, unusable=len(left_out) - too_long)
             kept = {name: value for name, value in summary.items() if name != "tokens"}
             rows.close()
+            if moving is not None:
+                moving.close()
             means = last_means(Run(out).metrics())
             if said := displacement(means, config.nll_coef):
                 warn(said)
@@ -96,7 +111,7 @@ def train_dpo(
         job = Job(
             model,
             rows.loss,
-            lambda step: rows.batches(buckets.indices(step), own, model, step),
+            batches_at,
             steps=buckets.steps_for(epochs, None),
             tokenizer=tokenizer,
             description="preference tuning",
@@ -109,7 +124,8 @@ def train_dpo(
             },
             describe_batch=describe_batch,
             begin=begin,
-            **({} if held_out is None else {"step_metrics": held_out}),
+            step_metrics=step_metrics,
+            extra_state={} if moving is None else {"reference": moving},
             summarise=summarise,
         )
         return adapted_job(job, config.adapter, config.train)

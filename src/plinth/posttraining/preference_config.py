@@ -83,6 +83,10 @@ class DpoConfig:
     """read as many tokens of the longer answer as the shorter one has, drawn anew for each update (SamPO)"""
     weigh_by_policy: bool = False
     """weigh each pair by how likely the policy is to write both answers, 1 at most (WPO)"""
+    move_reference_every: int | None = None
+    """updates after which the reference moves to the policy, again and again (TR-DPO); None keeps it the model as it came in"""
+    move_reference_by: float | None = None
+    """how far it moves: the policy's share, 0 to 1, in the reference's new weights; below 1 a second model is in memory; None takes 1"""
     per_token: bool | None = None
     """whether ipo compares means over tokens; None takes true, false is the paper's equation"""
     temperature: float | None = None
@@ -112,7 +116,7 @@ class DpoConfig:
     def __post_init__(self) -> None:
         check_positive(self, "beta", "epochs", "noise_weight")
         check_least(self, "chosen_nll_coef", "length_penalty", "desirable_weight", "undesirable_weight", least=0)
-        check_least(self, "tokens", "pairs_per_step", "micro_batch_size", "max_seq_len", "held_out_every")
+        check_least(self, "tokens", "pairs_per_step", "micro_batch_size", "max_seq_len", "held_out_every", "move_reference_every")
         if self.tail_weight is not None and not 0 <= self.tail_weight <= 1:
             raise UserError(f"tail_weight={self.tail_weight} must lie between 0 (no token beyond the shorter answer's length) and 1 (all).")
         if self.divergence_alpha is not None and (self.divergence != "alpha" or self.divergence_alpha == 1):
@@ -128,6 +132,22 @@ class DpoConfig:
         if self.weigh_by_policy and (sorting := SORTING & set(self.parts)):
             raise UserError(f"weigh_by_policy=true weighs pairs, and {min(sorting)} sorts them apart. Leave one of them out.")
         check_read(self.parts, self._given)
+        self._check_move()
+
+    def _check_move(self) -> None:
+        """Raise UserError for a reference that cannot move as it is told to."""
+        every, share = self.move_reference_every, self.move_reference_by
+        if every is None and share is not None:
+            raise UserError(f"move_reference_by={share} says how far, and nothing how often. Add --move-reference-every 100.")
+        if every is not None and not self.needs_reference:
+            raise UserError(f"move_reference_every={every} moves a reference, and {self.loss} reads none. Leave it out.")
+        if share is not None and not 0 < share <= 1:
+            raise UserError(f"move_reference_by={share} must lie above 0 (no move) and be at most 1 (all the way).")
+        if share not in (None, 1) and self.adapter.rank is not None:
+            raise UserError(
+                f"move_reference_by={share} mixes weights, and a mix of two adapters' matrices is not the mix of what they do. Use 1, "
+                "or train without adapters."
+            )
 
     @cached_property
     def parts(self) -> dict[str, float]:
