@@ -79,6 +79,7 @@ bench-ppo: $(VENV)/.installed-dev
 # PAIRS=file.jsonl trains on a file of chosen and rejected answers instead of made-up ones.
 bench-posttraining: $(VENV)/.installed-dev $(VENV)-trl/.installed
 	$(BIN)/python benchmarks/posttraining_peers.py --trl $(VENV)-trl/bin/python $(if $(PAIRS),--data $(PAIRS)) $(ARGS)
+	$(BIN)/python benchmarks/chat_templates.py --trl $(VENV)-trl/bin/python
 	$(BIN)/python benchmarks/sft_packing.py
 	$(BIN)/python benchmarks/tables.py
 

@@ -48,4 +48,32 @@ def peers_table(record: dict) -> str:
     )
 
 
+def templates_table(record: dict) -> str:
+    """Return by how many published chat templates each side learns what it should."""
+    asked = {
+        "answers": "each answer is learnt, and nothing of another turn",
+        "ends": "with a token that ends generation",
+        "stops": "and nothing behind that token",
+        "prompts": "each behind the very tokens of its prompt",
+    }
+    both = [row for row in record["rows"] if row["trl"] is not None]
+    lines = [
+        f"| by how many templates | Plinth, of {len(record['rows'])} | Plinth, of {len(both)} | TRL's versions of these {len(both)} |",
+        "|---|---|---|---|",
+    ]
+    for key, what in asked.items():
+        plinth = [sum(bool(row["plinth"] and row["plinth"][key]) for row in rows) for rows in (record["rows"], both)]
+        lines.append(f"| {what} | {plinth[0]} | {plinth[1]} | {sum(bool(row['trl'].get(key)) for row in both)} |")
+    refused = [row["template"] for row in record["rows"] if "refused" in row]
+    begun = [row["template"] for row in record["rows"] if row["plinth"] and not row["plinth"]["prompts"]]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Refused, as they take no plain text: {', '.join(refused)}. Prompts that begin reasoning, which a plain answer lacks: "
+            f"{', '.join(begun)}. TRL {record['versions_of_peers']['trl']}, {record['date']}.",
+        ]
+    )
+
+
 KEYS = ("ours_over", "processor_ours_over")

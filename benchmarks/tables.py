@@ -14,7 +14,7 @@ from pathlib import Path
 from decoder_tables import decoder_speed_table
 from grpo_tables import grpo_table
 from image_tables import image_table
-from posttraining_tables import batches_table, peers_table
+from posttraining_tables import batches_table, peers_table, templates_table
 from ppo_pictures import ablation_table, astray_table, frontier_table, gold_table, mix_table
 from preference_tables import preference_table, shared_prefix_table
 from reward_tables import reward_table
@@ -439,6 +439,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/factuality.md", "factuality tuning", measured("factuality_tuning", factuality_table)),
     ("docs/adapters.md", "qlora memory", measured("qlora_memory", qlora_table)),
     ("docs/sft.md", "batches", measured("sft_packing", batches_table)),
+    ("docs/sft.md", "templates", measured("chat_templates", templates_table)),
     ("docs/sft.md", "peers", measured("posttraining_peers", peers_table)),
     ("docs/exchange.md", "import speed", measured("import_speed", import_table)),
 ]

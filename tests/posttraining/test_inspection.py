@@ -70,6 +70,20 @@ def test_tools_are_in_the_prompt_and_calls_are_learnt(tokenizer):
     assert learnt(tokenizer, render_weighted(tokenizer, later, [tool])) == ["done<|end|>"]
 
 
+def test_reasoning_in_a_field_of_its_own_is_learnt_before_the_answer(tokenizer, tmp_path):
+    thought = {"role": "assistant", "content": "b", "reasoning_content": "a mat"}
+    file = write(tmp_path / "data.jsonl", [{"messages": [user("a"), thought]}, {"messages": [user("a"), thought | {"thinking": ["x"]}]}])
+    seen = inspect_data(file, tokenizer, rows=[1])
+    assert ["".join(piece.text for piece in shown.pieces if piece.learnt) for shown in seen.shown] == [
+        "<think>\na mat\n</think>\n\nb<|end|>"
+    ]
+    assert not seen.examples.unread
+    broken = write(
+        tmp_path / "broken.jsonl", [{"messages": [user("a"), reply("b", thinking={"x": 1})]}] + [{"messages": [user("a"), reply("b")]}]
+    )
+    assert "reasoning that is not text" in inspect_data(broken, tokenizer).examples.rejected[0][1]
+
+
 def test_of_answers_to_a_prompt_the_answer_alone_is_learnt(tokenizer):
     prompt = [user("a"), reply("old"), user("b")]
     rows = {

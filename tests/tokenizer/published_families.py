@@ -41,6 +41,8 @@ class Family:
     """whether a system message may come first"""
     apart: bool = False
     """whether plain earlier answers are written otherwise than a last one"""
+    opens: str = ""
+    """what the prompt has at its end that a plain answer, without reasoning, does not follow"""
     thought: str | None = None
     """what is learnt of an answer with reasoning, with {} for reasoning and answer; None where the form knows no reasoning"""
     adds_end: bool = False
@@ -134,15 +136,36 @@ PHI_4 = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
-QWEN_3 = (  # reasoning stays behind the last question only, and an empty one stands in the last answer
+THOUGHTS = (  # of an assistant's message: the reasoning in `thought`, the answer in `said`; in `asked` the place of the last question
     "{% set ns = namespace(asked=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
-    "{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}"
+    "{% for m in messages %}{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}"
     "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content else '' %}"
+    "{% set thought = m.reasoning_content or thought %}"
+)
+QWEN_3 = (  # reasoning stays behind the last question only, and an empty one stands in the last answer
+    THOUGHTS + "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
     "{% if loop.index0 > ns.asked and (loop.last or thought) %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}{{ said }}"
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+QWEN_3_5 = QWEN_3.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n")  # reasoning is begun by the prompt
+NEMOTRON_3 = (  # reasoning is begun by the prompt; answers without it close it at once
+    THOUGHTS + "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+    "{{ '<think>\\n' + thought + '\\n</think>\\n' if thought and loop.index0 > ns.asked else '<think></think>' }}{{ said }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+GLM_4_5 = (  # reasoning stays behind the last question only; nothing ends an answer but the next header
+    "{{ '[gMASK]<sop>' }}" + THOUGHTS + "{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}"
+    "{{ '\\n<think>' + (thought if loop.index0 > ns.asked else '') + '</think>\\n' + said }}{% else %}{{ '\\n' + m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+COMMAND_A = (  # an answer stands between tokens of its own within its turn
+    "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|><|' + m.role | upper + '_TOKEN|>' }}"
+    "{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' if m.role == 'assistant' else m.content }}"
+    "{{ '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|ASSISTANT_TOKEN|>' }}{% endif %}"
 )
 DEEPSEEK_3 = (
     "{{ bos_token }}" + TAKE_SYSTEM + "{{ told }}{% for m in rest %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
@@ -266,10 +289,13 @@ FAMILIES: dict[str, Family] = {
         QWEN_3, "<think>\n\n</think>\n\n{}<|im_end|>", added=("<think>", "</think>"), apart=True,
         thought="<think>\n{}\n</think>\n\n{}<|im_end|>",
     ),
+    "Qwen 3.5": ChatMl(
+        QWEN_3_5, "\n</think>\n\n{}<|im_end|>", added=("<think>", "</think>"), apart=True, thought="{}\n</think>\n\n{}<|im_end|>"
+    ),
     "DeepSeek V3": Family(DEEPSEEK_3, "{}<｜end▁of▁sentence｜>", DEEPSEEK, DEEPSEEK[1], DEEPSEEK[0]),
     "DeepSeek R1": Family(
         DEEPSEEK_R1, "{}<｜end▁of▁sentence｜>", DEEPSEEK, DEEPSEEK[1], DEEPSEEK[0], added=("<think>", "</think>"),
-        thought="{}\n</think>\n\n{}<｜end▁of▁sentence｜>",
+        opens="<think>\n", thought="{}\n</think>\n\n{}<｜end▁of▁sentence｜>",
     ),
     "gpt-oss": Family(
         GPT_OSS, "<|channel|>final<|message|>{}<|return|>", ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"),
@@ -278,6 +304,11 @@ FAMILIES: dict[str, Family] = {
     "Command R": Family(
         COMMAND_R, "{}<|END_OF_TURN_TOKEN|>",
         ("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+        "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>",
+    ),
+    "Command A": Family(
+        COMMAND_A, "<|START_RESPONSE|>{}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+        ("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|USER_TOKEN|>"),
         "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>",
     ),
     "Granite 3": Family(GRANITE, "{}<|end_of_text|>", ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>"),
@@ -293,8 +324,15 @@ FAMILIES: dict[str, Family] = {
     "GLM-4": Family(
         GLM_4, "{}<|user|>", ("<|endoftext|>", "[gMASK]", "<sop>", *HEADS), "<|endoftext|>", ends=("<|user|>",), adds_end=True
     ),
+    "GLM-4.5": Family(
+        GLM_4_5, "\n<think></think>\n{}<|user|>", ("<|endoftext|>", "[gMASK]", "<sop>", *HEADS), "<|endoftext|>", ends=("<|user|>",),
+        added=("<think>", "</think>"), adds_end=True, thought="\n<think>{}</think>\n{}<|user|>",
+    ),
     "Kimi K2": Family(KIMI_K2, "{}<|im_end|>", KIMI, "<|im_end|>"),
     "StarCoder 2": Family(STARCODER_2, "{}<|endoftext|>", ("<|endoftext|>",), "<|endoftext|>", "<|endoftext|>"),
-    "Nemotron": Family(NEMOTRON, "{}</s>", (), "</s>", pieces=True, apart=True, adds_end=True),
+    "Nemotron 3": ChatMl(
+        NEMOTRON_3, "</think>{}<|im_end|>", added=("<think>", "</think>"), opens="\n", thought="{}\n</think>\n{}<|im_end|>"
+    ),
+    "Nemotron Mini": Family(NEMOTRON, "{}</s>", (), "</s>", pieces=True, apart=True, adds_end=True),
     "EXAONE": Family(EXAONE, "{}[|endofturn|]", ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"), "[|endofturn|]"),
 }  # fmt: skip

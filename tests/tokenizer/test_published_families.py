@@ -1,5 +1,6 @@
 """What finetuning learns in the chat forms of the widely used model families: each answer with its end, behind its very prompt."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from plinth.config import UserError
 from plinth.posttraining.examples import Conversation, Examples, Preference
 from plinth.posttraining.masks import answers_apart, render_row
+from plinth.posttraining.turns import read_turns
 from plinth.tokenizer.chat import Rendered, is_rewritten, render
 from plinth.tokenizer.encode import Tokenizer
 from tokenizer.published_families import FAMILIES, Family
@@ -85,8 +87,7 @@ def test_an_answer_follows_the_tokens_of_its_prompt(family, tokenizer):
             alone = render(tokenizer, [{"role": m["role"], "content": m["content"]} for m in talk], learnt=[last])
             assert alone.tokens == rendered.tokens
             prompt = render(tokenizer, talk[:last], add_generation_prompt=True).tokens
-            if family.template == FAMILIES["DeepSeek R1"].template:
-                prompt = prompt[: -len(tokenizer.encode_continuing("<think>\n"))]  # no reasoning to follow what begins it
+            prompt = prompt[: len(prompt) - len(tokenizer.encode_continuing(family.opens))]
             assert rendered.tokens[: alone.loss_mask.index(True)] == prompt
 
 
@@ -132,6 +133,15 @@ def test_reasoning_is_learnt_where_it_is_said_and_left_out_of_later_prompts(name
     assert ANSWERS[0] in later and thoughts[0] not in later
 
 
+def test_reasoning_that_a_template_would_begin_twice_is_said_once(tmp_path):
+    """A form whose prompt begins reasoning, and whose template reads it in a field alone."""
+    form = replace(FAMILIES["Qwen 3.5"], template=FAMILIES["Qwen 3.5"].template.replace("if '</think>' in m.content", "if false"))
+    form = replace(form, template=form.template.replace("{% set said = m.content.split('</think>')[-1]", "{% set said = m.content"))
+    tokenizer = Tokenizer.load(form.write(tmp_path))
+    messages = [MORE[0], {**MORE[1], "content": "<think>\nhm\n</think>\n\nyes"}]
+    assert learnt(tokenizer, render(tokenizer, messages)) == ["hm\n</think>\n\nyes<|im_end|>"]
+
+
 def test_earlier_answers_of_a_pair_are_not_learnt_and_need_not_stay(tmp_path):
     family = FAMILIES["Qwen 3"]
     tokenizer = Tokenizer.load(family.write(tmp_path))
@@ -141,11 +151,52 @@ def test_earlier_answers_of_a_pair_are_not_learnt_and_need_not_stay(tmp_path):
     assert all("hm" not in spelled(tokenizer, part.rendered.tokens) for part in parts)
 
 
-def test_reasoning_in_a_field_of_its_own_is_learnt(tmp_path):
-    tokenizer = Tokenizer.load(FAMILIES["gpt-oss"].write(tmp_path))
-    thought = "<|channel|>analysis<|message|>so<|end|><|start|>assistant"  # the answer's own header is said too
-    said = thought + FAMILIES["gpt-oss"].said.format(ANSWERS[0])
-    assert learnt(tokenizer, render(tokenizer, [MORE[0], {**MORE[1], "thinking": "so"}])) == [said]
+THOUGHT = {
+    "gpt-oss": "<|channel|>analysis<|message|>a hat sat<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>",
+    "Qwen 3": "<think>\na hat sat\n</think>\n\n{}<|im_end|>",
+    "DeepSeek R1": "a hat sat\n</think>\n\n{}<｜end▁of▁sentence｜>",
+    "Llama 3": "<think>\na hat sat\n</think>\n\n{}<|eot_id|>",
+    "SmolLM 3": "<think>\na hat sat\n</think>\n\n{}<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("name", THOUGHT)
+def test_reasoning_in_a_field_of_its_own_is_learnt(name, field, tmp_path):
+    """By the template where it reads the field, under whatever name, else before the answer's text."""
+    tokenizer = Tokenizer.load(FAMILIES[name].write(tmp_path))
+    messages = read_turns([MORE[0], {**MORE[1], field: "a hat sat"}, *MORE[2:]])
+    parts = apart(tokenizer, messages)
+    assert [learnt(tokenizer, rendered) for _, rendered in parts] == [
+        [THOUGHT[name].format(ANSWERS[0])],
+        [FAMILIES[name].said.format(ANSWERS[1])],
+    ]
+    assert "hat" not in spelled(tokenizer, parts[1][1].tokens)
+
+
+CALLED = [
+    {"role": "user", "content": "1 + 1"},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"x": "ü"}'}}]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "It is 2."},
+]
+
+
+def test_calls_that_a_template_leaves_out_are_refused(tmp_path):
+    tokenizer = Tokenizer.load(FAMILIES["Llama 3"].write(tmp_path))
+    with pytest.raises(UserError, match=r"leaves out the calls of messages\[1\] \(add\)"):
+        render(tokenizer, CALLED, tools=[TOOL])
+
+
+def test_a_call_whose_arguments_are_text_ends_with_the_header_of_its_result(tmp_path):
+    """A call is ended by the header of what it returns, as in GLM's forms; its arguments are added to a text, as in DeepSeek's."""
+    call = "{% if m.tool_calls %}{{ m.tool_calls[0].function.name + ': ' + m.tool_calls[0].function.arguments }}{% endif %}{% endfor %}"
+    form = FAMILIES["GLM-4"]
+    form = replace(
+        form, special=(*form.special, "<|tool|>"), ends=("<|user|>", "<|tool|>"), template=form.template.replace("{% endfor %}", call)
+    )
+    tokenizer = Tokenizer.load(form.write(tmp_path))
+    assert learnt(tokenizer, render(tokenizer, CALLED, tools=[TOOL])) == ['add: {"x": "ü"}<|tool|>', "It is 2.<|user|>"]
 
 
 def test_a_system_message_that_the_answer_makes_vanish_is_refused(tmp_path):

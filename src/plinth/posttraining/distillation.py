@@ -22,11 +22,12 @@ from plinth.posttraining.distill_config import DistillConfig
 from plinth.posttraining.distill_losses import Head, TopTokens, chunked_distillation_loss, later_returns
 from plinth.posttraining.examples import Conversation, Examples
 from plinth.posttraining.learnt_texts import check_same_tokenizer, read_texts, render_texts
+from plinth.posttraining.masks import plain_messages
 from plinth.posttraining.rollouts import SampleConfig, Sampler
 from plinth.posttraining.teacher_file import TeacherFile
 from plinth.posttraining.teacher_parts import is_teacher_file
 from plinth.run import Run, file_sha256, find_model, tree_sha256, usable_cores
-from plinth.tokenizer.chat import Message, Rendered, render
+from plinth.tokenizer.chat import Rendered, render
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.device import choose_device
 from plinth.training.job import Job, run_job
@@ -178,8 +179,7 @@ class OwnAnswers:
 def prompt_tokens(tokenizer: Tokenizer, row: Conversation) -> list[int]:
     """Return the tokens before a conversation's last answer, with the assistant's header."""
     last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-    before: list[Message] = [{k: v for k, v in message.items() if k != "weight"} for message in row.messages[:last]]
-    return render(tokenizer, before, add_generation_prompt=True, tools=row.tools).tokens
+    return render(tokenizer, plain_messages(tokenizer, row.messages[:last]), add_generation_prompt=True, tools=row.tools).tokens
 
 
 def distill_loss(

@@ -9,6 +9,7 @@ from plinth.config import UserError
 from plinth.posttraining.examples import Conversation, Examples, Preference, Prompt, Ranking, Row, TextRow, Unpaired, unweighted
 from plinth.tokenizer.chat import Message, Rendered, answers_of, is_rewritten, render
 from plinth.tokenizer.encode import Tokenizer
+from plinth.tokenizer.tool_format import with_reasoning
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,20 @@ def render_weighted(tokenizer: Tokenizer, messages: list[Message], tools: list[d
     Raises UserError as `render` does, RewrittenAnswer among them where the chat template writes a learnt answer in another way once later
     turns follow; `answers_apart` divides conversations into such as it can render.
     """
+    return render(tokenizer, plain_messages(tokenizer, messages), tools=tools, learnt=learnt_answers(messages))
+
+
+def plain_messages(tokenizer: Tokenizer, messages: list[Message]) -> list[Message]:
+    """Return messages without weights; in our own form, reasoning in a field of its own is put before the answer's text."""
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    return render(tokenizer, plain, tools=tools, learnt=learnt_answers(messages))
+    if not tokenizer.is_ours and tokenizer.chat_template() is not None:
+        return plain
+    return [
+        {**message, "content": with_reasoning(message.get("content") or "", message["reasoning_content"])}
+        if message.get("reasoning_content")
+        else message
+        for message in plain
+    ]
 
 
 def learnt_answers(messages: list[Message]) -> list[int]:
@@ -87,7 +100,7 @@ def answers_apart(tokenizer: Tokenizer, found: Examples) -> Examples:
 def _apart(tokenizer: Tokenizer, row: Conversation) -> list[Conversation]:
     learnt = learnt_answers(row.messages)
     try:
-        if not is_rewritten(tokenizer, row.messages, row.tools, learnt=learnt):
+        if not is_rewritten(tokenizer, plain_messages(tokenizer, row.messages), row.tools, learnt=learnt):
             return [row]
     except UserError:
         return [row]  # rendering it says why

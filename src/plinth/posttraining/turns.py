@@ -7,20 +7,20 @@ import re
 from typing import Any
 
 from plinth.config import UserError
-from plinth.tokenizer.chat import Message, check_messages
+from plinth.tokenizer.chat import REASONING, Message, check_messages
 
 ROLE_NAMES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "ai": "assistant", "model": "assistant",
     "developer": "system", "function": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
-MESSAGE_FIELDS = frozenset({"role", "content", "from", "value", "tool_calls", "weight"})
+MESSAGE_FIELDS = frozenset({"role", "content", "from", "value", "tool_calls", "weight", *REASONING})
 CONVERSATIONS = ("messages", "conversations")  # fields that hold messages and never a text
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 
 
 def read_turns(value: Any, where: str = "messages") -> list[Message]:
-    """Return messages with role, content and, where given, tool_calls and weight; from/value and other names of roles are understood.
+    """Return messages with role, content and, where given, tool_calls, weight and reasoning_content; other spellings are understood.
 
     Raises UserError for what is no list of messages, an unknown role, content that is not text, or a weight that is neither 0 nor 1.
     """
@@ -52,8 +52,13 @@ def _read_message(record: dict[str, Any], where: str) -> Message:
     if (weight := record.get("weight")) is not None:
         if weight not in (0, 1):
             raise UserError(f"{where}.weight={weight!r} is neither 0 nor 1")
-        if message.get("role") == "assistant":  # other roles are never learnt
+    if message.get("role") == "assistant":  # other roles are never learnt
+        if weight is not None:
             message["weight"] = int(weight)
+        if reasoning := next((record[key] for key in REASONING if record.get(key)), None):
+            message["reasoning_content"] = _text_of_parts(reasoning, where)
+            if not isinstance(message["reasoning_content"], str):
+                raise UserError(f"{where} has reasoning that is not text")
     return message
 
 

@@ -23,6 +23,7 @@ from plinth.tokenizer.tool_format import (
 Message = dict[str, Any]
 HEADERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 ROLES = (*HEADERS, "tool")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # fields for what an assistant thought before it answered
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,13 @@ def to_turns(messages: list[Message], tools: list[Tool] | None = None) -> list[t
 
 
 def for_template(messages: list[Message]) -> list[Message]:
-    """Return messages as the template takes them: a call's arguments as an object, not as JSON text."""
-    return [{**message, "tool_calls": plain_calls(message["tool_calls"])} if message.get("tool_calls") else message for message in messages]
+    """Return messages as templates take them: a call's arguments as an object, not as JSON text; reasoning under every name for it."""
+    plain = []
+    for message in messages:
+        calls = {"tool_calls": plain_calls(message["tool_calls"])} if message.get("tool_calls") else {}
+        reasoning = next((message[key] for key in REASONING if message.get(key)), None)
+        plain.append({**message, **calls, **(dict.fromkeys(REASONING, reasoning) if reasoning else {})})
+    return plain
 
 
 def _required_id(tokenizer: Tokenizer, name: str) -> int:

@@ -20,9 +20,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from plinth.config import UserError
 from plinth.tokenizer.encode import Tokenizer
+from plinth.tokenizer.tool_format import THINK, with_reasoning
 
 PRIVATE = range(0xE000, 0xF900)  # code points that no text should have; those of the marks are in none of the texts rendered
-THINK = "<think>"
 Span = tuple[int, int]
 
 
@@ -119,20 +119,26 @@ class _Form:
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Any) -> tuple[str, list[Span]]:
         """Return the text, guarded, and the spans between marks, which are taken out of it."""
         try:
-            text = self.template.render(
-                messages=[self._guarded(message) for message in messages],
-                tools=self._guarded(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                generation_marks=(self.begin, self.end),
-                **self.names,
-            )
+            try:
+                text = self._written(messages, add_generation_prompt, tools)
+            except TypeError:  # of templates that add a call's arguments to a text
+                text = self._written(_with_text_arguments(messages), add_generation_prompt, tools)
         except jinja2.TemplateError as error:
             reason = str(error).rstrip(".")
             raise UserError(f"the model's chat template refuses this conversation: {reason}.{_way_out(reason, messages)}") from None
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"the model's chat template fails on this conversation: {error}.") from None
         return self._unmarked(text)
+
+    def _written(self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Any) -> str:
+        return self.template.render(
+            messages=[self._guarded(message) for message in messages],
+            tools=self._guarded(tools) if tools else None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            generation_marks=(self.begin, self.end),
+            **self.names,
+        )
 
     def _guarded(self, value: Any) -> Any:
         """Return a value with a guard in every special token that its texts spell."""
@@ -178,30 +184,41 @@ class _Form:
 
         What the model is given, the prompt, is not learnt; all that it has to say then is, to the token that ends it. Where the template
         writes no such token, one is added; where it leaves out a part of what is said, the answer follows its prompt as it was said.
+        Reasoning in a field that the template does not read is put before the answer's text.
         """
-        i = len(messages) - 1
         text, tagged = self.render(messages, False, tools)
-        prompt, before = (self.render(messages[:-1], given, tools)[0] if i else "" for given in (True, False))
-        start = len(prompt) if text.startswith(prompt) else len(os.path.commonprefix([prompt, text]))
-        if start < len(before.rstrip()):
+        prompt, before = (self.render(messages[:-1], given, tools)[0] if len(messages) > 1 else "" for given in (True, False))
+        shared = len(prompt) if text.startswith(prompt) else len(os.path.commonprefix([prompt, text]))
+        if shared < len(before.rstrip()):
             raise UserError(
-                f"the model's chat template writes what stands before messages[{i}] in another way with that answer than when it asks for "
-                "it, so it would be learnt behind other words than it is asked for with. Put the system's text into the first message of "
-                "the user, if there is one; else leave that row out."
+                f"the model's chat template writes what stands before messages[{len(messages) - 1}] in another way with that answer than "
+                "when it asks for it, so it would be learnt behind other words than it is asked for with. Put the system's text into the "
+                "first message of the user, if there is one; else leave that row out."
             )
+        thought = messages[-1].get("reasoning_content")
+        if thought and not _holds(text[shared:], self._guarded(thought)):
+            content = with_reasoning(messages[-1].get("content") or "", thought)
+            return self._alone([*messages[:-1], {**messages[-1], "content": content, "reasoning_content": None}], tools)
         if tagged:
-            spans = [(max(first, start), self._trimmed(text, last)) for first, last in tagged if last > start]
-            return text, spans or [(start, start)]
-        answer = self._marked(messages, tools, text)
-        if answer is not None:
-            start = start if start == len(prompt) and i else answer[0]
-            end = self._with_end(text, answer[1])
-        elif self._leaves_out(messages[-1], text[start:]):
-            text, start = self._said(messages, i, tools, prompt)
+            spans = [(max(first, shared), self._trimmed(text, last)) for first, last in tagged if last > shared]
+            return text, spans or [(shared, shared)]
+        self._check_calls(messages, text[shared:])
+        if self._misses(messages[-1], text[len(before.rstrip()) :], prompt):
+            text, start = self._said(messages, tools, prompt)
             end = len(text)
         else:
-            end = len(text.rstrip())
-        return self._ended(messages, tools, text[:end], start) if not self._ends(text[start:end]) else (text, [(start, end)])
+            answer = self._marked(messages, tools, text)
+            start = _start(text, prompt, shared, answer)
+            end = len(text.rstrip()) if answer is None else self._with_end(text, answer[1])
+        return (text, [(start, end)]) if self._ends(text[start:end]) else self._ended(messages, tools, text[:end], start)
+
+    def _check_calls(self, messages: list[dict[str, Any]], written: str) -> None:
+        names = [call["function"]["name"] for call in messages[-1].get("tool_calls") or []]
+        if any(self._guarded(name) not in written for name in names):
+            raise UserError(
+                f"the model's chat template leaves out the calls of messages[{len(messages) - 1}] ({', '.join(names)}), so they cannot be "
+                "learnt. Leave that row out, or take a model whose template knows tools."
+            )
 
     def _marked(self, messages: list[dict[str, Any]], tools: Any, text: str) -> Span | None:
         """Return where the last message's words stand in the text, found by marks around them; None where marks change the text."""
@@ -216,28 +233,43 @@ class _Form:
         return None
 
     def _with_end(self, text: str, end: int) -> int:
-        """Return where the special token behind an answer, and blanks before it, end; the end of the text where there is no such token."""
-        after = len(text) - len(text[end:].lstrip())
-        match = self.special.match(text, after) if self.special else None
-        return match.end() if match else max(end, len(text.rstrip()))
+        """Return where the special token behind an answer ends, or of several the first that ends generation; blanks may stand between.
+
+        Where there is no such token it is the end of the text.
+        """
+        found: list[re.Match[str]] = []
+        at = end
+        while self.special and (match := self.special.match(text, len(text) - len(text[at:].lstrip()))):
+            found.append(match)
+            at = match.end()
+        if not found:
+            return max(end, len(text.rstrip()))
+        return next((match for match in found if self._is_end(match[0])), found[0]).end()
+
+    def _is_end(self, spelled: str) -> bool:
+        return self.tokenizer.token_id(spelled.strip()) in self.tokenizer.end_ids
+
+    def _misses(self, message: dict[str, Any], written: str, prompt: str) -> bool:
+        """Return whether a template's turn lacks some of what was said, or begins reasoning anew that the prompt has begun."""
+        said = self._guarded(message.get("content") or "")
+        if message.get("tool_calls"):
+            return False
+        again = prompt.rstrip().endswith(THINK) and said.lstrip().startswith(THINK) and written.count(THINK) > said.count(THINK)
+        return again or not _holds(written, said)
 
     def _trimmed(self, text: str, end: int) -> int:
         """Return where a text up to `end` ends without the blanks behind a token that ends an answer: the model is stopped before them."""
         return len(text[:end].rstrip()) if self._ends(text[:end]) else end
 
-    def _leaves_out(self, message: dict[str, Any], written: str) -> bool:
-        said = self._guarded(message.get("content") or "")
-        return not message.get("tool_calls") and "".join(said.split()) not in "".join(written.split())
-
-    def _said(self, messages: list[dict[str, Any]], i: int, tools: Any, prompt: str) -> tuple[str, int]:
+    def _said(self, messages: list[dict[str, Any]], tools: Any, prompt: str) -> tuple[str, int]:
         """Return a prompt with the answer as it was said, whole, and where that begins; its end is that of another answer."""
         plain = [*messages[:-1], {**messages[-1], "content": "x"}]
         text, _ = self.render(plain, False, tools)
         answer = self._marked(plain, tools, text)
         if answer is None:
             raise UserError(
-                f"the model's chat template leaves out a part of what messages[{i}] says, such as reasoning before </think>, so it cannot "
-                "be learnt. Leave that part out of the row, or change the template."
+                f"the model's chat template leaves out a part of what messages[{len(messages) - 1}] says, such as reasoning before "
+                "</think>, so it cannot be learnt. Leave that part out of the row, or change the template."
             )
         said = self._guarded(messages[-1]["content"]).strip()
         if prompt.rstrip().endswith(THINK):  # the prompt has begun the reasoning
@@ -251,15 +283,42 @@ class _Form:
 
     def _ended(self, messages: list[dict[str, Any]], tools: Any, text: str, start: int) -> tuple[str, list[Span]]:
         """Return a text with a token that ends its answer: the one that a next turn begins with where it ends answers, else eos_token."""
+        calls = messages[-1].get("tool_calls")
+        answer = messages[-1] if calls else {"role": "assistant", "content": f"{self.begin}x{self.end}"}
         try:
-            more, _ = self.render([*messages, {"role": "user", "content": "x"}], False, tools)
+            more, spans = self.render([*messages[:-1], answer, {"role": "tool" if calls else "user", "content": "x"}], False, tools)
         except UserError:
-            more = ""
-        match = self.special.match(more, len(text)) if self.special and more.startswith(text) else None
-        end = match[0] if match else self.names.get("eos_token", "")
-        known = self.tokenizer.token_id(end.strip()) in self.tokenizer.end_ids
-        text += end if known else ""
+            more, spans = "", []
+        at = len(text) if calls and more.startswith(text) else spans[0][1] if spans else len(more)
+        match = self.special.match(more, at) if self.special else None
+        end = match[0] if match and self._is_end(match[0]) else self.names.get("eos_token", "")
+        text += end if self._is_end(end) else ""
         return text, [(start, len(text))]
+
+
+def _with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with the arguments of calls as JSON text."""
+
+    def told(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": _tojson(function["arguments"])}}
+
+    return [{**m, "tool_calls": [told(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
+
+
+def _start(text: str, prompt: str, shared: int, answer: Span | None) -> int:
+    """Return where what the model says begins: behind what the text shares with the prompt, its answer found in the text or not.
+
+    What an answer has in common with the end of a prompt by chance is the answer's, but for the mark of reasoning.
+    """
+    if answer is None or shared == len(prompt) > 0 or (shared and text.startswith(THINK, answer[0])):
+        return shared
+    return min(shared, answer[0]) if prompt else answer[0]
+
+
+def _holds(text: str, part: str) -> bool:
+    """Return whether a text has a part, blanks aside."""
+    return "".join(part.split()) in "".join(text.split())
 
 
 def _way_out(reason: str, messages: list[dict[str, Any]]) -> str:

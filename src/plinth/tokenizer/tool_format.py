@@ -15,6 +15,7 @@ from plinth.config import UserError, nearest
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 RESPONSE_START, RESPONSE_END = "<tool_response>\n", "\n</tool_response>"
+THINK, THOUGHT = "<think>", "</think>"
 TOOLS_INTRODUCTION = "# Tools\n\nYou can call the functions that these signatures describe:\n<tools>"
 TOOLS_INSTRUCTION = (
     "</tools>\n\nTo call one, answer with its name and its arguments as JSON between tags, once for each call:\n"
@@ -77,6 +78,11 @@ def plain_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def tools_text(tools: list[Tool]) -> str:
     """Return what the system's turn says of tools."""
     return "\n".join([TOOLS_INTRODUCTION, *(json.dumps(tool, ensure_ascii=False) for tool in tools), TOOLS_INSTRUCTION])
+
+
+def with_reasoning(content: str, reasoning: str) -> str:
+    """Return an answer's text with what was thought before it, as reasoning models write that."""
+    return f"{THINK}\n{reasoning.strip()}\n{THOUGHT}\n\n{content}"
 
 
 def answer_text(content: str, calls: list[dict[str, Any]]) -> str:
