@@ -8,6 +8,7 @@ import os
 import sys
 
 from plinth import __version__
+from plinth.cli.interrupts import INTERRUPTED, INTERRUPTED_LINE, Interrupts
 from plinth.config import UserError, nearest
 
 VERBS = {
@@ -72,7 +73,10 @@ SPREAD_VERBS = ("pretrain",)  # those that several processes, launched together,
 
 
 def main(argv: list[str]) -> int:
-    """Run one verb and return its exit code: 0 only on success, 1 on a user's mistake, 2 on wrong usage, 75 when stopped and saved."""
+    """Run one verb and return its exit code.
+
+    0 only on success, 1 on a user's mistake, 2 on wrong usage, 75 when stopped and saved, 130 when interrupted by Ctrl-C.
+    """
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if argv else 2
@@ -117,7 +121,7 @@ def run_verb(module: str, argv: list[str]) -> int:
     except OSError as error:
         message, code = describe_os_error(error), 1
     except KeyboardInterrupt:
-        message, code = "stopped by Ctrl-C.", 130
+        message, code = INTERRUPTED_LINE, INTERRUPTED
     if message:  # one of several processes stays silent when another has said it
         print(f"plinth: {message}", file=sys.stderr)
     return code
@@ -157,4 +161,17 @@ def verb_lines(verbs: list[str]) -> str:
 
 def entry() -> None:
     """Be the console script."""
-    sys.exit(main(sys.argv[1:]))
+    interrupts = Interrupts()
+    interrupts.install()
+    try:
+        interrupts.code = main(sys.argv[1:])
+    except SystemExit as end:  # help and wrong usage
+        interrupts.code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:  # outside run_verb's block, or while it tells of another
+        if os.environ.get("PLINTH_DEBUG"):
+            raise
+        interrupts.code = INTERRUPTED
+    # Where the exception has passed through the exec of a text, as dataclasses and named tuples do, CPython remembers it as one that
+    # nobody caught, and ends `python -m plinth` by the signal; the next exec forgets it (run_eval_code_obj in Python/pythonrun.c).
+    exec("")
+    sys.exit(interrupts.code)
