@@ -18,11 +18,12 @@ def subjects_tokenizer() -> Tokenizer:
     return train_tokenizer([f"What does {name} do? It does {name} things." for name in SUBJECTS] * 3, 300)
 
 
-def plain_decoder(vocab_size: int) -> Transformer:
-    """Return a decoder of two layers with a context of 64 tokens, as it is initialised."""
+def plain_decoder(vocab_size: int, max_seq_len: int = 64) -> Transformer:
+    """Return a decoder of two layers, as it is initialised."""
     config = DecoderConfig(
-        vocab_size=vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, intermediate_size=64, max_seq_len=64
-    )
+        vocab_size=vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, intermediate_size=64,
+        max_seq_len=max_seq_len,
+    )  # fmt: skip
     return Transformer(config).init_weights(torch.Generator().manual_seed(0))
 
 

@@ -6,20 +6,16 @@ import pytest
 import torch
 
 from cut_short import killed_at
-from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_decoder, save_model
-from plinth.models.transformer import Transformer
 from plinth.posttraining.displacement import displacement, last_means, length_bias
 from plinth.posttraining.lora import LoraConfig
 from plinth.posttraining.preference import train_dpo
 from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.sft import train_sft
 from plinth.posttraining.sft_config import SftConfig
-from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
-
-SUBJECTS = ["copy", "move", "read", "write", "open", "close", "seek", "flush"]
+from small_models import SUBJECTS, plain_decoder, subjects_tokenizer
 
 
 def quick(steps, lr=0.01, **more):
@@ -31,12 +27,8 @@ def quick(steps, lr=0.01, **more):
 def base(tmp_path_factory):
     """A model that gives both answers of each pair, which differ in one word, and the pairs."""
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = train_tokenizer([f"What does {name} do? It does {name} things." for name in SUBJECTS] * 3, 300)
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
-        intermediate_size=64, max_seq_len=64,
-    )  # fmt: skip
-    save_model(Transformer(config).init_weights(torch.Generator().manual_seed(0)), tokenizer, folder / "model")
+    tokenizer = subjects_tokenizer()
+    save_model(plain_decoder(tokenizer.vocab_size), tokenizer, folder / "model")
     pairs = [(f"What does {a} do?", f"It does {a} things.", f"It does {b} things.") for a, b in zip(SUBJECTS, SUBJECTS[1:])]
     rows = [{"prompt": prompt, "completion": answer} for prompt, *answers in pairs for answer in answers]
     (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -29,12 +29,11 @@ from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
 from plinth.training.stopping import Stopped
+from small_models import SUBJECTS, subjects_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from live_bytes import LiveBytes
-
-SUBJECTS = ["copy", "move", "read", "write", "open", "close", "seek", "flush"]
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -43,7 +42,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([f"What does {name} do? It does {name} things." for name in SUBJECTS] * 3, 300)
+    return subjects_tokenizer()
 
 
 def save(tokenizer, folder, *, seed=0, zero=True, **shape):

@@ -11,9 +11,7 @@ import torch
 from cut_short import killed_at
 from plinth.cli.main import main
 from plinth.config import UserError
-from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
-from plinth.models.transformer import Transformer
 from plinth.posttraining import preference_rows
 from plinth.posttraining.examples import Conversation
 from plinth.posttraining.formats import read_examples
@@ -28,25 +26,19 @@ from plinth.posttraining.preference_rows import PairedRows
 from plinth.posttraining.sft import render_examples, train_sft
 from plinth.posttraining.sft_config import SftConfig
 from plinth.run import Run
-from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
-
-SUBJECTS = ["copy", "move", "read", "write", "open", "close", "seek", "flush"]
+from small_models import SUBJECTS, plain_decoder, subjects_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([f"What does {name} do? It does {name} things." for name in SUBJECTS] * 3, 300)
+    return subjects_tokenizer()
 
 
 @pytest.fixture
 def model_dir(tmp_path, tokenizer):
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
-        intermediate_size=64, max_seq_len=64,
-    )  # fmt: skip
-    save_model(Transformer(config).init_weights(torch.Generator().manual_seed(0)), tokenizer, tmp_path / "model")
+    save_model(plain_decoder(tokenizer.vocab_size), tokenizer, tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -3,28 +3,22 @@
 import json
 
 import pytest
-import torch
 
-from plinth.models.config import DecoderConfig
 from plinth.models.hub import save_model
-from plinth.models.transformer import Transformer
 from plinth.posttraining.inspection import inspect_data
 from plinth.posttraining.learnt_texts import read_texts, render_texts
 from plinth.posttraining.sft import train_sft
 from plinth.posttraining.sft_config import SftConfig
 from plinth.tokenizer.encode import Tokenizer
 from plinth.training.config import TrainConfig
+from small_models import plain_decoder
 from tokenizer.published_families import FAMILIES
 
 
 @pytest.fixture
 def model_dir(tmp_path):
     tokenizer = Tokenizer.load(FAMILIES["Qwen 3"].write(tmp_path / "form"))
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=16,
-        intermediate_size=32, max_seq_len=128,
-    )  # fmt: skip
-    save_model(Transformer(config).init_weights(torch.Generator().manual_seed(0)), tokenizer, tmp_path / "model")
+    save_model(plain_decoder(tokenizer.vocab_size, max_seq_len=128), tokenizer, tmp_path / "model")
     return tmp_path / "model"
 
 

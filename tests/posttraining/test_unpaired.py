@@ -8,35 +8,27 @@ import torch
 
 from cut_short import killed_at
 from plinth.config import UserError
-from plinth.models.config import DecoderConfig
 from plinth.models.hub import load_model, save_model
-from plinth.models.transformer import Transformer
 from plinth.posttraining.examples import Unpaired
 from plinth.posttraining.formats import read_examples
 from plinth.posttraining.preference import train_dpo
 from plinth.posttraining.preference_config import DpoConfig
 from plinth.posttraining.preference_rows import LabelledRows
 from plinth.posttraining.unpaired import mismatches, reference_point, render_labelled, weight_advice
-from plinth.tokenizer.train import train_tokenizer
 from plinth.training.loop import TrainConfig
 from plinth.training.optim import OptimizerConfig
-
-SUBJECTS = ["copy", "move", "read", "write", "open", "close", "seek", "flush"]
+from small_models import SUBJECTS, plain_decoder, subjects_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([f"What does {name} do? It does {name} things." for name in SUBJECTS] * 3, 300)
+    return subjects_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory, tokenizer):
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
-        intermediate_size=64, max_seq_len=64,
-    )  # fmt: skip
     folder = tmp_path_factory.mktemp("base") / "model"
-    save_model(Transformer(config).init_weights(torch.Generator().manual_seed(0)), tokenizer, folder)
+    save_model(plain_decoder(tokenizer.vocab_size), tokenizer, folder)
     return folder
 
 
