@@ -11,7 +11,7 @@ from plinth.models.config import DecoderConfig
 from plinth.models.kv_cache import PagedCache, View
 from plinth.models.mlp import Linear
 from plinth.models.norm import normalisation
-from plinth.ops.attention import HEAD_DIMS, attend, attention_probabilities, has_kernel, kernel_attention, qk_norm_rope_attention
+from plinth.ops.attention import attend, attention_probabilities, has_kernel, kernel_attention, qk_norm_rope_attention
 from plinth.ops.linear import linear_rows
 from plinth.ops.rope import apply_rope
 from plinth.ops.segments import Runs
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         heads = {"num_heads": qkv.shape[-2] - 2 * kv_heads, "num_kv_heads": kv_heads}
         if self.is_fused and mask is None and qkv.device.type == "cpu":
             return qk_norm_rope_attention(qkv, cos_TE, sin_TE, eps=config.norm_eps, **heads)
-        if mask is None and may_take_kernel(config) and has_kernel(qkv):
+        if mask is None and takes_kernel(config, qkv):
             qkv = qkv if self.q_norm is None else torch.cat(self._normed(qkv, kv_heads), -2)
             return kernel_attention(qkv, cos_TE, sin_TE, scale=config.score_scale, **heads)
         q, k, v = (x.transpose(1, 2) for x in self._placed(qkv, kv_heads, cos_TE, sin_TE))
@@ -160,9 +160,9 @@ class Attention(nn.Module):
         return y.unflatten(2, (groups, R)).permute(0, 3, 1, 2, 4).reshape(-1, K * groups * E)
 
 
-def may_take_kernel(config: DecoderConfig) -> bool:
-    """Return whether our kernel of causal attention, where there is one, does what a decoder asks for; masks aside."""
-    return config.head_dim in HEAD_DIMS and config.attention_softcap is None
+def takes_kernel(config: DecoderConfig, x: torch.Tensor) -> bool:
+    """Return whether our kernel of causal attention does what a decoder asks for, with the type and the place of `x`; masks aside."""
+    return config.attention_softcap is None and has_kernel(config.head_dim, x)
 
 
 def is_fused(config: DecoderConfig) -> bool:

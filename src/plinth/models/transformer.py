@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from plinth.config import UserError
-from plinth.models.attention import Attention, may_take_kernel
+from plinth.models.attention import Attention, takes_kernel
 from plinth.models.config import DecoderConfig
 from plinth.models.embedding import Embedding
 from plinth.models.kv_cache import PagedCache, View
@@ -16,7 +16,6 @@ from plinth.models.mlp import feed_forward
 from plinth.models.moe import MixtureOfExperts
 from plinth.models.norm import normalisation
 from plinth.models.rope import has_own_rotation, rotation
-from plinth.ops import kernels
 from plinth.ops.linear import linear_rows
 from plinth.ops.moe import Routing
 from plinth.ops.norm import add_rms_norm
@@ -125,7 +124,7 @@ class Transformer(nn.Module):
         Both fuse the products with it, so that fp32 costs nothing. `local` gives those of blocks with a sliding window.
         """
         cos, sin = rotation(self.config, positions, local=local)
-        fused = positions.device.type != "cpu" or (may_take_kernel(self.config) and kernels.usable(self.embed.weight))
+        fused = positions.device.type != "cpu" or takes_kernel(self.config, self.embed.weight)
         dtype = torch.float32 if fused else self.embed.weight.dtype
         return cos.to(dtype), sin.to(dtype)
 

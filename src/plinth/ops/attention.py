@@ -130,9 +130,9 @@ def attend(q_BHTE, k_BKSE, v_BKSE, *, scale: float, cap: float | None = None, ma
     return weights @ v_BKSE.repeat_interleave(q_BHTE.shape[1] // v_BKSE.shape[1], 1)
 
 
-def has_kernel(qkv_BTGE: torch.Tensor) -> bool:
-    """Return whether our kernel attends with heads of this width, type and place."""
-    return qkv_BTGE.shape[-1] in HEAD_DIMS and kernels.usable(qkv_BTGE)
+def has_kernel(head_dim: int, x: torch.Tensor) -> bool:
+    """Return whether our kernel attends with heads of this width, where they have the type and the place of `x`."""
+    return head_dim in HEAD_DIMS and kernels.usable(x)
 
 
 def kernel_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_heads: int, scale: float):
@@ -149,9 +149,9 @@ def qk_norm_rope_attention(qkv_BTGE, cos_TE, sin_TE, *, num_heads: int, num_kv_h
     `qkv_BTGE` holds num_heads queries, then num_kv_heads keys, then as many values along G. The slow twin is
     `plain_qk_norm_rope_attention`.
     """
-    if has_kernel(qkv_BTGE):
+    if has_kernel(qkv_BTGE.shape[-1], qkv_BTGE):
         return _KernelAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps, qkv_BTGE.shape[-1] ** -0.5)
-    cos_TE, sin_TE = cos_TE.to(qkv_BTGE.dtype), sin_TE.to(qkv_BTGE.dtype)  # they come in fp32 where our kernels run for other head widths
+    cos_TE, sin_TE = cos_TE.to(qkv_BTGE.dtype), sin_TE.to(qkv_BTGE.dtype)
     return _FusedAttention.apply(qkv_BTGE, cos_TE, sin_TE, num_heads, num_kv_heads, eps)
 
 

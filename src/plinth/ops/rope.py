@@ -59,4 +59,4 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """Rotate the last dimension of `x`; cos and sin broadcast against it and set the precision of the product."""
     if x.requires_grad and x.device.type == "cpu":
         return _Rotate.apply(x, cos, sin)
-    return (x * cos + swap_halves(x) * sin).to(x.dtype)  # a GPU's compiler fuses these
+    return (x * cos + swap_halves(x) * sin).to(x.dtype)  # fused on a GPU; in decoding a row's bits must not depend on its place

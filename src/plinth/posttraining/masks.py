@@ -99,6 +99,8 @@ def answers_apart(tokenizer: Tokenizer, found: Examples) -> Examples:
 
 def _apart(tokenizer: Tokenizer, row: Conversation) -> list[Conversation]:
     learnt = learnt_answers(row.messages)
+    if all(i + 1 == len(row.messages) for i in learnt):
+        return [row]  # no turn follows
     try:
         if not is_rewritten(tokenizer, plain_messages(tokenizer, row.messages), row.tools, learnt=learnt):
             return [row]
